@@ -1,0 +1,83 @@
+# Run `make help` for the targets. Each sets up what it needs: a fresh clone is enough.
+
+PYTHON ?= python3
+# Test processes. Each runs torch on one thread, so that results do not depend on the machine and two of them fill
+# the two cores of a small CI machine; most of the tests' time is Python and tiny models, which no second thread helps.
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+READY := $(VENV)/.ready
+OLDEST := $(VENV)/oldest
+
+pinned = $(shell sed -n 's/^$(1)==//p' $(2))
+PAIR := $(call pinned,transformers,constraints.txt),$(call pinned,peft,constraints.txt)
+OLDEST_PAIR := $(call pinned,transformers,constraints-oldest.txt),$(call pinned,peft,constraints-oldest.txt)
+# worksteal gives each process a run of neighbouring tests, which share fixtures, and evens out at the end.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help test test-cpu test-interpreter test-oldest demo quality env clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+test: test-cpu test-interpreter test-oldest ## all tests that need no GPU (those that do are skipped where there is none)
+
+test-cpu: $(READY) ## the tests on the newest pair of transformers and peft
+	@echo "== tests, transformers and peft $(PAIR)"
+	@SIBO_EXPECT_PAIR=$(PAIR) $(PYTEST) tests --ignore=tests/kernels_interpreted
+
+# A process of its own: the interpreter must be chosen before triton is imported. Triton exists on Linux only.
+test-interpreter: $(READY) ## the Triton kernels' values, in Triton's interpreter
+ifeq ($(shell uname -s),Linux)
+	@if [ -d tests/kernels_interpreted ]; then \
+		echo "== Triton kernels, interpreted"; \
+		TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreted; \
+	else \
+		echo "== Triton kernels: no tests/kernels_interpreted, nothing to run"; \
+	fi
+else
+	@echo "== Triton kernels: not run, Triton exists on Linux only"
+endif
+
+test-oldest: $(OLDEST)/.ready ## the tests marked `oldest` on the oldest pair of transformers and peft
+	@echo "== tests, transformers and peft $(OLDEST_PAIR)"
+	@SIBO_EXPECT_PAIR=$(OLDEST_PAIR) PYTHONPATH="$(CURDIR)/$(OLDEST)" \
+		$(PYTEST) -m oldest tests --ignore=tests/kernels_interpreted
+
+demo: $(READY) ## train a small model, then fine-tune it with LoRA and SIBO-LoRA (about 3 minutes; writes demo-output/)
+	@$(BIN)/sibo-triton demo
+
+quality: $(READY) ## ruff, formatting, mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+env: $(READY) ## what a bug report needs
+	@$(BIN)/python -P sibo_triton/environment.py
+
+clean: ## remove the environment, builds, caches and the demo's output
+	rm -rf $(VENV) build dist *.egg-info demo-output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and by plain pip: the build that the machine's index offers then satisfies `torch==` below,
+# whatever its local label. setuptools comes before the editable install, which uses it without build isolation.
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
+	@echo "== setting up $(VENV) (minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install torch==$(call pinned,torch,constraints.txt)
+	@$(PIP) install -c constraints.txt setuptools
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(OLDEST)/.ready: constraints-oldest.txt | $(READY)
+	@echo "== setting up $(OLDEST)"
+	@rm -rf $(OLDEST)
+	@$(PIP) install --no-deps --target $(OLDEST) -r constraints-oldest.txt
+	@touch $@

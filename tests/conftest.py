@@ -1,0 +1,65 @@
+"""What every test gets: no network, one thread, fixed seeds, and `gpu` tests skipped where there is no GPU."""
+
+import importlib.metadata
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# Before any import of huggingface_hub, which reads them once. Subprocesses of the tests inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Every test starts from the same random state, alone or among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def source_copy(tmp_path_factory):
+    """A copy of everything that builds look at: they leave files behind, and two may run at a time."""
+    copy = tmp_path_factory.mktemp("source")
+    for file in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / file, copy)
+    for folder in ("benchmarks", "kernels", "sibo_triton", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def wheel(source_copy, tmp_path_factory):
+    """The wheel as pip builds it, without the network: the path of the file."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", folder, source_copy], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, there is none here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    terminalreporter.write_line(f"ran on {', '.join(versions)}")

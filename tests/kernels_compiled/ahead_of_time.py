@@ -1,0 +1,93 @@
+"""Compiles Triton kernels for GPUs that are not there, and reads from the binaries what matters for speed.
+
+The disassemblers come with the triton wheel.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+#: What we compile for, and the shared memory that one program may have there, in bytes.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+#: The instructions that multiply matrices of 16-bit operands.
+TENSOR_CORE = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTCHMMA", "sm_120": r"HMMA", "gfx942": r"v_mfma"}
+
+POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+@dataclass
+class Binary:
+    """What a compiled kernel uses."""
+
+    shared: int  # bytes of shared memory
+    spilled: int  # bytes of registers spilled to memory
+    registers: int
+    code: str  # the disassembly
+
+
+def compile_for(
+    target: str,
+    kernel: triton.JITFunction,
+    arguments: Mapping[str, str],
+    constants: Mapping[str, object],
+    divisible_by_16: frozenset[str],
+    options: Mapping[str, int],
+) -> Binary:
+    """Compile a kernel as a launch would, without a GPU.
+
+    Args:
+        target: a name in TARGETS.
+        kernel: what ``triton.jit`` returned.
+        arguments: the types of the arguments that a launch passes ("*bf16", "i32"...).
+        constants: the values of all others.
+        divisible_by_16: the pointers and integers that a launch would find divisible by 16.
+        options: num_warps and num_stages.
+    """
+    names = kernel.arg_names
+    assert set(names) == set(arguments) | set(constants), "every argument of the kernel, once"
+    source = ASTSource(
+        kernel,
+        signature={name: arguments.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16},
+    )
+    compiled = triton.compile(source, target=TARGETS[target][0], options={"enable_fp_fusion": True, **options})
+    return _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(compiled)
+
+
+def _read_amd(compiled: CompiledKernel) -> Binary:
+    code = compiled.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s*(\d+)", code).group(1))
+
+    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")) + number("private_segment_fixed_size")
+    return Binary(compiled.metadata.shared, spilled, number("vgpr_count"), code)
+
+
+def _read_nvidia(compiled: CompiledKernel) -> Binary:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(compiled.asm["cubin"])
+        usage, code = (
+            subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return Binary(compiled.metadata.shared, stack, registers, code)

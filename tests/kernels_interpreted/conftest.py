@@ -1,0 +1,31 @@
+"""These tests run Triton's interpreter, which must be chosen before triton is imported: a process of their own."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    if INTERPRETING:
+        return
+    skip = pytest.mark.skip(reason="run by TRITON_INTERPRET=1 pytest tests/kernels_interpreted (make test-interpreter)")
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def empty_is_nan(monkeypatch):
+    """What a kernel does not write shows."""
+    empty = torch.empty
+
+    def empty_of_nan(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", empty_of_nan)
