@@ -1,8 +1,17 @@
-"""SIBO-LoRA for PEFT."""
+"""SIBO-LoRA (arXiv 2402.11896) as a drop-in for PEFT's LoRA.
+
+Importing the package registers the adapter type with PEFT; plain LoRA is left as it is.
+"""
 
 from sibo_triton._paths import append_repository_root
 from sibo_triton._version import __version__
 
 append_repository_root(__path__)
 
-__all__ = ["__version__"]
+from sibo_triton.explain import explain  # noqa: E402
+from sibo_triton.lora import SiboLoraConfig  # noqa: E402
+from sibo_triton.registration import register  # noqa: E402
+
+register()
+
+__all__ = ["SiboLoraConfig", "__version__", "explain"]

@@ -1,0 +1,17 @@
+"""The initial residual h0: which stacks of blocks a model has, what reads them, and whose forward an h0 belongs to."""
+
+from sibo_triton.initial_residual.binding import InitialResidual
+from sibo_triton.initial_residual.hooks import attach, attached, detach
+from sibo_triton.initial_residual.stacks import BlockStack, find_block_stacks
+from sibo_triton.initial_residual.tracing import Feeds, trace_feeds
+
+__all__ = [
+    "BlockStack",
+    "Feeds",
+    "InitialResidual",
+    "attach",
+    "attached",
+    "detach",
+    "find_block_stacks",
+    "trace_feeds",
+]

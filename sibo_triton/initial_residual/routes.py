@@ -1,0 +1,61 @@
+"""Whether the initial residual needs a gradient, decided by where it comes from."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def needs_gradient(initial_residual: torch.Tensor, called_with_gradient: bool, outermost: nn.Module | None) -> bool:
+    """Whether dh0 has anywhere to go.
+
+    `requires_grad` alone does not tell: `enable_input_require_grads()` makes the output of a frozen embedding require
+    grad, and giving it one would cost an [M, K] accumulation for every mixing module.
+
+    Args:
+        initial_residual: h0, of any shape.
+        called_with_gradient: whether the outermost model was called with a tensor that requires grad (`inputs_embeds`,
+            soft prompts).
+        outermost: the outermost model that was called, or None where that is not known.
+    """
+    if not initial_residual.requires_grad:
+        return False
+    if called_with_gradient or outermost is None or torch._C._functorch.is_functorch_wrapped_tensor(initial_residual):
+        return True
+    if initial_residual.grad_fn is None:
+        return _is_parameter(initial_residual, outermost)
+    return _reaches_parameter(initial_residual.grad_fn, outermost)
+
+
+def _reaches_parameter(node: torch.autograd.graph.Node, outermost: nn.Module) -> bool:
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        leaf = getattr(node, "variable", None)  # AccumulateGrad
+        if leaf is not None and _is_parameter(leaf, outermost):
+            return True
+        if node.name() == "CheckpointFunctionBackward":  # reentrant: its graph, and its parameters, are hidden
+            return True
+        for successor, _ in node.next_functions:
+            if successor is not None and successor not in seen:
+                seen.add(successor)
+                pending.append(successor)
+    return False
+
+
+def _is_parameter(leaf: torch.Tensor, outermost: nn.Module) -> bool:
+    # torch.func.functional_call puts plain tensors where the parameters were
+    return isinstance(leaf, nn.Parameter) or any(leaf is parameter for parameter in outermost.parameters())
+
+
+def any_requires_grad(values: object, depth: int = 2) -> bool:
+    """Whether a tensor among `values` (nested in lists, tuples or dicts up to `depth`) requires grad."""
+    if isinstance(values, torch.Tensor):
+        return values.requires_grad
+    if depth < 0:
+        return False
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return False
+    return any(any_requires_grad(value, depth - 1) for value in values)

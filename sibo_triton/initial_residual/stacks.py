@@ -1,0 +1,102 @@
+"""Find the stacks of transformer blocks in a model, without knowing the model's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStack:
+    """One list of transformer blocks that a hidden state passes through.
+
+    Attributes:
+        name: of the list, from the base model's root ("model.layers").
+        blocks_list: the `nn.ModuleList` itself; wrappers may have replaced its items.
+        blocks: the blocks, without checkpoint wrappers.
+        owner: the module whose forward runs the blocks, and `owner_name`, its name from the root.
+    """
+
+    name: str
+    block_list: nn.Module
+    blocks: tuple[nn.Module, ...]
+    owner: nn.Module
+    owner_name: str
+
+    def holds(self, module_name: str) -> bool:
+        """Whether the module of that name lies inside one of the blocks."""
+        return module_name.startswith(self.name + ".")
+
+
+def unwrap_block(block: nn.Module) -> nn.Module:
+    """The block inside of torch's `checkpoint_wrapper`, FSDP1 or torch.compile."""
+    for attribute in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"):
+        inner = block._modules.get(attribute)
+        if inner is not None:
+            return unwrap_block(inner)
+    return block
+
+
+def find_block_stacks(root: nn.Module, names: Sequence[str] | None = None) -> list[BlockStack]:
+    """Find the stacks of `root`: the outermost lists whose items are all transformers' blocks, or those named.
+
+    Args:
+        root: the base model.
+        names: the block lists' names from the root (an `sibo_blocks` option); None detects them.
+
+    Raises:
+        ValueError: a name is not that of a non-empty list of modules, or nothing was detected.
+    """
+    if names is not None:
+        return [_named_stack(root, name) for name in names]
+    stacks: list[BlockStack] = []
+    for name, module in root.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module) or any(stack.holds(name) for stack in stacks):
+            continue
+        if all(isinstance(unwrap_block(block), GradientCheckpointingLayer) for block in module):
+            stacks.append(_stack(root, name, module))
+    if not stacks:
+        raise ValueError(
+            f"No list of transformer blocks was found in {type(root).__name__}: none of its nn.ModuleLists holds only "
+            "transformers GradientCheckpointingLayers. Name the lists from the model's root, for example "
+            "sibo_blocks=['model.layers']."
+        )
+    return stacks
+
+
+def _named_stack(root: nn.Module, name: str) -> BlockStack:
+    try:
+        module = root.get_submodule(name)
+    except AttributeError as error:
+        candidates = [n for n, m in root.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)]
+        raise ValueError(
+            f"sibo_blocks names {name!r}, which {type(root).__name__} does not have. Its lists of modules are: "
+            f"{', '.join(candidates[:20]) or 'none'}."
+        ) from error
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
+        raise ValueError(
+            f"sibo_blocks names {name!r}, a {type(module).__name__}, but a non-empty nn.ModuleList or nn.Sequential of "
+            "blocks is needed."
+        )
+    return _stack(root, name, module)
+
+
+def _stack(root: nn.Module, name: str, module: nn.Module) -> BlockStack:
+    owner_name = name.rpartition(".")[0]
+    while isinstance(root.get_submodule(owner_name), _CONTAINERS):  # a container has no forward of its own
+        owner_name = owner_name.rpartition(".")[0]
+    blocks = tuple(unwrap_block(block) for block in module.children())
+    return BlockStack(name, module, blocks, root.get_submodule(owner_name), owner_name)
+
+
+def path_between(root: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules from `root` down to the module called `name`, both included."""
+    yield root
+    parts = name.split(".") if name else []
+    for end in range(1, len(parts) + 1):
+        yield root.get_submodule(".".join(parts[:end]))

@@ -1,0 +1,266 @@
+"""Find out what feeds each module of a block: the residual stream, or something else.
+
+The model is run once on a tiny input. What enters the first block of a stack is marked, and the mark follows the data
+through additions, normalisations, dropout, casts and views that keep the tokens' order, and ends at everything else: a
+linear layer, an attention, an activation. A linear layer whose input carries its own stack's mark reads the residual
+stream. No names of models or layers are involved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from sibo_triton.initial_residual.binding import first_hidden_state
+from sibo_triton.initial_residual.stacks import BlockStack, path_between
+
+_TOKENS = 5  # a prime that is no common width, so that shapes tell tokens from features
+
+_ADDITIONS = {"add", "add_", "sub", "sub_", "rsub"}
+_SCALINGS = {"mul", "mul_", "div", "div_"}
+_KEEPING = {
+    "_to_copy", "alias", "clone", "detach", "dropout", "native_dropout", "lift_fresh", "contiguous",
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze",
+    "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm",
+}  # fmt: skip
+
+
+@dataclass
+class Feeds:
+    """What was seen to feed the modules of the stacks.
+
+    Attributes:
+        marks: module name -> the streams that its input carried, one entry a call: a stack's name, or None.
+        problems: stack name -> why it could not be run.
+    """
+
+    marks: dict[str, set[str | None]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def reads(self, module_name: str, stack: BlockStack) -> tuple[bool, str]:
+        """Whether a module reads its stack's residual stream, and why (not), in words."""
+        if stack.name in self.problems:
+            return False, f"what feeds it is unknown: {self.problems[stack.name]}"
+        marks = self.marks.get(module_name)
+        if marks is None:
+            return False, "it did not run in the trial run of the model, so what feeds it is unknown"
+        if marks == {stack.name}:
+            return True, "reads the residual stream"
+        others = sorted(mark for mark in marks if mark not in (None, stack.name))
+        if others:
+            return False, f"reads another stack's stream ({', '.join(others)})"
+        if stack.name in marks:
+            return False, "reads the residual stream in some of its calls only"
+        return False, "is not fed by the residual stream"
+
+
+class _Finished(Exception):
+    """Every kind of block has been seen: the rest of the model need not run."""
+
+
+class _StreamMode(TorchDispatchMode):
+    """Carries the marks from operation to operation; a tensor is known by the memory that it shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._marks: dict[tuple, tuple[torch.Tensor, str]] = {}  # the tensor is kept so that its memory is not reused
+
+    def mark(self, tensor: torch.Tensor, stream: str) -> None:
+        self._marks[_memory(tensor)] = (tensor, stream)
+
+    def mark_of(self, tensor: Any) -> str | None:
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            return None
+        return self._marks.get(_memory(tensor), (None, None))[1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        stream = self._stream_of_result(func.overloadpacket.__name__, args)
+        result = func(*args, **(kwargs or {}))
+        output = result[0] if isinstance(result, (tuple, list)) and result else result
+        if isinstance(output, torch.Tensor) and output.layout == torch.strided:
+            if stream is not None and output.shape[-1:] == _marked_width(self, args):
+                self.mark(output, stream)
+            else:  # written in place, or in memory that was another tensor's
+                self._marks.pop(_memory(output), None)
+        return result
+
+    def _stream_of_result(self, name: str, args: tuple) -> str | None:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if name in _KEEPING:
+            return self.mark_of(tensors[0]) if tensors else None
+        streams = {mark for mark in map(self.mark_of, tensors) if mark is not None}
+        if len(streams) != 1:
+            return None
+        if name in _ADDITIONS:
+            return streams.pop()
+        if name in _SCALINGS:
+            largest = max(tensor.numel() for tensor in tensors)
+            if sum(tensor.numel() == largest for tensor in tensors) == 1:  # by a statistic or a weight, not a gate
+                return streams.pop()
+        return None
+
+
+def trace_feeds(root: nn.Module, stacks: Sequence[BlockStack]) -> Feeds:
+    """Run `root`, or where that does not reach a stack the model around it, and see what feeds each module.
+
+    The model is left as it was: modes and the generators' states are restored, and no gradient is computed.
+    """
+    feeds = Feeds()
+    for stack in stacks:
+        if any(name.startswith(stack.name + ".") for name in feeds.marks):
+            continue
+        problems: list[str] = []
+        for module, inputs in _trial_runs(root, stack):
+            try:
+                _run(root, module, inputs, stacks, feeds)
+            except Exception as error:  # whatever a foreign model raises on an input it does not like
+                problems.append(f"{type(module).__name__}({', '.join(inputs)}): {type(error).__name__}: {error}")
+            if any(name.startswith(stack.name + ".") for name in feeds.marks):
+                break
+        else:
+            reasons = "; ".join(dict.fromkeys(problem.splitlines()[0][:200] for problem in problems))
+            reasons = reasons or "no known kind of input"
+            feeds.problems[stack.name] = f"a trial run of the model did not work ({reasons})"
+    return feeds
+
+
+def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[BlockStack], feeds: Feeds) -> None:
+    names = {id(submodule): name for name, submodule in root.named_modules()}
+    mode = _StreamMode()
+    seen: dict[str, set] = {stack.name: set() for stack in stacks}
+    kinds = {stack.name: {_kind(block) for block in stack.blocks} for stack in stacks}
+    reached = {stack.name: any(s is stack.owner for s in module.modules()) for stack in stacks}
+    handles = []
+
+    def enter_block(stack: BlockStack) -> Callable[[nn.Module, tuple, dict], None]:
+        def hook(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden_states = first_hidden_state(args, kwargs)
+            if not seen[stack.name] and hidden_states is not None:
+                mode.mark(hidden_states, stack.name)
+            elif all(seen[name] == kinds[name] for name in kinds if reached[name]):
+                raise _Finished
+
+        return hook
+
+    def leave_block(stack: BlockStack) -> Callable[[nn.Module, tuple, Any], None]:
+        def hook(block: nn.Module, args: tuple, output: Any) -> None:
+            seen[stack.name].add(_kind(block))
+
+        return hook
+
+    def see_input(submodule: nn.Module, args: tuple, kwargs: dict) -> None:
+        feeds.marks.setdefault(names[id(submodule)], set()).add(mode.mark_of(first_hidden_state(args, kwargs)))
+
+    def see_norm(submodule: nn.Module, args: tuple, output: Any) -> None:
+        # norms may be one opaque kernel; what has per-channel weights only does not mix channels or tokens
+        mark = mode.mark_of(args[0]) if args else None
+        if mark is not None and isinstance(output, torch.Tensor) and output.shape == args[0].shape:
+            mode.mark(output, mark)
+
+    for stack in stacks:
+        for block in stack.blocks:
+            handles.append(block.register_forward_pre_hook(enter_block(stack), with_kwargs=True))
+            handles.append(block.register_forward_hook(leave_block(stack)))
+            for submodule in _modules_outside_adapters(block):
+                handles.append(submodule.register_forward_pre_hook(see_input, with_kwargs=True))
+                if _has_channel_weights_only(submodule):
+                    handles.append(submodule.register_forward_hook(see_norm))
+    devices = {parameter.device for parameter in root.parameters() if parameter.device.type == "cuda"}
+    modes = {submodule: submodule.training for submodule in root.modules()}
+    try:
+        root.eval()
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), mode, contextlib.suppress(_Finished):
+            module(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for submodule, training in modes.items():
+            submodule.training = training
+    for stack in stacks:
+        _spread_to_like_blocks(stack, feeds, names)
+
+
+def _spread_to_like_blocks(stack: BlockStack, feeds: Feeds, names: dict[int, str]) -> None:
+    """Blocks that did not run are fed as a block of the same kind that did."""
+    examples: dict[tuple, str] = {}
+    for block in stack.blocks:
+        name = names[id(block)]
+        if name in feeds.marks or any(key.startswith(name + ".") for key in feeds.marks):
+            examples.setdefault(_kind(block), name)
+    for block in stack.blocks:
+        name, example = names[id(block)], examples.get(_kind(block))
+        if example is None or example == name:
+            continue
+        for key in [key for key in feeds.marks if key.startswith(example + ".")]:
+            feeds.marks.setdefault(name + key[len(example) :], set()).update(feeds.marks[key])
+
+
+def _trial_runs(root: nn.Module, stack: BlockStack) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:
+    """The models around a stack, outermost first, each with the inputs that may suit it."""
+    for module in path_between(root, stack.owner_name):
+        if not isinstance(module, PreTrainedModel):
+            continue
+        kinds = dict.fromkeys([module.main_input_name, "input_ids", "pixel_values", "input_features"])
+        for kind in kinds:
+            inputs = _inputs(module, kind)
+            if inputs is not None:
+                yield module, inputs
+
+
+def _inputs(model: PreTrainedModel, kind: str) -> dict[str, torch.Tensor] | None:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    config: Any = model.config
+    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    inputs: dict[str, torch.Tensor] = {}
+    if kind == "input_ids":
+        inputs["input_ids"] = torch.ones(1, _TOKENS, dtype=torch.long, device=device)
+    elif kind == "pixel_values":
+        vision = getattr(config, "vision_config", None) or config
+        size = getattr(vision, "image_size", None)
+        if size is None:
+            return None
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = getattr(vision, "num_channels", 3)
+        inputs["pixel_values"] = torch.zeros(1, channels, height, width, dtype=floating, device=device)
+    elif kind == "input_features":
+        if not hasattr(config, "num_mel_bins") or not hasattr(config, "max_source_positions"):
+            return None
+        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs["input_features"] = torch.zeros(shape, dtype=floating, device=device)
+    else:
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.ones(1, _TOKENS, dtype=torch.long, device=device)
+    return inputs
+
+
+def _modules_outside_adapters(block: nn.Module) -> Iterator[nn.Module]:
+    for child in block.children():
+        yield child
+        if not isinstance(child, BaseTunerLayer):
+            yield from _modules_outside_adapters(child)
+
+
+def _has_channel_weights_only(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(parameter.dim() == 1 for parameter in parameters)
+
+
+def _kind(block: nn.Module) -> tuple:
+    return (type(block), tuple((name, type(module)) for name, module in block.named_modules()))
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+def _marked_width(mode: _StreamMode, args: tuple) -> torch.Size:
+    return next(arg.shape[-1:] for arg in args if isinstance(arg, torch.Tensor) and mode.mark_of(arg) is not None)

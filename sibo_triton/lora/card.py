@@ -1,0 +1,32 @@
+"""The part of a saved adapter's model card that tells how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_START, _END = "<!-- sibo-triton -->", "<!-- /sibo-triton -->"
+
+
+def update_model_card(directory: str, lambda_: float, learnable: bool, source: str) -> None:
+    """Write or replace the SIBO section of `directory`/README.md."""
+    path = Path(directory) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else "---\nlibrary_name: peft\n---\n"
+    before, start, rest = text.partition(_START)
+    after = rest.partition(_END)[2] if start else ""
+    value = f"learnable, one per module, starting at {lambda_}" if learnable else f"{lambda_}"
+    section = f"""{_START}
+## SIBO-LoRA
+
+This is a SIBO-LoRA adapter (arXiv 2402.11896), not a plain LoRA adapter: the adapter reads
+`(1 - lambda) * x + lambda * h0`, where h0 is the initial residual.
+
+- lambda: {value}
+- initial residual: {source}
+
+It needs `pip install sibo-triton`, and one line before it is loaded:
+
+```python
+import sibo_triton  # registers the adapter type with PEFT
+```
+{_END}"""
+    path.write_text(f"{before.rstrip()}\n\n{section}\n{after.lstrip()}", encoding="utf-8")

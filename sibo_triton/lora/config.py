@@ -1,0 +1,138 @@
+"""`SiboLoraConfig`: PEFT's `LoraConfig` with the options of SIBO."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft import LoraConfig
+
+from sibo_triton.lora.card import update_model_card
+from sibo_triton.mixing import InitialResidualSource, validate_lambda, validate_source
+
+# The type in adapter_config.json. Stock PEFT does not know it and fails, instead of loading the adapter as plain LoRA
+# and computing something else. In memory the type is LORA, so that hotswap, weight conversion, Trainer and TRL work.
+SIBO_LORA_TYPE = "SIBO_LORA"
+
+# Initialisations that leave the base weights alone. The others subtract B A from W0, and a fresh adapter gives that
+# back only when it reads x itself.
+_SAFE_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+# Options that make LoRA another method. PEFT >= 0.20 marks them in the field's metadata; 0.19 does not.
+_VARIANT_FIELDS = ("use_dora", "alora_invocation_tokens", "use_qalora", "arrow_config", "use_bdlora")
+
+
+@dataclass
+class SiboLoraConfig(LoraConfig):
+    """Configuration of a SIBO-LoRA adapter (arXiv 2402.11896).
+
+        y = W0 x + b + s * B A drop(x~),    x~ = (1 - lambda) * x + lambda * h0
+
+    `h0` is the initial residual: the hidden state that enters the first transformer block. Everything that `LoraConfig`
+    takes is taken here, with the same meaning.
+
+    Args:
+        sibo_lambda: lambda in [0, 1], the share of the initial residual. 0 is plain LoRA, and then stock PEFT layers
+            run and a plain LoRA adapter is saved.
+        sibo_learnable: train one lambda per mixing module (a sigmoid, starting at `sibo_lambda`, no weight decay).
+        sibo_target_modules: which of the LoRA targets mix, matched as PEFT matches `target_modules`. Default: those
+            that read the residual stream of their stack, found by running the model once on a tiny input and
+            following what feeds them. The attention output projection, down projections and cross-attention keys and
+            values never do; they get plain LoRA.
+        sibo_source: "block_input", what enters the first block, or "embedding", what the token embedding returns.
+        sibo_blocks: names of the block lists from the base model's root ("model.layers"), where detection fails or
+            takes too much. Default: every list of transformers' blocks that holds a LoRA target, each with its own h0.
+
+    Raises:
+        TypeError: `sibo_lambda` is not a number, `sibo_learnable` not a bool, or a list option is of another type.
+        ValueError: `sibo_lambda` is NaN or outside of [0, 1], `sibo_source` is unknown, or the config asks for
+            something that SIBO cannot do right: DoRA, aLoRA and the other variants of LoRA, initialisations that
+            change the base weights (PiSSA, OLoRA, CorDA, LoftQ...), layer replication.
+    """
+
+    sibo_lambda: float = field(default=0.1, metadata={"help": "Share of the initial residual in the adapter's input."})
+    sibo_learnable: bool = field(default=False, metadata={"help": "Train lambda, one for each mixing module."})
+    sibo_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Which of the LoRA targets mix; default: those that read the residual stream."},
+    )
+    sibo_source: InitialResidualSource = field(
+        default="block_input", metadata={"help": "Where the initial residual is taken: 'block_input' or 'embedding'."}
+    )
+    sibo_blocks: list[str] | None = field(
+        default=None, metadata={"help": "Names of the block lists, from the base model's root; default: detected."}
+    )
+
+    def __post_init__(self) -> None:
+        # PEFT hands the file's peft_type to the constructor; LoraConfig then overwrites it with LORA.
+        self._sibo_from_file = self.peft_type == SIBO_LORA_TYPE
+        # Names that the default chose, by adapter injection; written to the file so that a reload needs no search.
+        self._sibo_resolved: list[str] | None = None
+        super().__post_init__()
+        self.check_options()
+
+    def check_options(self) -> None:
+        """Raise what the constructor raises; injection calls it again, for options that were set since."""
+        if not isinstance(self.sibo_learnable, bool):
+            raise TypeError(f"sibo_learnable must be True or False, got {self.sibo_learnable!r}.")
+        self.sibo_lambda = validate_lambda(self.sibo_lambda, self.sibo_learnable)
+        validate_source(self.sibo_source)
+        if isinstance(self.sibo_blocks, str):
+            self.sibo_blocks = [self.sibo_blocks]
+        for name in ("sibo_blocks", "sibo_target_modules"):
+            self._check_names(name)
+        if self.mixes:
+            self._refuse_what_cannot_mix()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any module may mix: lambda is not 0, or learnable."""
+        return self.sibo_learnable or self.sibo_lambda != 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as it is saved: a plain LoRA adapter's if nothing mixes, else with a peft_type of its own."""
+        config = super().to_dict()
+        own = [f.name for f in fields(SiboLoraConfig) if f.name.startswith("sibo_")]
+        if not self.mixes:
+            return {key: value for key, value in config.items() if key not in own}
+        config["peft_type"] = SIBO_LORA_TYPE
+        if self.sibo_target_modules is None and self._sibo_resolved is not None:
+            config["sibo_target_modules"] = list(self._sibo_resolved)
+        return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        if self.mixes:
+            update_model_card(str(save_directory), self.sibo_lambda, self.sibo_learnable, self.sibo_source)
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None or isinstance(value, str):
+            return
+        if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+            raise TypeError(f"{name} must be a list of module names (or None), got {value!r}.")
+        if not value:
+            raise ValueError(f"{name} is empty. Leave it at None for the default, or use sibo_lambda=0 for plain LoRA.")
+        setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+
+    def _refuse_what_cannot_mix(self) -> None:
+        marked = [f.name for f in fields(self) if f.metadata.get("is_lora_variant")]
+        for name in dict.fromkeys([*_VARIANT_FIELDS, *marked]):
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"{name} cannot be combined with sibo_lambda={self.sibo_lambda}: it computes another adapter, and "
+                    f"SIBO mixes the input of plain LoRA. Drop {name}, or use peft.LoraConfig for it."
+                )
+        init = self.init_lora_weights
+        if init not in _SAFE_INITS:
+            raise ValueError(
+                f"init_lora_weights={init!r} changes the base weights so that base plus fresh adapter equals the "
+                f"original, which does not hold when the adapter reads a mix (sibo_lambda={self.sibo_lambda}). Use "
+                "init_lora_weights=True, 'gaussian', 'orthogonal' or 'eva', or peft.LoraConfig."
+            )
+        if self.layer_replication:
+            raise ValueError(
+                "layer_replication cannot be combined with SIBO: replicated blocks share modules, so what their "
+                "initial residual is cannot be told. Drop layer_replication, or use peft.LoraConfig."
+            )

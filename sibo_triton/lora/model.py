@@ -1,0 +1,236 @@
+"""SIBO on a `LoraModel`: which of its layers mix, what injection adds to them, and when that is taken off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from peft import PeftType
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
+from torch import nn
+
+from sibo_triton.initial_residual import BlockStack, Feeds, attach, attached, detach, find_block_stacks, trace_feeds
+from sibo_triton.lora.checkpoints import check_checkpoint
+from sibo_triton.lora.config import SiboLoraConfig
+from sibo_triton.lora.layer import MixingSite, dispatches_variants, install, lora_layers
+from sibo_triton.lora.snapshot import Snapshot, undo_if_loading_fails
+from sibo_triton.lora.targets import matches, shortest_names
+
+_NOT_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d)
+_ON_TRUST = "named by sibo_target_modules, not verified"
+
+
+class XLoraRefusal(ValueError):
+    """X-LoRA was given a SIBO adapter."""
+
+
+def inject_adapter(
+    original: Callable[..., None], tuner: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """`LoraModel.inject_adapter`, and SIBO on top where the adapter's config asks for it.
+
+    Raises:
+        ValueError: the adapter cannot be made to mix right; the model is then as it was.
+    """
+    config = tuner.peft_config[adapter_name]
+    if not isinstance(config, SiboLoraConfig) or not config.mixes:
+        original(tuner, model, adapter_name, *args, **kwargs)
+        return
+    snapshot = Snapshot(model)
+    targeted = (tuner.targeted_module_names, tuner.targeted_parameter_names)
+    targeted_before = [list(names) for names in targeted]
+
+    def take_back() -> None:
+        snapshot.restore()
+        remove_unused_hooks(model)
+        tuner.peft_config.pop(adapter_name, None)
+        for names, before in zip(targeted, targeted_before, strict=True):
+            names[:] = before
+
+    try:
+        config.check_options()
+        if any(other.peft_type == PeftType.XLORA for other in tuner.peft_config.values()):
+            raise XLoraRefusal(
+                f"Adapter {adapter_name!r} is a SIBO adapter, which X-LoRA cannot use: its layers compute plain LoRA. "
+                "Give X-LoRA plain LoRA adapters (sibo_lambda=0, or peft.LoraConfig)."
+            )
+        stacks = find_block_stacks(model, config.sibo_blocks)
+        # a saved adapter names its modules, as they were found when it was made
+        known = config._sibo_from_file and config.sibo_target_modules is not None
+        feeds = None if known else trace_feeds(model, stacks)
+        original(tuner, model, adapter_name, *args, **kwargs)
+        _make_sibo(model, adapter_name, config, stacks, feeds, active=adapter_name in tuner.active_adapters)
+    except BaseException:
+        take_back()
+        raise
+    undo_if_loading_fails(take_back)
+
+
+def _make_sibo(
+    model: nn.Module,
+    adapter_name: str,
+    config: SiboLoraConfig,
+    stacks: Sequence[BlockStack],
+    feeds: Feeds | None,
+    active: bool,
+) -> None:
+    layers = {name: layer for name, layer in lora_layers(model) if _has_adapter(layer, adapter_name)}
+    decisions: dict[str, tuple[BlockStack | None, str]] = {}
+    for name, layer in layers.items():
+        decisions[name] = _decide(name, layer, config, stacks, feeds)
+    mixing = {name: stack for name, (stack, _) in decisions.items() if stack is not None}
+    _check_request(config, layers, mixing, decisions)
+    on_trust = [name for name, (_, reason) in decisions.items() if reason == _ON_TRUST]
+    if on_trust and feeds is not None:
+        warnings.warn(
+            f"sibo_target_modules is taken on trust for {_some(dict.fromkeys(on_trust))}: "
+            f"{'; '.join(feeds.problems.values())}. Make sure that their input is the residual stream.",
+            stacklevel=2,
+        )
+
+    used = {stack.name: stack for stack in mixing.values()}
+    # all are looked up before the first hook is put on, for what may be refused
+    embeddings = {name: _embedding_name(model, stack, config, layers, mixing) for name, stack in used.items()}
+    residuals = {name: attach(model, stack, config.sibo_source, embeddings[name]) for name, stack in used.items()}
+    for name, layer in layers.items():
+        stack, reason = decisions[name]
+        site = MixingSite(name, residuals[stack.name] if stack is not None else None, reason)
+        train = active and not config.inference_mode
+        install(layer, adapter_name, site, config.sibo_lambda, config.sibo_learnable, train)
+    config._sibo_resolved = shortest_names(list(mixing), list(layers))
+    if not any(getattr(hook, "hook", hook) is check_checkpoint for hook in model._load_state_dict_pre_hooks.values()):
+        model.register_load_state_dict_pre_hook(check_checkpoint)
+
+
+def _decide(
+    name: str, layer: LoraLayer, config: SiboLoraConfig, stacks: Sequence[BlockStack], feeds: Feeds | None
+) -> tuple[BlockStack | None, str]:
+    """The stack whose initial residual a LoRA layer mixes in, or None; and why."""
+    requested = config.sibo_target_modules
+    asked = requested is not None and matches(requested, name)
+    stack = next((stack for stack in stacks if stack.holds(name)), None)
+    if stack is None:
+        mixes, reason = False, "lies outside of the stacks of blocks"
+    elif isinstance(layer, _NOT_LINEAR) or not _is_linear(layer):
+        mixes, reason = False, f"is a {type(layer.get_base_layer()).__name__}, not a linear layer"
+    elif feeds is None:
+        mixes, reason = True, "named by the saved adapter"
+    else:
+        mixes, reason = feeds.reads(name, stack)
+        if asked and stack.name in feeds.problems:
+            mixes, reason = True, _ON_TRUST
+    if asked and not mixes:
+        raise ValueError(
+            f"sibo_target_modules asks for {name}, which cannot mix: it {reason}. Leave it out of sibo_target_modules; "
+            "it still gets plain LoRA."
+        )
+    if asked and not dispatches_variants(layer):
+        mixes = True
+    if mixes and requested is not None and not asked:
+        return None, "not among sibo_target_modules"
+    if mixes and not dispatches_variants(layer):
+        raise ValueError(
+            f"{name} is a {type(layer).__name__}, a PEFT layer that computes plain LoRA whatever the adapter is, so "
+            f"SIBO would be left out silently. Use another quantisation (bitsandbytes, GPTQ, HQQ, torchao) or none, or "
+            "peft.LoraConfig."
+        )
+    return (stack, reason) if mixes else (None, reason)
+
+
+def _check_request(
+    config: SiboLoraConfig,
+    layers: dict[str, LoraLayer],
+    mixing: dict[str, BlockStack],
+    decisions: dict[str, tuple[BlockStack | None, str]],
+) -> None:
+    requested = config.sibo_target_modules
+    if isinstance(requested, list):
+        idle = [item for item in requested if not any(matches([item], name) for name in layers)]
+        if idle:
+            raise ValueError(
+                f"sibo_target_modules names {', '.join(map(repr, idle))}, which match no module that LoRA targets. The "
+                f"LoRA targets are {_some(layers)}: add the module to target_modules, or mend the name."
+            )
+    if mixing:
+        return
+    if isinstance(requested, str):
+        raise ValueError(f"sibo_target_modules={requested!r} matches none of the LoRA targets: {_some(layers)}.")
+    examples: dict[str, str] = {}
+    for name, (_, reason) in decisions.items():
+        examples.setdefault(reason, name)
+    reasons = "; ".join(f"{name}: {reason}" for reason, name in examples.items())
+    raise ValueError(
+        f"None of the {len(layers)} LoRA targets can mix in the initial residual ({reasons}), so SIBO would be plain "
+        "LoRA. Target linears that read the residual stream (q/k/v, gate/up, the first of an MLP); where they cannot "
+        "be found, name them in sibo_target_modules and their block list in sibo_blocks; or use sibo_lambda=0."
+    )
+
+
+def _embedding_name(
+    model: nn.Module,
+    stack: BlockStack,
+    config: SiboLoraConfig,
+    layers: dict[str, LoraLayer],
+    mixing: dict[str, BlockStack],
+) -> str | None:
+    """For sibo_source="embedding": the name of the token embedding that feeds `stack`."""
+    if config.sibo_source != "embedding":
+        return None
+    names = stack.owner_name.split(".") if stack.owner_name else []
+    for end in range(len(names), -1, -1):
+        module: Any = model.get_submodule(".".join(names[:end]))
+        try:
+            embedding = module.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if embedding is not None:
+            break
+    else:
+        raise ValueError(
+            f"sibo_source='embedding': no token embedding was found for {stack.name!r} (get_input_embeddings). Use "
+            "sibo_source='block_input'."
+        )
+    table = embedding
+    while not isinstance(table, nn.Embedding):
+        inner = getattr(table, "base_layer", None) or getattr(table, "original_module", None)
+        if inner is None:
+            raise ValueError(
+                f"sibo_source='embedding': the input embedding of {stack.name!r} is a {type(table).__name__}, which "
+                "has no token table. Use sibo_source='block_input'."
+            )
+        table = inner
+    for name, its_stack in mixing.items():
+        if its_stack is stack and layers[name].in_features != table.embedding_dim:
+            raise ValueError(
+                f"sibo_source='embedding': {name} reads {layers[name].in_features} features, but the embedding has "
+                f"{table.embedding_dim}. Use sibo_source='block_input'."
+            )
+    return next(name for name, candidate in model.named_modules() if candidate is embedding)
+
+
+def remove_unused_hooks(model: nn.Module) -> None:
+    """Take off the hooks of initial residuals that no layer of `model` mixes in any more."""
+    used = {id(site.residual) for _, layer in lora_layers(model) for site in getattr(layer, "sibo_sites", {}).values()}
+    for residual in attached(model):
+        if id(residual) not in used:
+            detach(model, residual)
+    if not attached(model):
+        for key, hook in list(model._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", hook) is check_checkpoint:
+                del model._load_state_dict_pre_hooks[key]
+
+
+def _has_adapter(layer: LoraLayer, adapter_name: str) -> bool:
+    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
+
+
+def _is_linear(layer: LoraLayer) -> bool:
+    down = next(iter(layer.lora_A.values()), None)
+    return isinstance(down, nn.Linear) and not hasattr(layer, "parameter_name")  # PEFT's wrapper of an nn.Parameter
+
+
+def _some(layers: dict[str, Any]) -> str:
+    names = shortest_names(list(layers), list(layers))
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

@@ -1,0 +1,39 @@
+"""What a model with SIBO adapters does not do, because the result would be another adapter without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from sibo_triton.lora.layer import dispatches_variants, lora_layers, refuse_merge, sibo_adapters
+
+
+def check_merge_allowed(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
+    """Raise a ValueError if any of the adapters (default: the active ones) mixes anywhere in the model."""
+    for name, layer in lora_layers(model):
+        for adapter_name in adapter_names or layer.active_adapters:
+            if adapter_name in sibo_adapters(layer):
+                refuse_merge(f"adapter {adapter_name!r} ({name} mixes)")
+
+
+def check_weighted_adapter_allowed(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Raise a ValueError if any of the adapters to be combined mixes."""
+    for name, layer in lora_layers(model):
+        for adapter_name in sibo_adapters(layer):
+            if adapter_name in adapters:
+                raise ValueError(
+                    f"Cannot combine adapter {adapter_name!r} ({name} mixes): adapters that read different mixes do "
+                    "not add up to one. Activate several with base_model.set_adapter([...]) instead."
+                )
+
+
+def check_mixed_batch_allowed(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Raise a ValueError if a layer would run one of the adapters as plain LoRA in a batch of several (HQQ's would)."""
+    for name, layer in lora_layers(model):
+        for adapter_name in sibo_adapters(layer):
+            if adapter_name in adapter_names and not dispatches_variants(layer, "_mixed_batch_forward"):
+                raise ValueError(
+                    f"{name} is a {type(layer).__name__}, which would run adapter {adapter_name!r} of a mixed batch as "
+                    "plain LoRA. Run one adapter at a time: set_adapter, and no adapter_names."
+                )

@@ -1,0 +1,30 @@
+"""Match module names as PEFT matches `target_modules`, and say a set of them shortly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def matches(target: Sequence[str] | str, name: str) -> bool:
+    """A string is a regular expression for the whole name; the items of a list are names or their last parts."""
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(name == item or name.endswith(f".{item}") for item in target)
+
+
+def shortest_names(chosen: Sequence[str], among: Sequence[str]) -> list[str]:
+    """A short list of name endings that matches `chosen` and nothing else of `among`.
+
+    ["q_proj", "k_proj"] where the endings tell them apart ("SelfAttention.q" where "q" would not), else full names.
+    """
+    wanted = set(chosen)
+    result: dict[str, None] = {}
+    for name in chosen:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if all(other in wanted for other in among if matches([ending], other)):
+                result[ending] = None
+                break
+    return list(result)

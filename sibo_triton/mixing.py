@@ -1,0 +1,121 @@
+"""How a module mixes: lambda as a tensor that is saved with the weights, and the options every SIBO method shares.
+
+The paper's equation 4:  x~ = (1 - lambda) * x + lambda * h0.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+InitialResidualSource = Literal["block_input", "embedding"]
+
+
+def validate_lambda(value: Any, learnable: bool = False) -> float:
+    """Check a mixing ratio and return it as a float.
+
+    Args:
+        value: the ratio lambda, a real number in [0, 1].
+        learnable: whether it is going to be trained as a sigmoid, which reaches neither 0 nor 1.
+
+    Raises:
+        TypeError: `value` is not a real number.
+        ValueError: `value` is NaN or outside of [0, 1], or 0 or 1 and learnable.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"sibo_lambda must be a number in [0, 1], got {value!r} of type {type(value).__name__}.")
+    value = float(value)
+    if math.isnan(value) or not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"sibo_lambda must lie in [0, 1], got {value}. It is the share of the initial residual in the adapter's "
+            "input: 0 is the plain method, the paper uses 0.1 to 0.3."
+        )
+    if learnable and value in (0.0, 1.0):
+        raise ValueError(
+            f"sibo_learnable=True needs a sibo_lambda strictly between 0 and 1 to start from, got {value}: a learnable "
+            "lambda is a sigmoid, which cannot leave 0 or 1. Choose a start such as 0.1, or sibo_learnable=False."
+        )
+    return value
+
+
+def validate_source(source: Any) -> None:
+    """Raise a ValueError if `source` names no initial residual."""
+    if source not in get_args(InitialResidualSource):
+        choices = " or ".join(repr(choice) for choice in get_args(InitialResidualSource))
+        raise ValueError(f"sibo_source must be {choices}, got {source!r}.")
+
+
+class SiboLambda(nn.Module):
+    """The mixing ratio lambda of one module and one adapter: an fp32 tensor of shape [1], part of the state dict.
+
+    The tensor is what computes, not the config, so that whatever loads the adapter's weights loads its lambda too. It
+    stays fp32 when the model is cast (in bfloat16 0.3 would become 0.30078).
+
+    * fixed: a buffer `weight` holding lambda. A buffer, because PEFT makes every adapter parameter trainable.
+    * learnable: lambda = gate * sigmoid(logit_bias). Trained raw, lambda leaves [0, 1]. The parameter's name holds
+      "bias" because that is how `transformers.Trainer` and PEFT's optimizers know what weight decay must not touch.
+      `gate` is a buffer of ones: PEFT's hotswap zeroes what a checkpoint does not hold, and a plain LoRA checkpoint
+      must then give lambda = 0, not sigmoid(0) = 0.5. The names differ from the fixed ones so that swapping one kind
+      for the other is an error.
+    """
+
+    weight: torch.Tensor
+    gate: torch.Tensor
+    logit_bias: nn.Parameter
+
+    def __init__(self, value: float, learnable: bool = False, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.learnable = learnable
+        if learnable:
+            logit = math.log(value) - math.log1p(-value)
+            self.logit_bias = nn.Parameter(torch.full((1,), logit, dtype=torch.float32, device=device))
+            self.register_buffer("gate", torch.ones(1, dtype=torch.float32, device=device))
+        else:
+            self.register_buffer("weight", torch.full((1,), value, dtype=torch.float32, device=device))
+
+    def forward(self) -> torch.Tensor:
+        """Return lambda: fp32, shape [1]."""
+        return self.gate * torch.sigmoid(self.logit_bias) if self.learnable else self.weight
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint must hold, by their names in this module."""
+        return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+
+    def problem_with(self, name: str, tensor: torch.Tensor) -> str | None:
+        """Say what is wrong with a checkpoint's `tensor` for the entry `name`, or None."""
+        if tuple(tensor.shape) != (1,):
+            return f"has shape {list(tensor.shape)}, expected [1]"
+        if tensor.is_meta:
+            return None
+        value = float(tensor.detach().float())
+        if math.isnan(value) or math.isinf(value):
+            return f"is {value}"
+        if name != "logit_bias" and not 0.0 <= value <= 1.0:
+            return f"is {value}, outside of [0, 1]"
+        return None
+
+    def extra_repr(self) -> str:
+        tensor = self.logit_bias if self.learnable else self.weight
+        if tensor.is_meta:
+            return f"learnable={self.learnable}"
+        return f"{float(self().detach()):.4g}, learnable={self.learnable}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SiboLambda:
+        before = {name: tensor.detach() for name, tensor in self.tensors().items()}
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if tensor.dtype != torch.float32:  # a cast: keep the device it chose, take the value back
+                    tensor.data = before[name].to(tensor.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in self.tensors():
+            key = prefix + name
+            if key in state_dict:  # load_state_dict(assign=True) would take the checkpoint's dtype
+                state_dict[key] = state_dict[key].to(torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args)

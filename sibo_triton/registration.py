@@ -1,0 +1,212 @@
+"""Everything that sibo_triton changes in PEFT and transformers, in one place.
+
+Plain LoRA is left alone: each wrapper calls what it wraps with the same arguments, and acts only where an adapter's
+config is a `SiboLoraConfig`. PEFT's own mapping of LORA is not touched, so configs print, warn, save and pickle as
+ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.mixed import MixedModel
+from peft.tuners.xlora import XLoraModel
+from peft.utils import hotswap
+from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from sibo_triton.lora import checkpoints, refusals
+from sibo_triton.lora import model as sibo_lora
+from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
+from sibo_triton.lora.layer import lora_layers, mixed_batch, refuse_merge, sibo_adapters, site_of
+from sibo_triton.lora.snapshot import Snapshot, loading
+
+_REGISTERED = "_sibo_triton_wraps"
+
+
+def register() -> None:
+    """Make PEFT know SIBO adapters. Called by `import sibo_triton`; more than once does no harm."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[SIBO_LORA_TYPE] = SiboLoraConfig  # what adapter_config.json of a SIBO adapter says
+    _wrap(LoraModel, "inject_adapter", _inject_adapter)
+    _wrap(LoraModel, "merge_adapter", _merge_adapter)
+    _wrap(LoraModel, "_unload_and_optionally_merge", _unload)
+    _wrap(LoraModel, "_check_add_weighted_adapter", _check_weighted)
+    _wrap(LoraModel, "delete_adapter", _delete_adapter)
+    _wrap(LoraModel, "_enable_peft_forward_hooks", _check_mixed_batch)
+    _wrap_layer_class(LoraLinear)
+    _wrap(MixedModel, "inject_adapter", _refuse_mixed_model)
+    _wrap(XLoraModel, "__init__", _x_lora)
+    _wrap(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
+    _wrap(PeftModel, "from_pretrained", _from_pretrained)
+    _wrap(PeftModel, "load_adapter", _load_adapter)
+    _wrap(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
+    _wrap(PeftAdapterMixin, "delete_adapter", _transformers_delete_adapter)
+
+
+def _wrap(owner: type | ModuleType, name: str, wrapper: Callable) -> None:
+    attribute = inspect.getattr_static(owner, name)
+    is_classmethod = isinstance(attribute, classmethod)
+    original = attribute.__func__ if is_classmethod else attribute
+    if hasattr(original, _REGISTERED):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    setattr(wrapped, _REGISTERED, original)
+    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def _wrap_layer_class(layer_class: type) -> None:
+    """Wrap what a class of LoRA layers defines or inherits. PEFT imports those of its backends when it needs them."""
+    for name, wrapper in _LAYER_WRAPPERS.items():
+        owner = next((base for base in layer_class.__mro__ if name in vars(base)), None)
+        if owner is not None:
+            _wrap(owner, name, wrapper)
+
+
+def _inject_adapter(
+    original: Callable, tuner: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    sibo_lora.inject_adapter(original, tuner, model, adapter_name, *args, **kwargs)
+    for _, layer in lora_layers(model):
+        if sibo_adapters(layer):
+            _wrap_layer_class(type(layer))
+
+
+def _merge_adapter(original: Callable, tuner: LoraModel, adapter_names: Any = None, *args: Any, **kwargs: Any) -> Any:
+    refusals.check_merge_allowed(tuner.model, adapter_names)
+    return original(tuner, adapter_names, *args, **kwargs)
+
+
+def _unload(original: Callable, tuner: LoraModel, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    if merge:
+        names = kwargs.get("adapter_names", args[2] if len(args) > 2 else None)
+        refusals.check_merge_allowed(tuner.model, names)
+    model = original(tuner, merge, *args, **kwargs)
+    sibo_lora.remove_unused_hooks(tuner.model)
+    return model
+
+
+def _check_weighted(original: Callable, tuner: LoraModel, adapters: Any, *args: Any, **kwargs: Any) -> Any:
+    refusals.check_weighted_adapter_allowed(tuner.model, adapters)
+    return original(tuner, adapters, *args, **kwargs)
+
+
+def _delete_adapter(original: Callable, tuner: LoraModel, *args: Any, **kwargs: Any) -> Any:
+    result = original(tuner, *args, **kwargs)
+    sibo_lora.remove_unused_hooks(tuner.model)
+    return result
+
+
+def _check_mixed_batch(original: Callable, tuner: LoraModel, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("adapter_names") is not None:  # here, for PEFT leaves its hooks behind when a forward raises
+        refusals.check_mixed_batch_allowed(tuner.model, kwargs["adapter_names"])
+    return original(tuner, *args, **kwargs)
+
+
+def _merge_layer(
+    original: Callable, layer: LoraLayer, safe_merge: bool = False, adapter_names: Any = None, **kwargs: Any
+) -> Any:
+    for name in adapter_names or layer.active_adapters:  # before PEFT merges a plain one in front
+        if name in sibo_adapters(layer):
+            refuse_merge(f"{site_of(layer, name).name}, adapter {name!r}")
+    return original(layer, safe_merge, adapter_names, **kwargs)
+
+
+def _supports_lora_conversion(original: Callable, layer: LoraLayer, adapter_name: str = "default") -> bool:
+    return adapter_name not in sibo_adapters(layer) and original(layer, adapter_name)  # PEFT 0.19 asks no variant
+
+
+def _mixed_batch_forward(original: Callable, layer: LoraLayer, x: Any, *args: Any, **kwargs: Any) -> Any:
+    with mixed_batch(kwargs["adapter_names"]):
+        return original(layer, x, *args, **kwargs)
+
+
+_LAYER_WRAPPERS: dict[str, Callable] = {
+    "merge": _merge_layer,
+    "supports_lora_conversion": _supports_lora_conversion,
+    "_mixed_batch_forward": _mixed_batch_forward,
+}
+
+
+def _x_lora(original: Callable, tuner: XLoraModel, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    snapshot = Snapshot(model)
+    try:
+        original(tuner, model, *args, **kwargs)
+    except sibo_lora.XLoraRefusal:
+        snapshot.restore()  # X-LoRA freezes the model, and may have injected plain adapters
+        raise
+
+
+def _refuse_mixed_model(
+    original: Callable, tuner: MixedModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    config: PeftConfig = tuner.peft_config[adapter_name]
+    if isinstance(config, SiboLoraConfig) and config.mixes:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is a SIBO adapter, which PeftMixedModel would run as plain LoRA. Use "
+            "get_peft_model(..., mixed=False), or a plain peft.LoraConfig."
+        )
+    return original(tuner, model, adapter_name, *args, **kwargs)
+
+
+def _check_hotswap(original: Callable, old: PeftConfig, new: PeftConfig) -> None:
+    original(old, new)
+    checkpoints.check_same_source(old, new)
+
+
+def _from_pretrained(original: Callable, cls: type[PeftModel], *args: Any, **kwargs: Any) -> Any:
+    with loading():  # injects before it calls load_adapter
+        return original(cls, *args, **kwargs)
+
+
+def _load_adapter(
+    original: Callable, peft_model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    _check_weights_fit(peft_model, model_id, adapter_name, kwargs)
+    with loading():
+        result = original(peft_model, model_id, adapter_name, *args, **kwargs)
+        checkpoints.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
+        return result
+
+
+def _check_weights_fit(model: Any, model_id: Any, adapter_name: str, kwargs: dict[str, Any]) -> None:
+    """Before weights are loaded onto an adapter that is there: neither library compares the configs."""
+    existing = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(existing, SiboLoraConfig) or model_id is None:
+        return
+    hub_kwargs, _, _ = PeftConfig._split_kwargs(kwargs)
+    try:
+        saved = PeftConfig.from_pretrained(model_id, **hub_kwargs)
+    except (ValueError, OSError):  # weights alone are enough for PEFT
+        return
+    checkpoints.check_same_source(existing, saved)
+
+
+def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+    adapter_name = kwargs.get("adapter_name", args[1] if len(args) > 1 else None) or "default"
+    _check_weights_fit(model, kwargs.get("peft_model_id", args[0] if args else None), adapter_name, {})
+    with loading():
+        result = original(model, *args, **kwargs)
+        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SiboLoraConfig):
+            without_value = [*result.missing_keys, *(key for key, *_ in result.mismatched_keys)]
+            checkpoints.check_loaded_lambdas(model, adapter_name, without_value)
+        checkpoints.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
+        return result
+
+
+def _transformers_delete_adapter(original: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    result = original(model, *args, **kwargs)
+    sibo_lora.remove_unused_hooks(model)
+    return result

@@ -1,0 +1,327 @@
+"""The initial residual is bound to its own forward: checkpointing of every kind gives the gradients of none."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import oracle_like
+from peft import get_peft_model
+from tiny_models import ARCHITECTURES, llama, randomise_adapters
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sibo_triton import SiboLoraConfig
+
+pytestmark = pytest.mark.oldest
+
+Enable = Callable[[nn.Module], None]
+
+
+def _nothing(model: nn.Module) -> None:
+    pass
+
+
+def _reentrant(model: nn.Module) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+
+
+def _non_reentrant(model: nn.Module) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _non_reentrant_with_input_gradients(model: nn.Module) -> None:
+    _non_reentrant(model)
+    model.enable_input_require_grads()
+
+
+def _wrapper(model: nn.Module) -> None:
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
+        check_fn=lambda module: isinstance(module, GradientCheckpointingLayer),
+    )
+
+
+KINDS = {
+    "reentrant": _reentrant,
+    "non_reentrant": _non_reentrant,
+    "non_reentrant_with_input_gradients": _non_reentrant_with_input_gradients,
+    "checkpoint_wrapper": _wrapper,
+}
+
+
+TRAINABLE_EMBEDDINGS = [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": list(range(50))}]
+
+
+def _model(architecture: str = "llama", **config: object) -> nn.Module:
+    torch.manual_seed(3)
+    chosen = ARCHITECTURES[architecture]
+    options = {"r": 4, "target_modules": list(chosen.targets), "sibo_lambda": 0.4, "lora_dropout": 0.0, **config}
+    model = get_peft_model(chosen.build(), SiboLoraConfig(task_type=chosen.task_type, **options))
+    randomise_adapters(model)
+    return model.train()
+
+
+def _batches(architecture: str = "llama") -> tuple[dict, dict]:
+    torch.manual_seed(4)
+    more = {"use_cache": False} if architecture == "t5" else {}  # a wrapper's recompute would write the cache twice
+    return {**ARCHITECTURES[architecture].inputs(), **more}, {**ARCHITECTURES[architecture].inputs(), **more}
+
+
+def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    # a wrapper puts its name into the parameters'
+    named = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in model.named_parameters()}
+    return {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+
+
+def _assert_same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert gradients.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _interleaved(enable: Enable, architecture: str = "llama", between: str | None = None, **config: object) -> dict:
+    """Forward A, forward B, backward A, backward B."""
+    model = _model(architecture, **config)
+    enable(model.get_base_model() if enable is _wrapper else model)
+    first, second = _batches(architecture)
+    loss_a = model(**first).loss
+    if between == "disable_adapter":
+        with model.disable_adapter():
+            model(**second)
+        with torch.no_grad(), model.disable_adapter():
+            model(**second)
+    loss_b = model(**second).loss
+    loss_a.backward()
+    # weights that differ, so that exchanging the two would show
+    (3 * loss_b).backward()
+    return _gradients(model)
+
+
+def _one_after_the_other(architecture: str = "llama", **config: object) -> dict:
+    """What the interleaved order must give: no checkpointing, each forward followed by its backward."""
+    model = _model(architecture, **config)
+    first, second = _batches(architecture)
+    model(**first).loss.backward()
+    (3 * model(**second).loss).backward()
+    return _gradients(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5", "bert"])
+def test_two_forwards_then_two_backwards(kind: str, architecture: str) -> None:
+    expected = _one_after_the_other(architecture)
+    _assert_same(_interleaved(KINDS[kind], architecture), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_pass_without_adapter_in_between(kind: str) -> None:
+    _assert_same(_interleaved(KINDS[kind], between="disable_adapter"), _one_after_the_other())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_learnable_lambda(kind: str) -> None:
+    expected = _one_after_the_other(sibo_learnable=True)
+    assert any("lora_sibo_lambda" in name and value.abs().max() > 0 for name, value in expected.items())
+    _assert_same(_interleaved(KINDS[kind], sibo_learnable=True), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", TRAINABLE_EMBEDDINGS)
+def test_with_trainable_embeddings(kind: str, config: dict) -> None:
+    expected = _one_after_the_other(**config)
+    embedding = [name for name in expected if "embed_tokens" in name]
+    assert embedding
+    _assert_same(_interleaved(KINDS[kind], **config), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", ["block_input", "embedding"])
+def test_with_two_sources_side_by_side(kind: str, source: str) -> None:
+    def run(enable: Enable, interleave: bool) -> dict:
+        model = _model()
+        other = "embedding" if source == "block_input" else "block_input"
+        targets = list(ARCHITECTURES["llama"].targets)
+        model.add_adapter("other", SiboLoraConfig(r=2, target_modules=targets, sibo_source=other, sibo_lambda=0.2))
+        torch.manual_seed(5)
+        randomise_adapters(model)
+        model.base_model.set_adapter(["default", "other"])
+        enable(model.get_base_model() if enable is _wrapper else model)
+        losses = [model(**batch).loss for batch in _batches()] if interleave else None
+        for index, batch in enumerate(_batches()):
+            ((1 + 2 * index) * (losses[index] if losses else model(**batch).loss)).backward()
+        return _gradients(model)
+
+    _assert_same(run(KINDS[kind], True), run(_nothing, False))
+
+
+def test_dropout_is_replayed() -> None:
+    def run(enable: Enable) -> dict:
+        model = _model(lora_dropout=0.3)
+        enable(model)
+        torch.manual_seed(7)
+        model(**_batches()[0]).loss.backward()
+        return _gradients(model)
+
+    _assert_same(run(_non_reentrant), run(_nothing))
+
+
+def test_checkpointing_switched_on_after_a_forward_is_seen() -> None:
+    model = _model()
+    first, second = _batches()
+    model(**first)
+    _non_reentrant(model)
+    loss_a, loss_b = model(**first).loss, model(**second).loss
+    loss_a.backward()
+    (3 * loss_b).backward()
+    _assert_same(_gradients(model), _one_after_the_other())
+    model.gradient_checkpointing_disable()
+    model.zero_grad()
+    model(**first).loss.backward()
+    (3 * model(**second).loss).backward()
+    _assert_same(_gradients(model), _one_after_the_other())
+
+
+def test_a_loss_over_two_forwards() -> None:
+    """As DPO has it: one backward through two forwards and a reference pass."""
+
+    def run(enable: Enable) -> dict:
+        model = _model()
+        enable(model)
+        first, second = _batches()
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(**first).loss
+        (model(**first).loss * model(**second).loss - reference).backward()
+        return _gradients(model)
+
+    for enable in (_reentrant, _non_reentrant):
+        _assert_same(run(enable), run(_nothing))
+
+
+def test_a_part_of_a_block_under_a_wrapper_raises_instead_of_taking_another_h0() -> None:
+    model = _model()
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
+        check_fn=lambda module: type(module).__name__ == "LlamaMLP",
+    )
+    loss = model(**_batches()[0]).loss
+    with pytest.raises(RuntimeError, match=r"mlp\.\w+ mixes in the initial residual of 'model.layers'.*stack"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("config", [{}, TRAINABLE_EMBEDDINGS[0]], ids=["frozen", "trainable_embeddings"])
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_no_h0_outlives_its_step(kind: str, config: dict) -> None:
+    model = _model(**config)
+    KINDS.get(kind, _nothing)(model.get_base_model() if kind == "checkpoint_wrapper" else model)
+    held: list[weakref.ref] = []
+    embedding = model.get_base_model().get_input_embeddings()
+    embedding.register_forward_hook(lambda m, args, output: held.append(weakref.ref(output.untyped_storage())))
+    gc.disable()  # a reference cycle would keep memory until the collector happens to run
+    try:
+        loss = model(**_batches()[0]).loss
+        loss.backward()
+        del loss
+        with torch.no_grad():
+            model(**_batches()[1])
+        assert len(held) >= 2
+        assert not [reference for reference in held if reference() is not None]
+    finally:
+        gc.enable()
+
+
+class _Counter:
+    """Counts how often a gradient reaches the initial residual."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.gradient: torch.Tensor | None = None
+        first = model.get_base_model().model.layers[0]
+        first.register_forward_pre_hook(self._watch)
+
+    def _watch(self, module: nn.Module, args: tuple) -> None:
+        if args[0].requires_grad and self.gradient is None:
+            args[0].register_hook(self._keep)
+
+    def _keep(self, gradient: torch.Tensor) -> None:
+        self.gradient = gradient.clone()
+
+
+def _gradient_of_h0(model: nn.Module, inputs: dict) -> torch.Tensor | None:
+    counter = _Counter(model)
+    model(**inputs).loss.backward()
+    return counter.gradient
+
+
+def test_frozen_embeddings_give_h0_no_gradient_even_when_made_to_require_grad() -> None:
+    """Then block 0's input still gets the stream's gradient, but not that of the mixes of later blocks."""
+    inputs = _batches()[0]
+    model = _model()
+    assert _gradient_of_h0(model, inputs) is None
+    model = _model()
+    model.enable_input_require_grads()
+    stream_only = _gradient_of_h0(model, inputs)
+
+    model = _model()
+    embedded = model.get_base_model().get_input_embeddings()(inputs["input_ids"]).requires_grad_(True)
+    exact = _gradient_of_h0(model, {"inputs_embeds": embedded, "labels": inputs["labels"]})
+    assert stream_only is not None and exact is not None
+    assert (exact - stream_only).abs().max() > 1e-4
+
+
+def _with_oracle(**config: object) -> tuple[nn.Module, nn.Module]:
+    """A model and its oracle: plain LoRA and hooks, through which every gradient flows."""
+    targets = ["q_proj", "up_proj"]
+    model = _model(target_modules=targets, **config)
+    names = [n for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")]
+    kwargs = {"r": 4, "target_modules": targets, "task_type": "CAUSAL_LM", **config}
+    return model, oracle_like(llama, kwargs, model, 0.4, names)
+
+
+@pytest.mark.parametrize("enable", [_nothing, _reentrant, _non_reentrant])
+def test_inputs_embeds_and_soft_prompts_get_the_exact_gradient(enable: Enable) -> None:
+    model, oracle = _with_oracle()
+    enable(model)
+    ids = _batches()[0]["input_ids"]
+    gradients = []
+    for each in (model, oracle):
+        torch.manual_seed(0)
+        prompt = torch.randn(2, 2, 32, requires_grad=True)
+        embedded = each.get_base_model().get_input_embeddings()(ids)
+        each(inputs_embeds=torch.cat([prompt * 1.0, embedded], dim=1)).logits.pow(2).mean().backward()
+        gradients.append(prompt.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("enable", [_nothing, _reentrant, _non_reentrant])
+@pytest.mark.parametrize("config", TRAINABLE_EMBEDDINGS)
+def test_trainable_embeddings_get_the_exact_gradient(config: dict, enable: Enable) -> None:
+    model, oracle = _with_oracle(**config)
+    enable(model)
+    for each in (model, oracle):
+        each(**_batches()[0]).loss.backward()
+    expected = _gradients(oracle)
+    assert any("embed_tokens" in name for name in expected)
+    _assert_same(_gradients(model), expected)
+
+
+def test_functional_call_over_the_embedding_gets_the_exact_gradient() -> None:
+    gradients = []
+    for each in _with_oracle():
+        base = each.get_base_model()
+        table = base.get_input_embeddings().weight.detach().clone().requires_grad_(True)
+        weights = {"model.embed_tokens.weight": table}
+        torch.func.functional_call(base, weights, (), _batches()[0], tie_weights=False).loss.backward()
+        gradients.append(table.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
