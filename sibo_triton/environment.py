@@ -7,7 +7,10 @@ fails: that is when somebody needs it (``make env`` runs this file by its path).
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
+from datetime import UTC, datetime
+from pathlib import Path
 
 #: The (transformers, peft) versions that the tests run against: support is this list and not a range.
 #: The first is the oldest, the last the newest; `constraints-oldest.txt` and `constraints.txt` pin them.
@@ -89,6 +92,30 @@ def environment() -> dict[str, str]:
         facts[f"device {index}"] = line
     facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return facts
+
+
+def provenance() -> dict[str, str | list[str] | None]:
+    """What a file of results must say about where they come from: versions, device, commit and date."""
+    return {
+        **{name: installed_version(name) for name in DISTRIBUTIONS if installed_version(name) != NOT_INSTALLED},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "devices": devices(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file lies in, with a mark if files were changed; None outside of one."""
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def format_environment(facts: dict[str, str]) -> str:

@@ -1,0 +1,200 @@
+"""The command line: `sibo-triton finetune`, `sibo-triton demo`, `sibo-triton env`.
+
+A command imports what it needs when it runs: `env` must answer where the fine-tuning libraries are missing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+# Exit codes: 2 as for typer's own usage errors; 130 as shells report Ctrl-C.
+_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+
+_ADAPTER, _TRAINING, _OUTPUT = "Adapter", "Training", "Output"
+
+app = typer.Typer(
+    name="sibo-triton",
+    help="SIBO-LoRA (arXiv 2402.11896) for PEFT: fine-tune, see a demonstration, report the environment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a traceback that can be pasted into a bug report
+)
+
+
+def main() -> None:
+    """Run the command line; what the `sibo-triton` command calls."""
+    # PEFT reads an attribute that transformers 5.23 renamed; whoever reads this here can do nothing about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    app(prog_name="sibo-triton")
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="Base model: a folder that save_pretrained wrote, or a hub id.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="JSONL, CSV or Parquet with a column `text`, or with `prompt` and `completion` (the loss is then on "
+            "the completion only)."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, the loss log and the report.")],
+    method: Annotated[str, typer.Option(help="lora or sibo-lora.", rich_help_panel=_ADAPTER)] = "sibo-lora",
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Modules that get an adapter, by the end of their name; repeat the option or separate by commas; "
+            "all-linear for every linear layer but the head. Default: PEFT's for the architecture.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
+    sibo_lambda: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the initial residual in the adapter's input, 0 to 1. Default: 0.1.", rich_help_panel=_ADAPTER
+        ),
+    ] = None,
+    sibo_learnable: Annotated[
+        bool, typer.Option("--sibo-learnable", help="Train lambda, one per module.", rich_help_panel=_ADAPTER)
+    ] = False,
+    rank: Annotated[int, typer.Option(help="r of LoRA.", rich_help_panel=_ADAPTER)] = 16,
+    alpha: Annotated[
+        int | None, typer.Option(help="alpha of LoRA. Default: twice the rank.", rich_help_panel=_ADAPTER)
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.", rich_help_panel=_ADAPTER)] = 0.05,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=_TRAINING)] = 3.0,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; replaces --epochs.", rich_help_panel=_TRAINING)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples to a forward pass.", rich_help_panel=_TRAINING)] = 16,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Forward passes to an optimizer step.", rich_help_panel=_TRAINING)
+    ] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW.", rich_help_panel=_TRAINING)] = 3e-4,
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of linear warm-up. Default: 100, or a tenth of the run if that is less.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Longer examples are cut to this many tokens. Default: 512, or the model's positions if fewer.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    eval_fraction: Annotated[
+        float, typer.Option(help="Share of the examples that is held out for evaluation.", rich_help_panel=_TRAINING)
+    ] = 0.0,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="A file to evaluate on, like --data.", rich_help_panel=_TRAINING)
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the adapter's start, the order of the data and dropout.", rich_help_panel=_TRAINING)
+    ] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Of the base model: auto (as saved), float32 or bfloat16.", rich_help_panel=_TRAINING)
+    ] = "auto",
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Trade time for memory.", rich_help_panel=_TRAINING),
+    ] = False,
+    save_steps: Annotated[
+        int, typer.Option(help="Steps between the Trainer's checkpoints; two are kept.", rich_help_panel=_OUTPUT)
+    ] = 500,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier run's files in --output.", rich_help_panel=_OUTPUT),
+    ] = False,
+) -> None:
+    """Fine-tune a causal language model with LoRA or SIBO-LoRA: an adapter folder and a one-page report."""
+    from sibo_triton.finetune.options import FinetuneOptions, InputError
+
+    options = FinetuneOptions(
+        model=model,
+        data=data,
+        output=output,
+        method=method,
+        target_modules=_split(target_modules),
+        sibo_lambda=sibo_lambda,
+        sibo_learnable=sibo_learnable,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        max_length=max_length,
+        eval_fraction=eval_fraction,
+        eval_data=eval_data,
+        seed=seed,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        overwrite=overwrite,
+    )
+    try:
+        result = _run_finetune(options)
+    except InputError as error:
+        _fail(error, _BAD_INPUT)
+    typer.echo(f"adapter and report: {output}")
+    if result.diverged:
+        _fail("training diverged: a loss was NaN or infinite; lower --learning-rate", _FAILED)
+    if result.interrupted:
+        raise typer.Exit(_INTERRUPTED)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything that the demonstration makes.")] = Path(
+        "demo-output"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of the base model, the data and the adapters.")] = 0,
+) -> None:
+    """Train a small decoder to add, then teach it to subtract with LoRA and SIBO-LoRA: about 3 minutes, offline."""
+    from sibo_triton.finetune.options import InputError
+
+    try:
+        from sibo_triton.finetune.demo import run_demo
+
+        problems = run_demo(output, seed)
+    except InputError as error:
+        _fail(error, _BAD_INPUT)
+    for problem in problems:
+        typer.echo(f"error: {problem}", err=True)
+    if problems:
+        raise typer.Exit(_FAILED)
+
+
+@app.command()
+def env() -> None:
+    """Print what a bug report needs: versions, devices, and whether these versions were tested together."""
+    from sibo_triton import environment
+
+    environment.main()
+
+
+def _run_finetune(options: Any) -> Any:
+    from sibo_triton.finetune.train import finetune as run
+
+    return run(options)
+
+
+def _split(names: list[str] | None) -> tuple[str, ...] | None:
+    """The values of a repeatable option, each of which may hold several separated by commas."""
+    split = [part.strip() for name in names or [] for part in name.split(",")]
+    return tuple(part for part in split if part) or None
+
+
+def _fail(message: object, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)

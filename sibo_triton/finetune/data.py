@@ -1,0 +1,179 @@
+"""Read examples from a JSONL, CSV or Parquet file, with errors that name file, line and column."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sibo_triton.finetune.options import InputError
+
+_PAIR = ("prompt", "completion")
+_NEEDED = "it needs a column `text`, or the two columns `prompt` and `completion`"
+# What the user calls the n-th row of a file: a line, except in Parquet, which has none.
+_Place = str
+
+
+@dataclass
+class Examples:
+    """The examples of one file.
+
+    Attributes:
+        columns: ("text",), or ("prompt", "completion").
+        rows: one tuple of strings for each example, in the order of `columns`.
+        places: where each example stands in the file, such as "line 3"; for messages.
+        ignored: names of columns that the file holds besides.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    places: list[_Place] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
+
+
+def read_examples(path: Path) -> Examples:
+    """Read a data file; the suffix (.jsonl, .ndjson, .json with one object per line, .csv, .parquet) says how.
+
+    Raises:
+        InputError: the file is missing, empty, of another kind, or a row is not what the others are. Nothing is
+            skipped in silence: the first row that cannot be used ends it, with its line and column.
+    """
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".json": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file.")
+    if reader is None or path.is_dir():
+        kind = "a folder" if path.is_dir() else f"of kind {path.suffix or 'unknown'!r}"
+        raise InputError(f"{path}: is {kind}; give a file that ends in .jsonl, .csv or .parquet.")
+
+    examples: Examples | None = None
+    for place, row in reader(path):
+        if examples is None:
+            examples = Examples(path, _columns_of(path, place, row))
+        values = tuple(_string(path, place, row, column) for column in examples.columns)
+        examples.rows.append(values)
+        examples.places.append(place)
+        examples.ignored.update(name for name in row if name not in examples.columns)
+    if examples is None:
+        raise InputError(f"{path}: holds no examples; {_NEEDED}.")
+    return examples
+
+
+def _columns_of(path: Path, place: _Place, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which columns the file is read by, from its first row."""
+    pair = [name for name in _PAIR if name in row]
+    if "text" in row and len(pair) == 2:
+        raise InputError(
+            f"{path}, {place}: has the columns `text`, `prompt` and `completion`; keep `text` alone to train on every "
+            "token, or the other two to train on completions."
+        )
+    if len(pair) == 2:
+        return _PAIR
+    if "text" in row:
+        return ("text",)
+    if pair:
+        (missing,) = set(_PAIR) - set(pair)
+        raise InputError(f"{path}, {place}: has a column `{pair[0]}` but no column `{missing}`; {_NEEDED}.")
+    found = ", ".join(f"`{name}`" for name in row) or "none"
+    raise InputError(f"{path}, {place}: no column to train on (found: {found}); {_NEEDED}.")
+
+
+def _string(path: Path, place: _Place, row: Mapping[str, Any], column: str) -> str:
+    where = f"{path}, {place}, column `{column}`"
+    if column not in row:
+        raise InputError(f"{where}: missing; every example needs the columns of the first one.")
+    value = row[column]
+    if not isinstance(value, str):
+        kind = "a chat or another list" if isinstance(value, list) else f"{type(value).__name__} {value!r}"
+        raise InputError(f"{where}: expected a string, got {kind:.60}; write it as text, with the template applied.")
+    if not value and column != "prompt":  # with an empty prompt the completion starts from nothing, which is possible
+        raise InputError(f"{where}: is empty; remove the example or fill it in.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds half of a surrogate pair at position {error.start}; repair it.") from error
+    return value
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            place = f"line {number}"
+            line = _decode(path, place, raw, first=number == 1)
+            if not line.strip():
+                continue
+            if number == 1 and line.lstrip().startswith("["):
+                raise InputError(f"{path}, {place}: is one JSON list; write one object per line (JSONL) instead.")
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, {place}, character {error.colno}: is not JSON ({error.msg}).") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, {place}: is a JSON {type(row).__name__}, not an object; {_NEEDED}.")
+            yield place, row
+
+
+def _decode(path: Path, place: _Place, raw: bytes, first: bool) -> str:
+    try:
+        return raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, {place}: is not UTF-8 (byte {error.start}); convert the file to UTF-8.") from error
+
+
+def _read_csv(path: Path) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
+    csv.field_size_limit(sys.maxsize)  # Python's limit, 128 KiB, is less than a long document
+
+    def lines() -> Iterator[str]:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                yield _decode(path, f"line {number}", raw, first=number == 1)
+
+    reader = csv.reader(lines(), strict=True)
+    try:
+        header = next(reader, [])
+        doubled = sorted({name for name in header if header.count(name) > 1})
+        if doubled:
+            raise InputError(f"{path}, line 1: the column `{doubled[0]}` stands there twice; rename one.")
+        while True:
+            place = f"line {reader.line_num + 1}"
+            row = next(reader, None)
+            if row is None:
+                return
+            if not row:  # a blank line
+                continue
+            if len(row) != len(header):
+                raise InputError(
+                    f"{path}, {place}: has {len(row)} fields where the header names {len(header)}; put quotes around "
+                    "a field that holds a comma or a line break."
+                )
+            yield place, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: is not CSV ({error}).") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:  # it comes with datasets
+        raise InputError("reading Parquet needs pyarrow: pip install 'sibo-triton[finetune]'.") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}, after row {number}: cannot be read as Parquet ({str(error):.120}).") from error

@@ -1,0 +1,127 @@
+"""Load the base model and put the adapter on it, turning what goes wrong into one-line errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sibo_triton.finetune.options import ALL_LINEAR, FinetuneOptions, InputError, first_line
+
+# Without --max-length, where the model allows it: a batch of 16 then stays modest.
+_DEFAULT_MAX_LENGTH = 512
+
+
+def load_base(options: FinetuneOptions) -> tuple[Any, Any]:
+    """The causal language model and its tokenizer, from a folder or the hub.
+
+    Raises:
+        InputError: there is no such model, it is an adapter folder, or it is no causal language model.
+    """
+    name = options.model
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+        if (folder / "adapter_config.json").exists():
+            raise InputError(f"--model {name} holds an adapter: give the base model that it was trained on.")
+        if not (folder / "config.json").exists():
+            raise InputError(f"--model {name} holds no config.json: give a folder that save_pretrained wrote.")
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"--model {name}: there is no such folder.")  # and it cannot be a hub id
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InputError(f"--model {name} cannot be loaded as a causal language model: {first_line(error)}") from error
+    return model, tokenizer
+
+
+def choose_max_length(options: FinetuneOptions, model: Any) -> int:
+    """The length that examples are cut to, which the model's positions bound.
+
+    Raises:
+        InputError: --max-length is more than the model has positions.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 2:
+        return options.max_length or _DEFAULT_MAX_LENGTH
+    if options.max_length is not None and options.max_length > positions:
+        raise InputError(f"--max-length {options.max_length} is more than the model's {positions} positions.")
+    return options.max_length or min(_DEFAULT_MAX_LENGTH, positions)
+
+
+def check_vocabulary(model: Any, largest_id: int) -> None:
+    """Raise an `InputError` if the tokenizer makes ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest_id >= rows:
+        raise InputError(
+            f"the tokenizer made the token id {largest_id}, and the model's vocabulary ends at {rows - 1}: model and "
+            "tokenizer do not belong together."
+        )
+
+
+def add_adapter(model: Any, options: FinetuneOptions) -> tuple[PeftModel, list[str]]:
+    """Wrap the model with a LoRA or SIBO-LoRA adapter; returns it and what the user should be told.
+
+    Raises:
+        InputError: PEFT or SIBO cannot do it for this model, with their reason.
+    """
+    notes: list[str] = []
+    targets = _target_modules(model, options, notes)
+    try:
+        peft_model = get_peft_model(model, adapter_config(options, targets))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise InputError(f"--method {options.method} is not possible on this model: {error}") from error
+    return peft_model, notes
+
+
+def adapter_config(options: FinetuneOptions, target_modules: list[str] | str | None) -> LoraConfig:
+    """The PEFT config of the chosen method; the two differ in lambda alone."""
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": options.rank,
+        "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.dropout,
+        "target_modules": target_modules,
+    }
+    if options.method == "lora":
+        return LoraConfig(**common)
+    from sibo_triton import SiboLoraConfig
+
+    return SiboLoraConfig(**common, sibo_lambda=options.lambda_, sibo_learnable=options.sibo_learnable)
+
+
+def _target_modules(model: Any, options: FinetuneOptions, notes: list[str]) -> list[str] | str | None:
+    if options.target_modules is None:
+        kind = model.config.model_type
+        if kind in PEFT_DEFAULTS:
+            notes.append(f"target modules: PEFT's default for {kind}, {', '.join(PEFT_DEFAULTS[kind])}")
+            return None
+        notes.append(
+            f"target modules: PEFT has no default for {kind}, so every linear layer but the output head "
+            f"({ALL_LINEAR}) gets an adapter; --target-modules chooses"
+        )
+        return ALL_LINEAR
+    wanted = list(options.target_modules)
+    if wanted == [ALL_LINEAR]:
+        return ALL_LINEAR
+    # PEFT complains only when nothing at all matches, and a mistyped name among others would go unseen.
+    names = [name for name, _ in model.named_modules()]
+    for target in wanted:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _has_matrix(m)})
+            raise InputError(f"--target-modules: the model has no module `{target}`; choose among {', '.join(linear)}.")
+    return wanted
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module looks like a linear layer, of whatever class (Conv1D, quantised...)."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)

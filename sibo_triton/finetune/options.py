@@ -1,0 +1,145 @@
+"""What `sibo-triton finetune` is asked to do, and the checks that need no model and no data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+METHODS = ("lora", "sibo-lora")
+DTYPES = ("auto", "float32", "bfloat16")
+
+DEFAULT_LAMBDA = 0.1  # the paper's default
+ALL_LINEAR = "all-linear"
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what, where, and the way out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none: what fits into one line of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """The options of one fine-tuning run; `sibo-triton finetune --help` says what each means.
+
+    `None` stands for "the default depends": `target_modules` on the architecture, `alpha` on the rank, `warmup_steps`
+    on the number of steps, `max_length` on the model, `sibo_lambda` on the method.
+    """
+
+    model: str
+    data: Path
+    output: Path
+    method: str = "sibo-lora"
+    target_modules: tuple[str, ...] | None = None
+    sibo_lambda: float | None = None
+    sibo_learnable: bool = False
+    rank: int = 16
+    alpha: int | None = None
+    dropout: float = 0.05
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    learning_rate: float = 3e-4
+    warmup_steps: int | None = None
+    max_length: int | None = None
+    eval_fraction: float = 0.0
+    eval_data: Path | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    gradient_checkpointing: bool = False
+    save_steps: int = 500
+    overwrite: bool = False
+
+    @property
+    def lora_alpha(self) -> int:
+        """alpha of s = alpha / r; twice the rank by default, as in the authors' runs."""
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def lambda_(self) -> float:
+        """The mixing ratio: 0 for plain LoRA."""
+        if self.method == "lora":
+            return 0.0
+        return DEFAULT_LAMBDA if self.sibo_lambda is None else self.sibo_lambda
+
+
+def check_options(options: FinetuneOptions) -> None:
+    """Raise an `InputError` that names the option for any value that no run could use."""
+    _one_of("--method", options.method, METHODS)
+    _one_of("--dtype", options.dtype, DTYPES)
+    for name in ("rank", "batch_size", "gradient_accumulation", "save_steps"):
+        _at_least_one(name, getattr(options, name))
+    for name in ("alpha", "max_steps"):
+        if getattr(options, name) is not None:
+            _at_least_one(name, getattr(options, name))
+    if options.max_length is not None and options.max_length < 2:
+        raise InputError(f"--max-length is {options.max_length}: at least 2 tokens are needed to predict one.")
+    if options.warmup_steps is not None and options.warmup_steps < 0:
+        raise InputError(f"--warmup-steps is {options.warmup_steps}: give 0 for no warm-up, or more.")
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed is {options.seed}: it must lie in [0, 2**32).")
+    for name, value in (("--epochs", options.epochs), ("--learning-rate", options.learning_rate)):
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"{name} is {value}: it must be a number above 0.")
+    if not 0.0 <= options.dropout < 1.0:
+        raise InputError(f"--dropout is {options.dropout}: it must lie in [0, 1).")
+    if not 0.0 <= options.eval_fraction < 1.0:
+        raise InputError(f"--eval-fraction is {options.eval_fraction}: it must lie in [0, 1).")
+    if options.eval_fraction and options.eval_data is not None:
+        raise InputError("--eval-fraction and --eval-data are both given: keep the one that says what to evaluate on.")
+    _check_method(options)
+    _check_output(options)
+
+
+def _check_method(options: FinetuneOptions) -> None:
+    if options.method == "lora":
+        given = [
+            name
+            for name, used in (
+                ("--sibo-lambda", options.sibo_lambda is not None),
+                ("--sibo-learnable", options.sibo_learnable),
+            )
+            if used
+        ]
+        if given:
+            raise InputError(f"{given[0]} has no effect with --method lora: drop it, or use --method sibo-lora.")
+    elif not 0.0 <= options.lambda_ <= 1.0:  # NaN fails the comparison too
+        raise InputError(f"--sibo-lambda is {options.lambda_}: it must lie in [0, 1]; the paper uses 0.1 to 0.3.")
+    elif options.sibo_learnable and options.lambda_ in (0.0, 1.0):
+        raise InputError(
+            f"--sibo-learnable cannot start from --sibo-lambda {options.lambda_}: a learnable lambda is a sigmoid, "
+            "which cannot leave 0 or 1. Start from a value between, such as 0.1."
+        )
+
+
+def _check_output(options: FinetuneOptions) -> None:
+    output = options.output
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file: name a folder.")
+    model = Path(options.model)
+    if model.exists() and output.resolve() == model.resolve():
+        raise InputError(f"--output {output} is the base model's own folder: name another, its files would be mixed.")
+    if not options.overwrite and output.is_dir() and any(output.iterdir()):
+        raise InputError(
+            f"--output {output} is not empty: name another folder, or pass --overwrite to replace the files of an "
+            "earlier run in it."
+        )
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{option} is {value!r}: choose one of {', '.join(choices)}.")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")

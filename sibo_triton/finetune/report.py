@@ -1,0 +1,191 @@
+"""report.md: one page that says what was run, what came out, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sibo_triton._version import __version__
+from sibo_triton.environment import installed_version
+from sibo_triton.finetune.plots import NO_PLOTS, Curve, can_plot, plot
+from sibo_triton.finetune.result import FinetuneResult
+
+REPORT = "report.md"
+LOSS_PLOT = "loss.png"
+SIMILARITY_PLOT = "similarity.png"
+
+_LOSS_ROWS = 8  # of the table; loss.csv has them all
+_LAMBDA_ROWS = 12
+
+
+def write_report(result: FinetuneResult, output: Path) -> None:
+    """Write report.md and, with matplotlib, its two plots into the folder `output`."""
+    if can_plot():
+        _plot_loss(result, output / LOSS_PLOT)
+        _plot_similarity(result, output / SIMILARITY_PLOT)
+    sections = [
+        f"# Fine-tuning report: {result.options.method}",
+        *_warnings(result),
+        _outcome(result),
+        _loss(result),
+        _similarity(result),
+        _learned_lambdas(result),
+        _settings(result),
+        _notes(result),
+        _how_to_load(result, output),
+    ]
+    (output / REPORT).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; a vertical bar within a cell is escaped."""
+
+    def line(cells: Iterable[object]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *(line(row) for row in rows)])
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes in KiB or MiB, whichever reads better."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def versions() -> str:
+    """The versions that a result depends on."""
+    others = (f"{name} {installed_version(name)}" for name in ("torch", "transformers", "peft"))
+    return ", ".join([f"sibo-triton {__version__}", *others])
+
+
+def _warnings(result: FinetuneResult) -> list[str]:
+    warnings = []
+    if result.diverged:
+        warnings.append("**Training diverged: a loss was NaN or infinite. Do not use this adapter; lower the rate.**")
+    if result.interrupted:
+        warnings.append(f"**Interrupted after step {result.steps} of {result.planned_steps}; saved as it was then.**")
+    return warnings
+
+
+def _outcome(result: FinetuneResult) -> str:
+    share = 100 * result.trainable_parameters / (result.parameters + result.trainable_parameters)
+    mixing = f", of which {result.mixing_modules} mix" if result.options.method == "sibo-lora" else ""
+    rows: list[tuple[str, str]] = [
+        ("optimizer steps", f"{result.steps}"),
+        ("examples", f"{result.examples:,}" + (f", {result.eval_examples:,} held out" if result.eval_examples else "")),
+        ("trainable parameters", f"{result.trainable_parameters:,} ({share:.2f} % of all)"),
+        ("modules with an adapter", f"{result.modules}{mixing}"),
+    ]
+    for name, label in (("loss", "training loss"), ("eval_loss", "held-out loss")):
+        losses = result.losses(name)
+        if len(losses) > 1:
+            rows.append((f"{label}, first → last", f"{losses[0][1]:.4f} → {losses[-1][1]:.4f}"))
+        elif losses:
+            rows.append((f"{label}, step {losses[0][0]}", f"{losses[0][1]:.4f}"))
+    if result.seconds_per_step is not None:
+        rows.append(("seconds per step (median)", f"{result.seconds_per_step:.3f} on {result.device}"))
+    rows.append(("saved activations, one forward pass", format_bytes(result.saved_activation_bytes)))
+    return markdown_table(("", ""), rows)
+
+
+def _loss(result: FinetuneResult) -> str:
+    by_step: dict[int, dict[str, float]] = {}  # the Trainer logs training and evaluation apart
+    for name in ("loss", "eval_loss"):
+        for step, value in result.losses(name):
+            by_step.setdefault(step, {})[name] = value
+    if not by_step:
+        return ""
+    evaluated = [step for step, values in by_step.items() if "eval_loss" in values]
+    steps = sorted(evaluated or by_step)
+    # Evenly over the run, the last one included.
+    chosen = sorted({round(i * (len(steps) - 1) / (_LOSS_ROWS - 1)) for i in range(_LOSS_ROWS)})
+    names = ("loss", "eval_loss") if evaluated else ("loss",)
+    table = markdown_table(
+        ("step", "training loss", "held-out loss")[: 1 + len(names)],
+        [
+            [steps[i], *(f"{by_step[steps[i]][name]:.4f}" if name in by_step[steps[i]] else "" for name in names)]
+            for i in chosen
+        ],
+    )
+    image = f"![Loss over steps]({LOSS_PLOT})" if can_plot() else NO_PLOTS
+    return f"## Loss\n\n{image}\n\n{table}\n\nAll of it: loss.csv."
+
+
+def _similarity(result: FinetuneResult) -> str:
+    image = f"![Token similarity by layer]({SIMILARITY_PLOT})\n\n" if can_plot() else ""
+    table = markdown_table(
+        ("layer", "base", result.options.method),
+        [
+            ("input" if layer == 0 else layer, f"{base:.3f}", f"{adapted:.3f}")
+            for layer, (base, adapted) in enumerate(zip(result.base_similarity, result.similarity, strict=True))
+        ],
+    )
+    what = "Mean cosine between the tokens of a sequence, after each layer; 1 means that all point the same way."
+    return f"## Token similarity by layer\n\n{image}{what}\n\n{table}"
+
+
+def _learned_lambdas(result: FinetuneResult) -> str:
+    if not result.options.sibo_learnable or not result.lambdas:
+        return ""
+    values = list(result.lambdas.values())
+    summary = f"Started at {result.options.lambda_}; now {min(values):.3f} to {max(values):.3f}."
+    shown = list(result.lambdas.items())[:_LAMBDA_ROWS]
+    rest = len(values) - len(shown)
+    table = markdown_table(("module", "lambda"), [(name, f"{value:.4f}") for name, value in shown])
+    return f"## Learned lambda\n\n{summary}\n\n{table}" + (f"\n\nand {rest} more." if rest else "")
+
+
+def _settings(result: FinetuneResult) -> str:
+    o = result.options
+    method = f"{o.method}, rank {o.rank}, alpha {o.lora_alpha}, dropout {o.dropout}"
+    if o.method == "sibo-lora":
+        method += f", lambda {o.lambda_}" + (" (learnable)" if o.sibo_learnable else "")
+    length = f"{o.max_steps} steps" if o.max_steps else f"{o.epochs:g} epochs"
+    rows = [
+        ("base model", f"`{o.model}`, {result.parameters:,} parameters, {result.dtype}"),
+        ("data", f"`{o.data}`" + (f", evaluated on `{o.eval_data}`" if o.eval_data else "")),
+        ("method", method),
+        ("target modules", ", ".join(o.target_modules) if o.target_modules else "default (see notes)"),
+        ("length", f"{length}, batch {o.batch_size} x {o.gradient_accumulation}, at most {result.max_length} tokens"),
+        ("optimizer", f"AdamW, rate {o.learning_rate:g}, {result.warmup_steps} warm-up steps, then linear decay"),
+        ("seed", f"{o.seed}"),
+        ("gradient checkpointing", "on" if o.gradient_checkpointing else "off"),
+        ("versions", versions()),
+    ]
+    return f"## Settings\n\n{markdown_table(('', ''), rows)}"
+
+
+def _notes(result: FinetuneResult) -> str:
+    return "## Notes\n\n" + "\n".join(f"- {note}" for note in result.notes) if result.notes else ""
+
+
+def _how_to_load(result: FinetuneResult, output: Path) -> str:
+    needed = "import sibo_triton  # registers the adapter type with PEFT\n" if result.mixing_modules else ""
+    return f"""## Load it
+
+```python
+{needed}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({result.options.model!r})
+model = PeftModel.from_pretrained(base, {str(output)!r})
+```"""
+
+
+def _plot_loss(result: FinetuneResult, path: Path) -> None:
+    curves = []
+    for name, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = result.losses(name)
+        if points:
+            steps, values = zip(*points, strict=True)
+            curves.append(Curve(label, steps, values, marked=name == "eval_loss"))
+    if curves:
+        plot(path, curves, "step", "loss")
+
+
+def _plot_similarity(result: FinetuneResult, path: Path) -> None:
+    layers = range(len(result.similarity))
+    curves = [
+        Curve("base", layers, result.base_similarity, marked=True),
+        Curve(result.options.method, layers, result.similarity, marked=True),
+    ]
+    plot(path, curves, "layer (0: what enters the first block)", "token similarity")

@@ -1,0 +1,43 @@
+"""Count the bytes that autograd keeps between forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def saved_activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the storages that one training forward saves for its backward, the model's own tensors left out.
+
+    Every storage counts once and whole, however many ops save it and however small the view that they save: that is
+    the memory which stays allocated. Parameters and buffers of `model` (and views of them, such as a transposed weight)
+    do not count, since they are there anyway.
+
+    Args:
+        model: whose parameters and buffers are left out.
+        forward: runs the forward pass and returns what `backward` would be called on. It is called once, with autograd
+            as the caller left it; backward is not run and no gradient is touched.
+
+    Returns:
+        The number of bytes. Under gradient checkpointing it is what the checkpointed forward keeps, not what the
+        recomputation allocates for a moment.
+    """
+    own = {_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        key = _key(tensor)
+        if key not in own:
+            # The storage is held here too: were it freed during the forward, another could get the same address.
+            kept.setdefault(key, tensor.untyped_storage())
+        return tensor.detach()  # not `tensor`: an op that saves its own output would form a cycle
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _key(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
