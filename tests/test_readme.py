@@ -1,0 +1,60 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import torch
+from tiny_models import llama
+
+from sibo_triton import explain
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_one_line_change_works_as_pasted() -> None:
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    lines = [line[1:] for line in diff.splitlines() if not line.startswith("-")]
+    names = {"model": llama()}
+    exec("\n".join(lines), names)
+    assert type(names["config"]).__name__ == "SiboLoraConfig"
+    assert sum(row.mixes for row in explain(names["model"])) == 15
+    names["model"](input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    # and what it replaces was a working script
+    before = [line[1:] for line in diff.splitlines() if not line.startswith("+")]
+    exec("\n".join(before), {"model": llama()})
+
+
+def test_the_table_comes_from_the_file_that_it_names() -> None:
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.with_table(README) == README, "run: python benchmarks/readme_table.py"
+    assert "| SIBO-LoRA |" in README
+    results = json.loads(script.RESULTS.read_text(encoding="utf-8"))
+    assert str(script.RESULTS.relative_to(ROOT)) in README
+    assert {"command", "torch", "transformers", "peft", "commit", "machine"} <= results["provenance"].keys()
+
+
+def test_the_table_of_explain_is_what_explain_prints() -> None:
+    (shown,) = re.findall(r"(?m)^    module .*?^    \d+ of \d+ .*?$", README, re.DOTALL)
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sibo_triton import SiboLoraConfig
+
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=12, num_attention_heads=2
+    )
+    model = get_peft_model(LlamaForCausalLM(config), SiboLoraConfig(target_modules="all-linear"))
+    assert str(explain(model)).splitlines() == [line[4:] for line in shown.splitlines()]
+
+
+def test_links_lead_somewhere() -> None:
+    for text, folder in ((README, ROOT), *((path.read_text(), path.parent) for path in (ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (folder / target).exists(), target
