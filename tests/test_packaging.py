@@ -163,3 +163,24 @@ def test_environment_report_runs_where_the_package_cannot_be_imported():
     result = subprocess.run([sys.executable, "-"], input=blocked + code, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
     assert "unknown: torch cannot be imported" in result.stdout
+
+
+def test_everything_but_the_kernels_works_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # any import of it fails
+import torch, transformers, peft, sibo_triton
+from sibo_triton import SiboLoraConfig, reference
+x, h0 = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+y = reference.lora_linear(x, torch.eye(8), None, torch.ones(2, 8), torch.ones(8, 2), 1.0, h0, 0.5, 0.1, 3)
+config = transformers.LlamaConfig(
+    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
+)
+model = peft.get_peft_model(transformers.LlamaForCausalLM(config), SiboLoraConfig(target_modules="all-linear"))
+model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
+print(tuple(y.shape), sum(p.grad is not None for p in model.parameters()))
+"""
+    environment_ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment_, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split(") ")[0] == "(2, 3, 8" and int(run.stdout.split()[-1]) == 28

@@ -126,14 +126,12 @@ def _decide(
             f"sibo_target_modules asks for {name}, which cannot mix: it {reason}. Leave it out of sibo_target_modules; "
             "it still gets plain LoRA."
         )
-    if asked and not dispatches_variants(layer):
-        mixes = True
     if mixes and requested is not None and not asked:
         return None, "not among sibo_target_modules"
     if mixes and not dispatches_variants(layer):
         raise ValueError(
             f"{name} is a {type(layer).__name__}, a PEFT layer that computes plain LoRA whatever the adapter is, so "
-            f"SIBO would be left out silently. Use another quantisation (bitsandbytes, GPTQ, HQQ, torchao) or none, or "
+            "SIBO would be left out silently. Use another quantisation (bitsandbytes, GPTQ, HQQ, torchao) or none, or "
             "peft.LoraConfig."
         )
     return (stack, reason) if mixes else (None, reason)
