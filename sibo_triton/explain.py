@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ class ModuleExplanation:
         module: its name.
         adapter: the adapter's name.
         mixes: whether its input is mixed with the initial residual.
-        lambda_: the share of the initial residual, None for plain LoRA.
+        lambda_: the share of the initial residual; None for plain LoRA, and where the tensor is sharded or on meta.
         learnable: whether lambda is trained.
         initial_residual: where h0 comes from ("block_input of model.layers"), None for plain LoRA.
         reason: why it mixes or not.
@@ -42,8 +43,8 @@ class Explanation(list[ModuleExplanation]):
         header = ("module", "n", "adapter", "computes", "lambda", "initial residual", "why")
         groups: dict[tuple, list[ModuleExplanation]] = {}
         for row in self:
-            name = ".".join("*" if part.isdigit() else part for part in row.module.split("."))
-            name = name.removeprefix("base_model.model.")  # PEFT's
+            name = row.module.removeprefix("base_model.model.")  # PEFT's
+            name = re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)  # the block's number comes first
             key = (name, row.adapter, row.mixes, row.learnable, row.initial_residual, row.reason)
             groups.setdefault(key, []).append(row)
         table = [header]
@@ -97,5 +98,4 @@ def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
             assert site is not None and site.residual is not None
             lambda_ = getattr(layer, LAMBDA_NAME)[adapter]
             origin = f"{site.residual.source} of {site.residual.stack_name}"
-            value = float(lambda_().detach())
-            yield ModuleExplanation(name, adapter, True, value, lambda_.learnable, origin, site.reason)
+            yield ModuleExplanation(name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason)

@@ -98,11 +98,16 @@ class SiboLambda(nn.Module):
             return f"is {value}, outside of [0, 1]"
         return None
 
-    def extra_repr(self) -> str:
+    def value(self) -> float | None:
+        """lambda as a number, or None where it cannot be looked at: on the meta device, or sharded among processes."""
         tensor = self.logit_bias if self.learnable else self.weight
-        if tensor.is_meta:
-            return f"learnable={self.learnable}"
-        return f"{float(self().detach()):.4g}, learnable={self.learnable}"
+        if tensor.is_meta or hasattr(tensor, "device_mesh"):
+            return None
+        return float(self().detach())
+
+    def extra_repr(self) -> str:
+        value = self.value()
+        return f"{'' if value is None else f'{value:.4g}, '}learnable={self.learnable}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> SiboLambda:
         before = {name: tensor.detach() for name, tensor in self.tensors().items()}

@@ -174,29 +174,21 @@ def _from_pretrained(original: Callable, cls: type[PeftModel], *args: Any, **kwa
 def _load_adapter(
     original: Callable, peft_model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    _check_weights_fit(peft_model, model_id, adapter_name, kwargs)
+    hub_kwargs, _, _ = PeftConfig._split_kwargs(kwargs)
+    saved = _config_of_weights(peft_model, adapter_name, model_id, hub_kwargs)
     with loading():
         result = original(peft_model, model_id, adapter_name, *args, **kwargs)
         checkpoints.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
-        return result
-
-
-def _check_weights_fit(model: Any, model_id: Any, adapter_name: str, kwargs: dict[str, Any]) -> None:
-    """Before weights are loaded onto an adapter that is there: neither library compares the configs."""
-    existing = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(existing, SiboLoraConfig) or model_id is None:
-        return
-    hub_kwargs, _, _ = PeftConfig._split_kwargs(kwargs)
-    try:
-        saved = PeftConfig.from_pretrained(model_id, **hub_kwargs)
-    except (ValueError, OSError):  # weights alone are enough for PEFT
-        return
-    checkpoints.check_same_source(existing, saved)
+    if isinstance(saved, SiboLoraConfig) and saved.mixes:
+        peft_model.peft_config[adapter_name].sibo_lambda = saved.sibo_lambda  # as the tensors have it now
+    return result
 
 
 def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
     adapter_name = kwargs.get("adapter_name", args[1] if len(args) > 1 else None) or "default"
-    _check_weights_fit(model, kwargs.get("peft_model_id", args[0] if args else None), adapter_name, {})
+    hub_kwargs: dict[str, Any] = {name: kwargs[name] for name in ("token", "revision", "subfolder") if name in kwargs}
+    hub_kwargs |= kwargs.get("adapter_kwargs") or {}
+    _config_of_weights(model, adapter_name, kwargs.get("peft_model_id", args[0] if args else None), hub_kwargs)
     with loading():
         result = original(model, *args, **kwargs)
         if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SiboLoraConfig):
@@ -204,6 +196,19 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
             checkpoints.check_loaded_lambdas(model, adapter_name, without_value)
         checkpoints.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
         return result
+
+
+def _config_of_weights(model: Any, adapter_name: str, model_id: Any, hub_kwargs: dict[str, Any]) -> PeftConfig | None:
+    """The config beside weights that are to be loaded onto an adapter that is there: neither library compares them."""
+    existing = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(existing, SiboLoraConfig) or not existing.mixes or model_id is None:
+        return None
+    try:
+        saved = PeftConfig.from_pretrained(model_id, **hub_kwargs)
+    except (ValueError, OSError):  # weights alone are enough for PEFT
+        return None
+    checkpoints.check_same_source(existing, saved)
+    return saved
 
 
 def _transformers_delete_adapter(original: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

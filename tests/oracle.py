@@ -36,7 +36,7 @@ def mix_by_hooks(base: nn.Module, lambda_: float, mixing: Iterable[str], adapter
 
     def capture(stack: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            initial[stack] = args[0] if args else kwargs["hidden_states"]
+            initial[stack] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
         return hook
 

@@ -40,7 +40,7 @@ def test_repr_names_every_option():
     text = repr(SiboLoraConfig(r=4, sibo_lambda=0.25, sibo_blocks=["model.layers"]))
     assert text.startswith("SiboLoraConfig(") and "r=4" in text
     assert "sibo_lambda=0.25, sibo_learnable=False, sibo_target_modules=None, sibo_source='block_input'" in text
-    assert text.endswith("sibo_blocks=['model.layers'])")
+    assert "sibo_blocks=['model.layers']" in text
 
 
 @pytest.mark.parametrize(

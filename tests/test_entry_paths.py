@@ -84,7 +84,7 @@ def test_transformers_save_pretrained_writes_the_folder_that_peft_writes(saved, 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
     config = read_config(tmp_path)
     assert config["peft_type"] == "SIBO_LORA"
-    assert config["sibo_target_modules"] == read_config(case.folder)["sibo_target_modules"]
+    assert config["sibo_mixing_modules"] == read_config(case.folder)["sibo_mixing_modules"]
     assert "import sibo_triton" in (tmp_path / "README.md").read_text()
     for loaded in (PeftModel.from_pretrained(case.base(), tmp_path), with_adapter(case)):
         assert torch.equal(logits_of(loaded, case.input_ids), case.logits)

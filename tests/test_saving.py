@@ -57,7 +57,8 @@ def saved_16(tmp_path_factory):
 def test_the_config_file_has_a_type_of_its_own_and_names_the_modules_that_mix(saved, kind):
     config = read_config(saved[kind].folder)
     assert config["peft_type"] == "SIBO_LORA"
-    assert config["sibo_target_modules"] == list(MIXING)  # resolved: the option was None
+    assert config["sibo_target_modules"] is None  # as given
+    assert config["sibo_mixing_modules"] == list(MIXING)  # what that chose
     assert config["sibo_lambda"] == 0.3 and config["sibo_learnable"] is (kind == "learnable")
     assert config["sibo_source"] == "block_input" and config["sibo_blocks"] is None
     assert set(config["target_modules"]) == set(TARGETS)
@@ -234,7 +235,7 @@ def test_a_config_from_a_file_makes_a_fresh_adapter(saved, kind, tmp_path):
 
 def test_a_config_file_without_resolved_modules_is_searched_again(saved, tmp_path):
     case = saved["fixed"]
-    edited = with_config(case.folder, tmp_path / "edited", sibo_target_modules=None)
+    edited = with_config(case.folder, tmp_path / "edited", sibo_mixing_modules=None)
     model = PeftModel.from_pretrained(case.base(), edited)
     assert torch.equal(logits_of(model, case.input_ids), case.logits)
 

@@ -3,10 +3,9 @@
 One `InitialResidual` stands for one stack of blocks. Hooks open a frame, per thread, when the stack's owner is called,
 let the first block fill it, and close it when the owner returns or raises: nothing is kept past the forward.
 
-Under gradient checkpointing the blocks run again in the backward, when other forwards may have come in between. What a
-recompute sees must be its own forward's h0, so h0 travels with the checkpointed call, as a tensor argument: every
-block's `_gradient_checkpointing_func` is wrapped. Under a checkpoint wrapper around the block (FSDP's activation
-checkpointing) there is no such function; there the hidden state's own object carries h0.
+Under checkpointing the blocks run again in the backward, when other forwards may have come in between. What a recompute
+sees must be its own forward's h0, so h0 travels with the checkpointed call, as a tensor argument: the function that
+checkpoints a block, transformers' or that of torch's `checkpoint_wrapper`, is wrapped.
 """
 
 from __future__ import annotations
@@ -23,20 +22,18 @@ from torch import nn
 
 from sibo_triton.initial_residual.routes import any_requires_grad, needs_gradient
 
-_TAG = "_sibo_initial_residual"
-
 
 class Frame:
     """One run of a stack: the slot that h0 lies in while it lasts."""
 
-    __slots__ = ("call", "carries_tags", "embedding", "recomputed_block", "value")
+    __slots__ = ("call", "embedding", "first_block", "last_output", "value")
 
     def __init__(self, value: torch.Tensor | None = None) -> None:
         self.value = value
         self.embedding: torch.Tensor | None = None
-        self.carries_tags = False  # a wrapper stands between the stack and its blocks
-        self.recomputed_block: nn.Module | None = None
-        self.call: FrameType | None = None  # the Python frame that runs the stack's owner, or the block
+        self.first_block: nn.Module | None = None  # the one that filled the frame
+        self.last_output: torch.Tensor | None = None  # of the block that ended last
+        self.call: FrameType | None = None  # the Python frame that runs the stack's owner
 
     def has_ended(self) -> bool:
         """Whether its forward was left by Ctrl-C or the like, for which torch calls no hooks."""
@@ -152,18 +149,22 @@ class InitialResidual:
         if frame is None or frame.value is None:
             raise RuntimeError(
                 f"{module_name} mixes in the initial residual of {self.stack_name!r}, but ran outside of a forward of "
-                "that stack, so there is none. Call the whole model (or the module that owns the blocks) instead of a "
-                "block or layer alone; if the model runs its blocks in another way, name their list in sibo_blocks. "
-                "Checkpointing of a part of a block, or by a reentrant wrapper around it, is not supported: use "
-                "gradient_checkpointing_enable(), or checkpoint_wrapper(..., checkpoint_impl=NO_REENTRANT) on blocks."
+                "that stack, so there is none. "
+                + (
+                    "It was recomputed in the backward by a checkpoint around a part of a block, which cannot carry "
+                    "it: checkpoint whole blocks (gradient_checkpointing_enable(), or checkpoint_wrapper "
+                    "on the blocks)."
+                    if torch._C._current_graph_task_id() != -1
+                    else "Call the whole model (or the module that owns the blocks) instead of a block or layer alone; "
+                    "if the model runs its blocks in another way, name their list in sibo_blocks."
+                )
             )
         return frame.value
 
 
 def first_hidden_state(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The hidden state among a block's arguments: the first floating-point tensor of at least two dimensions."""
-    named = kwargs.get("hidden_states")
-    for value in (*args, named, *kwargs.values()):
+    """The hidden state among a block's arguments: by its name, or the first floating-point tensor of two dimensions."""
+    for value in (kwargs.get("hidden_states"), *args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2:
             return value
     return None
@@ -177,54 +178,40 @@ class RecomputeWithInitialResidual:
         self.residual = residual
 
     def __call__(self, initial_residual: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        frame = Frame(initial_residual)
-        frame.recomputed_block = _NO_BLOCK
-        self.residual.open(frame)
+        self.residual.open(Frame(initial_residual))
         try:
             return self.function(*args, **kwargs)
         finally:
             self.residual.close()
 
 
-_NO_BLOCK = nn.Module()  # a recompute that closes its frame itself
-
-
 class CheckpointWithInitialResidual:
-    """A `_gradient_checkpointing_func` that hands the running forward's h0 to the checkpointed call."""
+    """A function that checkpoints a block, and hands the running forward's h0 to the checkpointed call."""
 
-    def __init__(self, inner: Callable, residual: InitialResidual, blocks: tuple[nn.Module, ...] = ()) -> None:
+    def __init__(self, inner: Callable, residual: InitialResidual, owner: bool = False) -> None:
         self.inner = inner
         self.residual = residual
-        self.blocks = blocks  # for the function of a stack's owner, which may checkpoint other things too
+        self.owner = owner  # the function of a stack's owner, which may checkpoint other things than blocks
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         called, block_args = function, args
         while isinstance(called, RecomputeWithInitialResidual):  # that of another source
             called, block_args = called.function, block_args[1:]
-        keywords = called.keywords if isinstance(called, functools.partial) else {}
-        if self.blocks:
-            method = called.func if isinstance(called, functools.partial) else called
-            if not any(block is getattr(method, "__self__", None) for block in self.blocks):
-                return self.inner(function, *args, **kwargs)
+        keywords = {**kwargs, **called.keywords} if isinstance(called, functools.partial) else kwargs
         frame = self.residual.frame
-        if frame is None:
+        if frame is None or (self.owner and not self._runs_block(called)):
             return self.inner(function, *args, **kwargs)
         if frame.value is None:  # the first block: its own hook has not run yet, or runs inside of the checkpoint
             self.residual.fill(first_hidden_state(block_args, keywords))
         return self.inner(RecomputeWithInitialResidual(function, self.residual), frame.value, *args, **kwargs)
 
-
-def tag(hidden_states: torch.Tensor, residual: InitialResidual, value: torch.Tensor) -> None:
-    """Let a hidden state carry h0 into a recompute. A tensor must not refer to itself: None stands for that."""
-    tags = dict(getattr(hidden_states, _TAG, ()))
-    tags[(residual.stack_name, residual.source)] = None if value is hidden_states else value
-    setattr(hidden_states, _TAG, tags)
+    def _runs_block(self, called: Callable) -> bool:
+        called = called.func if isinstance(called, functools.partial) else called
+        module = called if isinstance(called, nn.Module) else getattr(called, "__self__", None)
+        return isinstance(module, nn.Module) and is_block_of(module, self.residual)
 
 
-def tagged(hidden_states: torch.Tensor | None, residual: InitialResidual) -> torch.Tensor | None:
-    """The h0 that `hidden_states` carries, or None."""
-    tags = getattr(hidden_states, _TAG, {})
-    key = (residual.stack_name, residual.source)
-    if key not in tags:
-        return None
-    return hidden_states if tags[key] is None else tags[key]
+def is_block_of(module: nn.Module, residual: InitialResidual) -> bool:
+    """Whether `module` is one of the stack's blocks: these carry its hooks."""
+    hooks = module._forward_pre_hooks.values()
+    return any(getattr(hook, "on_block", False) and getattr(hook, "residual", None) is residual for hook in hooks)

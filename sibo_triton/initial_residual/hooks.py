@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,17 +11,22 @@ from torch import nn
 
 from sibo_triton.initial_residual.binding import (
     CheckpointWithInitialResidual,
-    Frame,
     InitialResidual,
     first_hidden_state,
-    tag,
-    tagged,
 )
-from sibo_triton.initial_residual.stacks import BlockStack, path_between
+from sibo_triton.initial_residual.stacks import BlockStack, inner_module, path_between
+
+# Where a module keeps the function that checkpoints it: transformers' blocks, torch's checkpoint_wrapper.
+_CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class _Hook:
-    """A hook that can be told from others, copied and pickled."""
+    """A hook that can be told from others, copied and pickled: it refers to no module.
+
+    What it needs it looks up below the module that it is called with, which may be a replica (`nn.DataParallel`).
+    """
+
+    on_block = False
 
     def __init__(self, residual: InitialResidual) -> None:
         self.residual = residual
@@ -37,40 +43,39 @@ class _ModelExit(_Hook):
 
 
 class _ScopeEnter(_Hook):
-    """Opens the frame: on the stack's owner, or on the first ancestor that holds the embedding too."""
+    """Opens the frame: on the stack's owner, or on the first ancestor that holds the embedding too.
 
-    def __init__(self, residual: InitialResidual, stack: BlockStack, embedding_name: str | None) -> None:
+    The names are relative to the module that the hook is on.
+    """
+
+    def __init__(self, residual: InitialResidual, owner: str, block_list: str, embedding: str | None) -> None:
         super().__init__(residual)
-        self.block_list = stack.block_list
-        self.blocks = stack.blocks
-        self.owner = stack.owner
-        self.embedding_name = embedding_name
+        self.owner = owner
+        self.block_list = block_list
+        self.embedding = embedding
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         frame = self.residual.open_forward()
         if not torch.compiler.is_compiling():
-            frame.call = sys._getframe(1)
-        frame.carries_tags = any(a is not b for a, b in zip(self.block_list.children(), self.blocks, strict=False))
-        if self.embedding_name is not None:  # adapters may have wrapped it since
-            embedding = module.get_submodule(self.embedding_name)
+            frame.call = sys._getframe(1)  # torch's, which calls this hook directly, and then the module's forward
+        if self.embedding is not None:  # looked up now: adapters may have wrapped it since
+            embedding = module.get_submodule(self.embedding)
             hooks = embedding._forward_hooks.values()
             if not any(isinstance(hook, _EmbeddingExit) and hook.residual is self.residual for hook in hooks):
                 embedding.register_forward_hook(_EmbeddingExit(self.residual))
-        for block in self.blocks:  # here, not when attaching: checkpointing may be enabled at any time
-            self._wrap_checkpointing(block)
-        self._wrap_checkpointing(self.owner, self.blocks)
+        # now, not when attaching: checkpointing may be enabled, and blocks may be wrapped, at any time
+        for block in module.get_submodule(self.block_list).children():
+            for wrapper in _with_inner_modules(block):
+                self._wrap_checkpointing(wrapper)
+        self._wrap_checkpointing(module.get_submodule(self.owner), owner=True)
 
-    def _wrap_checkpointing(self, module: nn.Module, blocks: tuple[nn.Module, ...] = ()) -> None:
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        wrapper = function
-        while isinstance(wrapper, CheckpointWithInitialResidual):
-            if wrapper.residual is self.residual:
-                return
-            wrapper = wrapper.inner
-        if function is not None:
-            module.__dict__["_gradient_checkpointing_func"] = CheckpointWithInitialResidual(
-                function, self.residual, blocks
-            )
+    def _wrap_checkpointing(self, module: nn.Module, owner: bool = False) -> None:
+        for name in _CHECKPOINT_ATTRIBUTES:
+            function = wrapper = module.__dict__.get(name)
+            while isinstance(wrapper, CheckpointWithInitialResidual) and wrapper.residual is not self.residual:
+                wrapper = wrapper.inner
+            if function is not None and not isinstance(wrapper, CheckpointWithInitialResidual):
+                module.__dict__[name] = CheckpointWithInitialResidual(function, self.residual, owner)
 
 
 class _ScopeExit(_Hook):
@@ -79,30 +84,29 @@ class _ScopeExit(_Hook):
 
 
 class _BlockEnter(_Hook):
+    on_block = True
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden_states = first_hidden_state(args, kwargs)
         frame = self.residual.frame
-        if frame is None:
-            # Nobody opened a frame: a wrapper around the block recomputes it in the backward, or somebody calls the
-            # block alone. Only the first may take what the hidden state carries.
-            value = tagged(hidden_states, self.residual) if torch._C._current_graph_task_id() != -1 else None
-            if value is not None:
-                frame = Frame(value)
-                frame.recomputed_block = module
-                if not torch.compiler.is_compiling():
-                    frame.call = sys._getframe(1)
-                self.residual.open(frame)
+        if frame is None:  # the block is called alone: the first layer that mixes says so
             return
-        value = self.residual.fill(hidden_states) if frame.value is None else frame.value
-        if frame.carries_tags and hidden_states is not None and torch.is_grad_enabled():
-            tag(hidden_states, self.residual, value)
+        hidden_states = first_hidden_state(args, kwargs)
+        if frame.value is None:
+            self.residual.fill(hidden_states)
+            frame.first_block = module
+        elif frame.first_block is module and hidden_states is not frame.last_output:
+            raise RuntimeError(
+                f"The first block of {self.residual.stack_name!r} was entered twice in one call of the module that "
+                "owns the blocks, the second time not with what the last block returned: which input the initial "
+                "residual belongs to cannot be told. Name in sibo_blocks a list that one sequence passes once per call."
+            )
 
 
 class _BlockExit(_Hook):
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         frame = self.residual.frame
-        if frame is not None and frame.recomputed_block is module:
-            self.residual.close()
+        if frame is not None and frame.first_block is not None:
+            frame.last_output = output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 class _EmbeddingExit(_Hook):
@@ -127,14 +131,15 @@ def attach(root: nn.Module, stack: BlockStack, source: str, embedding_name: str 
         relative = _name_below(root.get_submodule(scope_name), root.get_submodule(embedding_name))
     scope = root.get_submodule(scope_name)
     for hook in scope._forward_pre_hooks.values():
-        if isinstance(hook, _ScopeEnter) and hook.block_list is stack.block_list and hook.residual.source == source:
+        if isinstance(hook, _ScopeEnter) and (hook.residual.stack_name, hook.residual.source) == (stack.name, source):
             return hook.residual
 
     residual = InitialResidual(stack.name, source)
     for module in path_between(root, scope_name):
         module.register_forward_pre_hook(_ModelEnter(residual), with_kwargs=True)
         module.register_forward_hook(_ModelExit(residual), always_call=True)
-    scope.register_forward_pre_hook(_ScopeEnter(residual, stack, relative), with_kwargs=True)
+    owner, block_list = (name[len(scope_name) :].removeprefix(".") for name in (stack.owner_name, stack.name))
+    scope.register_forward_pre_hook(_ScopeEnter(residual, owner, block_list, relative), with_kwargs=True)
     scope.register_forward_hook(_ScopeExit(residual), always_call=True)
     for block in stack.blocks:
         block.register_forward_pre_hook(_BlockEnter(residual), with_kwargs=True)
@@ -151,9 +156,9 @@ def detach(root: nn.Module, residual: InitialResidual | None = None) -> None:
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
                     module._forward_hooks_always_called.pop(key, None)
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(function, CheckpointWithInitialResidual):
-            module.__dict__["_gradient_checkpointing_func"] = _unwrapped(function, residual)
+        for name in _CHECKPOINT_ATTRIBUTES:
+            if name in module.__dict__:
+                module.__dict__[name] = _unwrapped(module.__dict__[name], residual)
 
 
 def attached(root: nn.Module) -> list[InitialResidual]:
@@ -162,13 +167,21 @@ def attached(root: nn.Module) -> list[InitialResidual]:
     return [hook.residual for hook in hooks if isinstance(hook, _ScopeEnter)]
 
 
+def _with_inner_modules(block: nn.Module) -> Iterator[nn.Module]:
+    """A block and, if it is a wrapper (checkpoint_wrapper, FSDP), what is inside, down to the block itself."""
+    module: nn.Module | None = block
+    while module is not None:
+        yield module
+        module = inner_module(module)
+
+
 def _unwrapped(function: Any, residual: InitialResidual | None) -> Any:
     if not isinstance(function, CheckpointWithInitialResidual):
         return function
     inner = _unwrapped(function.inner, residual)
     if residual is None or function.residual is residual:
         return inner
-    return CheckpointWithInitialResidual(inner, function.residual, function.blocks)
+    return CheckpointWithInitialResidual(inner, function.residual, function.owner)
 
 
 def _common_ancestor(root: nn.Module, owner_name: str, embedding_name: str) -> str:

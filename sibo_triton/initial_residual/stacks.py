@@ -17,7 +17,7 @@ class BlockStack:
 
     Attributes:
         name: of the list, from the base model's root ("model.layers").
-        blocks_list: the `nn.ModuleList` itself; wrappers may have replaced its items.
+        block_list: the `nn.ModuleList` itself; wrappers may have replaced its items.
         blocks: the blocks, without checkpoint wrappers.
         owner: the module whose forward runs the blocks, and `owner_name`, its name from the root.
     """
@@ -33,13 +33,19 @@ class BlockStack:
         return module_name.startswith(self.name + ".")
 
 
-def unwrap_block(block: nn.Module) -> nn.Module:
-    """The block inside of torch's `checkpoint_wrapper`, FSDP1 or torch.compile."""
+def inner_module(module: nn.Module) -> nn.Module | None:
+    """What is inside of torch's `checkpoint_wrapper`, FSDP1 or torch.compile; None if the module is no such wrapper."""
     for attribute in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"):
-        inner = block._modules.get(attribute)
+        inner = module._modules.get(attribute)
         if inner is not None:
-            return unwrap_block(inner)
-    return block
+            return inner
+    return None
+
+
+def unwrap_block(block: nn.Module) -> nn.Module:
+    """The block itself, without wrappers."""
+    inner = inner_module(block)
+    return block if inner is None else unwrap_block(inner)
 
 
 def find_block_stacks(root: nn.Module, names: Sequence[str] | None = None) -> list[BlockStack]:
@@ -63,27 +69,34 @@ def find_block_stacks(root: nn.Module, names: Sequence[str] | None = None) -> li
     if not stacks:
         raise ValueError(
             f"No list of transformer blocks was found in {type(root).__name__}: none of its nn.ModuleLists holds only "
-            "transformers GradientCheckpointingLayers. Name the lists from the model's root, for example "
-            "sibo_blocks=['model.layers']."
+            f"transformers GradientCheckpointingLayers. Name the list from the model's root in sibo_blocks=[...]. "
+            f"{_lists_of(root)}"
         )
     return stacks
 
 
 def _named_stack(root: nn.Module, name: str) -> BlockStack:
-    try:
-        module = root.get_submodule(name)
-    except AttributeError as error:
-        candidates = [n for n, m in root.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)]
-        raise ValueError(
-            f"sibo_blocks names {name!r}, which {type(root).__name__} does not have. Its lists of modules are: "
-            f"{', '.join(candidates[:20]) or 'none'}."
-        ) from error
+    modules = dict(root.named_modules())
+    if name not in modules:  # an adapter saved with a head around the model loads without it, and the other way round
+        alike = [other for other in modules if other and (name.endswith(f".{other}") or other.endswith(f".{name}"))]
+        alike = [other for other in alike if isinstance(modules[other], (nn.ModuleList, nn.Sequential))]
+        if len(alike) != 1:
+            raise ValueError(
+                f"sibo_blocks names {name!r}, which {type(root).__name__} does not have. {_lists_of(root)}"
+            )
+        name = alike[0]
+    module = modules[name]
     if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
         raise ValueError(
             f"sibo_blocks names {name!r}, a {type(module).__name__}, but a non-empty nn.ModuleList or nn.Sequential of "
             "blocks is needed."
         )
     return _stack(root, name, module)
+
+
+def _lists_of(root: nn.Module) -> str:
+    names = [name for name, module in root.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return f"Its lists of modules are: {', '.join(names[:20]) or 'none'}."
 
 
 def _stack(root: nn.Module, name: str, module: nn.Module) -> BlockStack:

@@ -40,18 +40,22 @@ class Feeds:
     Attributes:
         marks: module name -> the streams that its input carried, one entry a call: a stack's name, or None.
         problems: stack name -> why it could not be run.
+        repeated: the stacks that one sequence passes several times, in calls of their own.
     """
 
     marks: dict[str, set[str | None]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    repeated: set[str] = field(default_factory=set)
 
     def reads(self, module_name: str, stack: BlockStack) -> tuple[bool, str]:
         """Whether a module reads its stack's residual stream, and why (not), in words."""
         if stack.name in self.problems:
-            return False, f"what feeds it is unknown: {self.problems[stack.name]}"
+            return False, "is fed by what is unknown: a trial run of its stack did not work"
+        if stack.name in self.repeated:
+            return False, f"lies in {stack.name}, which the model runs several times: name an outer list in sibo_blocks"
         marks = self.marks.get(module_name)
         if marks is None:
-            return False, "it did not run in the trial run of the model, so what feeds it is unknown"
+            return False, "did not run in the trial run of the model, so what feeds it is unknown"
         if marks == {stack.name}:
             return True, "reads the residual stream"
         others = sorted(mark for mark in marks if mark not in (None, stack.name))
@@ -128,7 +132,7 @@ def trace_feeds(root: nn.Module, stacks: Sequence[BlockStack]) -> Feeds:
         else:
             reasons = "; ".join(dict.fromkeys(problem.splitlines()[0][:200] for problem in problems))
             reasons = reasons or "no known kind of input"
-            feeds.problems[stack.name] = f"a trial run of the model did not work ({reasons})"
+            feeds.problems[stack.name] = reasons
     return feeds
 
 
@@ -138,11 +142,14 @@ def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[Bloc
     seen: dict[str, set] = {stack.name: set() for stack in stacks}
     kinds = {stack.name: {_kind(block) for block in stack.blocks} for stack in stacks}
     reached = {stack.name: any(s is stack.owner for s in module.modules()) for stack in stacks}
+    calls = dict.fromkeys(seen, 0)
     handles = []
 
     def enter_block(stack: BlockStack) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(block: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden_states = first_hidden_state(args, kwargs)
+            if calls[stack.name] > 1 and block is stack.blocks[0] and mode.mark_of(hidden_states) == stack.name:
+                feeds.repeated.add(stack.name)  # what an earlier call returned comes in again
             if not seen[stack.name] and hidden_states is not None:
                 mode.mark(hidden_states, stack.name)
             elif all(seen[name] == kinds[name] for name in kinds if reached[name]):
@@ -165,7 +172,14 @@ def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[Bloc
         if mark is not None and isinstance(output, torch.Tensor) and output.shape == args[0].shape:
             mode.mark(output, mark)
 
+    def count_call(stack: BlockStack) -> Callable[[nn.Module, tuple], None]:
+        def hook(owner: nn.Module, args: tuple) -> None:
+            calls[stack.name] += 1
+
+        return hook
+
     for stack in stacks:
+        handles.append(stack.owner.register_forward_pre_hook(count_call(stack)))
         for block in stack.blocks:
             handles.append(block.register_forward_pre_hook(enter_block(stack), with_kwargs=True))
             handles.append(block.register_forward_hook(leave_block(stack)))
@@ -208,7 +222,7 @@ def _trial_runs(root: nn.Module, stack: BlockStack) -> Iterator[tuple[nn.Module,
     for module in path_between(root, stack.owner_name):
         if not isinstance(module, PreTrainedModel):
             continue
-        kinds = dict.fromkeys([module.main_input_name, "input_ids", "pixel_values", "input_features"])
+        kinds = dict.fromkeys([module.main_input_name, "input_ids", "pixel_values", "input_features", "input_values"])
         for kind in kinds:
             inputs = _inputs(module, kind)
             if inputs is not None:
@@ -235,6 +249,8 @@ def _inputs(model: PreTrainedModel, kind: str) -> dict[str, torch.Tensor] | None
             return None
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
         inputs["input_features"] = torch.zeros(shape, dtype=floating, device=device)
+    elif kind == "input_values":
+        inputs["input_values"] = torch.zeros(1, 16000, dtype=floating, device=device)  # a second of sound
     else:
         return None
     if getattr(config, "is_encoder_decoder", False):
@@ -251,7 +267,9 @@ def _modules_outside_adapters(block: nn.Module) -> Iterator[nn.Module]:
 
 def _has_channel_weights_only(module: nn.Module) -> bool:
     parameters = list(module.parameters())
-    return bool(parameters) and all(parameter.dim() == 1 for parameter in parameters)
+    if not parameters or isinstance(module, nn.PReLU):
+        return False
+    return all(parameter.dim() == 1 for parameter in parameters)
 
 
 def _kind(block: nn.Module) -> tuple:

@@ -43,6 +43,7 @@ class SiboLoraConfig(LoraConfig):
         sibo_source: "block_input", what enters the first block, or "embedding", what the token embedding returns.
         sibo_blocks: names of the block lists from the base model's root ("model.layers"), where detection fails or
             takes too much. Default: every list of transformers' blocks that holds a LoRA target, each with its own h0.
+        sibo_mixing_modules: not to be set by hand: what the default of `sibo_target_modules` chose, in a saved adapter.
 
     Raises:
         TypeError: `sibo_lambda` is not a number, `sibo_learnable` not a bool, or a list option is of another type.
@@ -64,10 +65,15 @@ class SiboLoraConfig(LoraConfig):
         default=None, metadata={"help": "Names of the block lists, from the base model's root; default: detected."}
     )
 
+    sibo_mixing_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Written when an adapter is saved: what the default of sibo_target_modules chose."},
+    )
+
     def __post_init__(self) -> None:
         # PEFT hands the file's peft_type to the constructor; LoraConfig then overwrites it with LORA.
         self._sibo_from_file = self.peft_type == SIBO_LORA_TYPE
-        # Names that the default chose, by adapter injection; written to the file so that a reload needs no search.
+        # Names that the default chose, by adapter injection; saved, so that loading needs no search.
         self._sibo_resolved: list[str] | None = None
         super().__post_init__()
         self.check_options()
@@ -78,6 +84,11 @@ class SiboLoraConfig(LoraConfig):
             raise TypeError(f"sibo_learnable must be True or False, got {self.sibo_learnable!r}.")
         self.sibo_lambda = validate_lambda(self.sibo_lambda, self.sibo_learnable)
         validate_source(self.sibo_source)
+        if self.sibo_target_modules == "all-linear":
+            raise ValueError(
+                "sibo_target_modules='all-linear' would ask for linears that cannot mix (attention output, down "
+                "projection). Leave it at None for all that can, or name modules."
+            )
         if isinstance(self.sibo_blocks, str):
             self.sibo_blocks = [self.sibo_blocks]
         for name in ("sibo_blocks", "sibo_target_modules"):
@@ -98,7 +109,7 @@ class SiboLoraConfig(LoraConfig):
             return {key: value for key, value in config.items() if key not in own}
         config["peft_type"] = SIBO_LORA_TYPE
         if self.sibo_target_modules is None and self._sibo_resolved is not None:
-            config["sibo_target_modules"] = list(self._sibo_resolved)
+            config["sibo_mixing_modules"] = list(self._sibo_resolved)
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

@@ -59,6 +59,10 @@ class SiboLoraVariant(LoraVariant):
         return False  # an update of the weight that gives the same output does not exist
 
     @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **_: Any) -> None:
+        """Nothing: `install` puts on what is needed, after PEFT has made the layer."""
+
+    @staticmethod
     def forward(
         module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
@@ -170,11 +174,19 @@ def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float,
         setattr(layer, LAMBDA_NAME, nn.ModuleDict())
         layer.adapter_layer_names = (*layer.adapter_layer_names, LAMBDA_NAME)
         layer.other_param_names = (*layer.other_param_names, "lora_variant")
-    device = next((p.device for p in layer.get_base_layer().parameters() if p.device.type != "meta"), None)
-    lambda_ = SiboLambda(value, learnable, device)
+    device = layer.lora_A[adapter_name].weight.device
+    lambda_ = SiboLambda(value, learnable, None if device.type == "meta" else device)
     lambda_.requires_grad_(train)
     getattr(layer, LAMBDA_NAME)[adapter_name] = lambda_
     layer.lora_variant[adapter_name] = SiboLoraVariant()
+
+
+def forget(layer: LoraLayer, adapter_name: str) -> None:
+    """Make `adapter_name` of a LoRA layer plain LoRA, or nothing yet."""
+    getattr(layer, "sibo_sites", {}).pop(adapter_name, None)
+    if adapter_name in sibo_adapters(layer):
+        del getattr(layer, LAMBDA_NAME)[adapter_name]
+        layer.lora_variant.pop(adapter_name, None)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from peft import PeftType
+from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
 from torch import nn
@@ -14,12 +15,17 @@ from torch import nn
 from sibo_triton.initial_residual import BlockStack, Feeds, attach, attached, detach, find_block_stacks, trace_feeds
 from sibo_triton.lora.checkpoints import check_checkpoint
 from sibo_triton.lora.config import SiboLoraConfig
-from sibo_triton.lora.layer import MixingSite, dispatches_variants, install, lora_layers
-from sibo_triton.lora.snapshot import Snapshot, undo_if_loading_fails
+from sibo_triton.lora.layer import MixingSite, dispatches_variants, forget, install, lora_layers
+from sibo_triton.lora.snapshot import Snapshot, is_loading, undo_if_loading_fails
 from sibo_triton.lora.targets import matches, shortest_names
 
 _NOT_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d)
 _ON_TRUST = "named by sibo_target_modules, not verified"
+
+
+# What each adapter's config was when it was injected. Injecting another under its name replaces it in PEFT's dictionary
+# before anything of ours runs; a refusal puts it back.
+_configs: WeakKeyDictionary[nn.Module, dict[str, PeftConfig]] = WeakKeyDictionary()
 
 
 class XLoraRefusal(ValueError):
@@ -35,9 +41,18 @@ def inject_adapter(
         ValueError: the adapter cannot be made to mix right; the model is then as it was.
     """
     config = tuner.peft_config[adapter_name]
-    if not isinstance(config, SiboLoraConfig) or not config.mixes:
+    mixes = isinstance(config, SiboLoraConfig) and config.mixes
+    if mixes or any(adapter_name in getattr(layer, "sibo_sites", {}) for _, layer in lora_layers(model)):
+        _inject_reversibly(original, tuner, model, adapter_name, *args, **kwargs)
+    else:
         original(tuner, model, adapter_name, *args, **kwargs)
-        return
+    _configs.setdefault(model, {})[adapter_name] = config
+
+
+def _inject_reversibly(
+    original: Callable[..., None], tuner: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    config = tuner.peft_config[adapter_name]
     snapshot = Snapshot(model)
     targeted = (tuner.targeted_module_names, tuner.targeted_parameter_names)
     targeted_before = [list(names) for names in targeted]
@@ -45,33 +60,54 @@ def inject_adapter(
     def take_back() -> None:
         snapshot.restore()
         remove_unused_hooks(model)
-        tuner.peft_config.pop(adapter_name, None)
+        previous = _configs.get(model, {}).get(adapter_name)  # PEFT has put the new one in its place
+        if previous is not None and any(_has_adapter(layer, adapter_name) for _, layer in lora_layers(model)):
+            tuner.peft_config[adapter_name] = previous
+        else:
+            tuner.peft_config.pop(adapter_name, None)
         for names, before in zip(targeted, targeted_before, strict=True):
             names[:] = before
 
     try:
-        config.check_options()
-        if any(other.peft_type == PeftType.XLORA for other in tuner.peft_config.values()):
-            raise XLoraRefusal(
-                f"Adapter {adapter_name!r} is a SIBO adapter, which X-LoRA cannot use: its layers compute plain LoRA. "
-                "Give X-LoRA plain LoRA adapters (sibo_lambda=0, or peft.LoraConfig)."
-            )
-        stacks = find_block_stacks(model, config.sibo_blocks)
-        # a saved adapter names its modules, as they were found when it was made
-        known = config._sibo_from_file and config.sibo_target_modules is not None
-        feeds = None if known else trace_feeds(model, stacks)
-        original(tuner, model, adapter_name, *args, **kwargs)
-        _make_sibo(model, adapter_name, config, stacks, feeds, active=adapter_name in tuner.active_adapters)
+        for _, layer in lora_layers(model):
+            forget(layer, adapter_name)  # an earlier adapter of this name
+        if isinstance(config, SiboLoraConfig) and config.mixes:
+            _inject_sibo(original, tuner, model, adapter_name, *args, **kwargs)
+        else:
+            original(tuner, model, adapter_name, *args, **kwargs)
+        remove_unused_hooks(model)
     except BaseException:
         take_back()
         raise
     undo_if_loading_fails(take_back)
 
 
+def _inject_sibo(
+    original: Callable[..., None], tuner: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    config = tuner.peft_config[adapter_name]
+    config.check_options()
+    if any(other.peft_type == PeftType.XLORA for other in tuner.peft_config.values()):
+        raise XLoraRefusal(
+            f"Adapter {adapter_name!r} is a SIBO adapter, which X-LoRA cannot use: its layers compute plain LoRA. "
+            "Give X-LoRA plain LoRA adapters (sibo_lambda=0, or peft.LoraConfig)."
+        )
+    stacks = find_block_stacks(model, config.sibo_blocks)
+    requested, feeds = config.sibo_target_modules, None
+    is_saved = is_loading() and config._sibo_from_file
+    if is_saved:  # it names its modules, as they were found when it was made
+        requested = requested or config.sibo_mixing_modules
+    if requested is None or not is_saved:
+        feeds = trace_feeds(model, stacks)
+    original(tuner, model, adapter_name, *args, **kwargs)
+    _make_sibo(model, adapter_name, config, requested, stacks, feeds, active=adapter_name in tuner.active_adapters)
+
+
 def _make_sibo(
     model: nn.Module,
     adapter_name: str,
     config: SiboLoraConfig,
+    requested: list[str] | str | None,
     stacks: Sequence[BlockStack],
     feeds: Feeds | None,
     active: bool,
@@ -79,16 +115,11 @@ def _make_sibo(
     layers = {name: layer for name, layer in lora_layers(model) if _has_adapter(layer, adapter_name)}
     decisions: dict[str, tuple[BlockStack | None, str]] = {}
     for name, layer in layers.items():
-        decisions[name] = _decide(name, layer, config, stacks, feeds)
+        decisions[name] = _decide(name, layer, requested, stacks, feeds)
     mixing = {name: stack for name, (stack, _) in decisions.items() if stack is not None}
-    _check_request(config, layers, mixing, decisions)
-    on_trust = [name for name, (_, reason) in decisions.items() if reason == _ON_TRUST]
-    if on_trust and feeds is not None:
-        warnings.warn(
-            f"sibo_target_modules is taken on trust for {_some(dict.fromkeys(on_trust))}: "
-            f"{'; '.join(feeds.problems.values())}. Make sure that their input is the residual stream.",
-            stacklevel=2,
-        )
+    _check_request(requested, layers, mixing, decisions, feeds)
+    if feeds is not None:
+        _warn_of_problems(stacks, decisions, feeds)
 
     used = {stack.name: stack for stack in mixing.values()}
     # all are looked up before the first hook is put on, for what may be refused
@@ -105,10 +136,13 @@ def _make_sibo(
 
 
 def _decide(
-    name: str, layer: LoraLayer, config: SiboLoraConfig, stacks: Sequence[BlockStack], feeds: Feeds | None
+    name: str,
+    layer: LoraLayer,
+    requested: list[str] | str | None,
+    stacks: Sequence[BlockStack],
+    feeds: Feeds | None,
 ) -> tuple[BlockStack | None, str]:
     """The stack whose initial residual a LoRA layer mixes in, or None; and why."""
-    requested = config.sibo_target_modules
     asked = requested is not None and matches(requested, name)
     stack = next((stack for stack in stacks if stack.holds(name)), None)
     if stack is None:
@@ -137,13 +171,34 @@ def _decide(
     return (stack, reason) if mixes else (None, reason)
 
 
+def _warn_of_problems(
+    stacks: Sequence[BlockStack], decisions: dict[str, tuple[BlockStack | None, str]], feeds: Feeds
+) -> None:
+    for stack in stacks:
+        names = {name: None for name in decisions if stack.holds(name)}
+        if stack.name not in feeds.problems or not names:
+            continue
+        on_trust = {name: None for name in names if decisions[name][1] == _ON_TRUST}
+        what = (
+            f"sibo_target_modules is taken on trust for {_some(on_trust)}: make sure that their input is the residual "
+            "stream"
+            if on_trust
+            else f"{_some(names)} get plain LoRA: name in sibo_target_modules those that read the residual stream"
+        )
+        warnings.warn(
+            f"What feeds the modules of {stack.name!r} could not be found out, so {what}. A trial run of the model did "
+            f"not work: {feeds.problems[stack.name]}.",
+            stacklevel=2,
+        )
+
+
 def _check_request(
-    config: SiboLoraConfig,
+    requested: list[str] | str | None,
     layers: dict[str, LoraLayer],
     mixing: dict[str, BlockStack],
     decisions: dict[str, tuple[BlockStack | None, str]],
+    feeds: Feeds | None,
 ) -> None:
-    requested = config.sibo_target_modules
     if isinstance(requested, list):
         idle = [item for item in requested if not any(matches([item], name) for name in layers)]
         if idle:
@@ -158,7 +213,8 @@ def _check_request(
     examples: dict[str, str] = {}
     for name, (_, reason) in decisions.items():
         examples.setdefault(reason, name)
-    reasons = "; ".join(f"{name}: {reason}" for reason, name in examples.items())
+    reasons = "; ".join(f"{name} {reason}" for reason, name in examples.items())
+    reasons += "".join(f"; {name}: {problem}" for name, problem in (feeds.problems if feeds else {}).items())
     raise ValueError(
         f"None of the {len(layers)} LoRA targets can mix in the initial residual ({reasons}), so SIBO would be plain "
         "LoRA. Target linears that read the residual stream (q/k/v, gate/up, the first of an MLP); where they cannot "

@@ -78,6 +78,11 @@ def loading() -> Iterator[None]:
         _loads.undo = outer
 
 
+def is_loading() -> bool:
+    """Whether an adapter's folder is being loaded in this thread."""
+    return _loads.undo is not None
+
+
 def undo_if_loading_fails(undo: Callable[[], None]) -> None:
     """Note how to take an injection back. Outside of `loading` there is nothing to wait for."""
     if _loads.undo is not None:

@@ -1,0 +1,248 @@
+"""Stacks that are run in unusual ways: twice, in a loop, as replicas, with other arguments, under names that moved."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from oracle import mix_by_hooks
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
+from torch import nn
+
+from sibo_triton import SiboLoraConfig, explain
+
+OPTIONS = {
+    "r": 4,
+    "target_modules": ["fc"],
+    "sibo_lambda": 0.4,
+    "sibo_blocks": ["layers"],
+    "sibo_target_modules": ["fc"],
+}
+pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore:What feeds the modules")]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, mask: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        return hidden_states + torch.tanh(self.fc(hidden_states)) * (1 if mask is None else mask)
+
+
+class Net(nn.Module):
+    """Runs its stack once for each input, in one call or in one for each."""
+
+    def __init__(self, loops: int = 1, mask: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block() for _ in range(3)])
+        self.loops, self.mask = loops, mask
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.loops):
+            for layer in self.layers:
+                x = layer(self.mask, hidden_states=x)
+        return x
+
+    def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        return [self.encode(x) for x in inputs]
+
+
+def pair(**options: object) -> tuple[nn.Module, nn.Module]:
+    """A SIBO model and its oracle."""
+    model = get_peft_model(Net(**options), SiboLoraConfig(**OPTIONS))
+    randomise_adapters(model, 0.5)
+    oracle = get_peft_model(Net(**options), LoraConfig(r=4, target_modules=["fc"]))
+    oracle.load_state_dict({name: value for name, value in model.state_dict().items() if "sibo" not in name})
+    mix_by_hooks(oracle.get_base_model(), 0.4, [f"layers.{index}.fc" for index in range(3)])
+    return model, oracle
+
+
+def test_two_sequences_in_one_call_of_the_owner_are_refused() -> None:
+    model, oracle = pair()
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    torch.testing.assert_close(model(x), oracle(x))
+    torch.testing.assert_close(model(y), oracle(y))  # in calls of their own each has its h0
+    with pytest.raises(RuntimeError, match="first block of 'layers' was entered twice.*sibo_blocks"):
+        model(x, y)
+    torch.testing.assert_close(model(y), oracle(y))
+
+
+def test_a_sequence_that_loops_through_the_stack_keeps_its_h0() -> None:
+    model, _ = pair(loops=2)
+    x = torch.randn(2, 3, 8)
+    seen = []
+    for layer in model.get_base_model().layers:
+        layer.fc.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        layer.fc.lora_A["default"].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(x)
+    assert len(seen) == 12
+    for plain, mixed in zip(seen[::2], seen[1::2], strict=True):
+        torch.testing.assert_close(mixed, 0.6 * plain + 0.4 * x)
+
+
+def test_h0_is_the_argument_named_hidden_states_before_any_other_tensor() -> None:
+    mask = torch.rand(2, 3, 8)
+    model, oracle = pair(mask=mask)
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(model(x), oracle(x))
+
+
+def _albert() -> nn.Module:
+    return tf.AlbertModel(
+        tf.AlbertConfig(
+            vocab_size=32, embedding_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=16,
+        )
+    )  # fmt: skip
+
+
+def test_a_list_that_one_sequence_passes_in_several_calls_is_refused() -> None:
+    inner = "encoder.albert_layer_groups.0.albert_layers"
+    with pytest.raises(ValueError, match=f"{inner}, which the model runs several times: name an outer list"):
+        get_peft_model(_albert(), SiboLoraConfig(target_modules=["query"], sibo_blocks=[inner]))
+    outer = get_peft_model(
+        _albert(), SiboLoraConfig(target_modules=["query"], sibo_blocks=["encoder.albert_layer_groups"])
+    )
+    assert all(row.mixes for row in explain(outer))
+    outer(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def _replicate(model: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes of a model for each device, on this one."""
+    modules = list(model.modules())
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in copies.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else copies[child]
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.clone())
+    return copies[model]
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_replicas_of_data_parallel_under_checkpointing(reentrant: bool | None) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), SiboLoraConfig(r=4, target_modules="all-linear", sibo_lambda=0.4)).train()
+    randomise_adapters(model)
+    batches = [token_inputs(), token_inputs()]
+    sum(model(**batch).loss for batch in batches).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    losses: list[torch.Tensor | Exception] = [torch.tensor(0.0)] * 2
+
+    def run(index: int, replica: nn.Module) -> None:
+        try:
+            losses[index] = replica(**batches[index]).loss
+        except Exception as error:
+            losses[index] = error
+
+    threads = [threading.Thread(target=run, args=(index, _replicate(model))) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sum(losses).backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("second", ["sibo", "plain", "folder"])
+def test_injecting_again_under_the_same_name_replaces_the_adapter(second: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    base = llama().eval()
+    old = get_peft_model(base, SiboLoraConfig(r=4, target_modules=["q_proj", "up_proj"], sibo_lambda=0.4))
+    randomise_adapters(old)
+    old.save_pretrained(tmp_path)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if second == "folder":
+            model = PeftModel.from_pretrained(base, tmp_path)
+            torch.testing.assert_close(model(ids).logits, old.eval()(ids).logits)
+            return
+        kind = SiboLoraConfig if second == "sibo" else LoraConfig
+        model = get_peft_model(base, kind(r=2, target_modules=["q_proj", "up_proj"])).eval()
+    assert {row.mixes for row in explain(model)} == {second == "sibo"}
+    for row in explain(model):
+        assert row.lambda_ == (pytest.approx(0.1) if second == "sibo" else None)
+    with model.disable_adapter():
+        expected = model(ids).logits
+    torch.testing.assert_close(model(ids).logits, expected)  # fresh: B is zero
+    hooks = sum(len(module._forward_pre_hooks) for module in base.modules())
+    assert (hooks > 0) == (second == "sibo")
+
+
+@pytest.mark.parametrize("first", ["sibo", "plain"])
+def test_a_refusal_under_an_existing_name_leaves_that_adapter(first: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    base = llama().eval()
+    kind = SiboLoraConfig if first == "sibo" else LoraConfig
+    old = get_peft_model(base, kind(r=4, target_modules=["q_proj", "up_proj"])).eval()
+    randomise_adapters(old)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    before, config = old(ids).logits, old.peft_config["default"]
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="o_proj"):
+        warnings.simplefilter("ignore")
+        get_peft_model(base, SiboLoraConfig(target_modules=["o_proj"], sibo_target_modules=["o_proj"]))
+    assert old.peft_config["default"] is config
+    assert torch.equal(old(ids).logits, before)
+    old.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(llama_with(base), tmp_path)(ids).logits, before)
+
+
+def llama_with(base: nn.Module) -> nn.Module:
+    """A bare model with the base weights of an adapted one."""
+    twin = llama().eval()
+    weights = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items()}
+    twin.load_state_dict({name: value for name, value in weights.items() if "lora_" not in name})
+    return twin
+
+
+def test_a_saved_config_as_a_template_is_searched_and_checked_like_a_new_one(tmp_path) -> None:
+    get_peft_model(llama(), SiboLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.target_modules = {"q_proj", "k_proj", "o_proj"}
+    mixing = {row.module.rpartition(".")[2] for row in explain(get_peft_model(llama(), config)) if row.mixes}
+    assert mixing == {"q_proj", "k_proj"}
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.target_modules, config.sibo_target_modules = {"o_proj"}, ["o_proj"]
+    with pytest.raises(ValueError, match="o_proj, which cannot mix"):
+        get_peft_model(llama(), config)
+
+
+def test_block_lists_are_found_without_the_head_that_was_around_the_model(tmp_path) -> None:
+    torch.manual_seed(0)
+    base = llama().eval()
+    base.save_pretrained(tmp_path / "base")
+    config = SiboLoraConfig(r=4, target_modules=["q_proj"], sibo_blocks=["model.layers"])
+    model = get_peft_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    randomise_adapters(model)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.ones(1, 4, dtype=torch.long)
+    expected = model(ids, output_hidden_states=True).hidden_states[-1]
+    loaded = tf.AutoModel.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(loaded(ids).last_hidden_state, expected)
+
+
+def test_a_stack_whose_trial_run_fails_is_named_in_a_warning() -> None:
+    model = ARCHITECTURES["llava"].build()
+    tower = model.model.vision_tower
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("not today")
+
+    tower.register_forward_pre_hook(refuse)
+    with pytest.warns(UserWarning, match=r"vision_tower.encoder.layers.*get plain LoRA.*not today"):
+        get_peft_model(model, SiboLoraConfig(target_modules=["q_proj", "k_proj"]))
