@@ -1,73 +1,115 @@
-"""The down-projection of a SIBO-LoRA layer as one Triton kernel: ``t = ((1 - lambda) x + lambda h0) A^T``.
+"""The down-projections of SIBO-LoRA layers as one Triton kernel: ``t = drop((1 - lambda) x + lambda h0) A^T``.
 
-A first kernel: no dropout, no split along K, one A at a time. Nothing calls it yet; ``sibo_triton.ops`` will, and will
-choose between it and ``sibo_triton.reference.down``, which is the definition.
+Nothing calls it yet; ``sibo_triton.ops`` will, and will choose between it and ``sibo_triton.reference.down``, which is
+the definition.
 
-Both inputs are read once. In 16 bits and up to rank 64, the tiles of x and h0 go to the tensor cores as they are and
-the two products are mixed in float32: no arithmetic on the [M, K] tiles, and nothing is rounded to 16 bits. Elsewhere
-the second product would cost more than mixing the tiles, so they are mixed first, in float32, and rounded to the
-operands' dtype.
+Every program reads its rows of x and h0 once. In 16 bits and up to rank 64, the tiles of x and h0 go to the tensor
+cores as they are and the two products are mixed in float32: no arithmetic on the [M, K] tiles but the dropout mask, and
+nothing is rounded to 16 bits. Elsewhere the second product would cost more than mixing the tiles, so they are mixed
+first, in float32; unless ``d = drop(h0 - x) A^T`` is wanted too, which comes from the two products. The mask takes both
+tiles alike, and the sum is divided by the rate of keeping at the end.
+
+Few rows are split along K, and torch adds the parts in an order that depends on the shape and the GPU alone. Siblings
+(q, k, v) that share x share a launch; neighbouring programs, of one sibling each, find x in the cache.
 """
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+from .dropout import drawn, dropout_rows, keep_tile
+from .precision import TL_DTYPES, Operands, operands, split_dot
 
 
 @triton.jit
 def down_kernel(
     p_x,  # [M, K]
     p_initial_residual,  # [M, K], or None
-    p_lora_a,  # [r, K]
-    p_t,  # [M, r], contiguous
-    lambda_,  # a number, or a pointer to one
-    M,
+    p_lora_a,  # tuples, with one element for each sibling: [r, K]
+    p_t,  # [splits of K, 1 or 2, M, r]: t and, if HAS_DIFFERENCE, A drop(h0 - x)
+    p_seed,  # int64, [1]
+    lambda_,  # numbers, or pointers to one
+    keep_from,  # these two from dropout.drawn
+    dropout_scale,
     r,
+    first_tile,  # of the sibling's tiles along its rank, among those of all siblings
+    stride_a_r,
+    stride_a_k,
+    M,
+    r_tiles,  # of all siblings
     stride_x_m,
     stride_x_k,
     stride_h_m,
     stride_h_k,
-    stride_a_r,
-    stride_a_k,
-    K: tl.constexpr,  # so that the loop's bound is constant: some versions of the interpreter need that
+    stride_t_split,
+    K: tl.constexpr,
+    K_STEPS: tl.constexpr,  # of BK columns, in each split: constant, as some versions of the interpreter need
+    SIBLINGS: tl.constexpr,
     HAS_INITIAL_RESIDUAL: tl.constexpr,
-    LAMBDA_IS_TENSOR: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_DIFFERENCE: tl.constexpr,
+    LAMBDA_IS_TENSOR: tl.constexpr,  # a tuple
     MIX_FIRST: tl.constexpr,  # mix the tiles and not the accumulators
-    DOT_DTYPE: tl.constexpr,  # of both operands of a dot
+    SPLIT_X: tl.constexpr,  # these three for split_dot
+    SPLIT_A: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    r_tiles = tl.cdiv(r, BR)
     i_m = tl.program_id(0) // r_tiles  # neighbouring programs share rows of x, which then come from the cache
     i_r = tl.program_id(0) % r_tiles
+    i_k_split = tl.program_id(1)
+
+    p_a_own, p_t_own, r_own, first_own = p_lora_a[0], p_t[0], r[0], first_tile[0]
+    stride_r_own, stride_k_own = stride_a_r[0], stride_a_k[0]
+    for i in tl.static_range(1, SIBLINGS):
+        is_own = i_r >= first_tile[i]
+        p_a_own = tl.where(is_own, p_lora_a[i], p_a_own)
+        p_t_own = tl.where(is_own, p_t[i], p_t_own)
+        r_own = tl.where(is_own, r[i], r_own)
+        first_own = tl.where(is_own, first_tile[i], first_own)
+        stride_r_own = tl.where(is_own, stride_a_r[i], stride_r_own)
+        stride_k_own = tl.where(is_own, stride_a_k[i], stride_k_own)
+
     o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
-    o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-    o_k = tl.arange(0, BK)  # [BK]
+    o_r = (i_r - first_own) * BR + tl.arange(0, BR)  # [BR]
+    o_k = i_k_split * (K_STEPS * BK) + tl.arange(0, BK)  # [BK]
     m_m = o_m < M
-    m_r = o_r < r
+    m_r = o_r < r_own
 
     # int64 throughout: a row times its stride passes 2^31 in long batches.
     o_k64 = o_k.to(tl.int64)
     b_p_x = p_x + o_m[:, None] * stride_x_m + o_k64[None, :] * stride_x_k  # [BM, BK]
-    b_p_a = p_lora_a + o_r.to(tl.int64)[:, None] * stride_a_r + o_k64[None, :] * stride_a_k  # [BR, BK]
+    b_p_a = p_a_own + o_r.to(tl.int64)[:, None] * stride_r_own + o_k64[None, :] * stride_k_own  # [BR, BK]
     step_x = tl.cast(BK, tl.int64) * stride_x_k
-    step_a = tl.cast(BK, tl.int64) * stride_a_k
+    step_a = tl.cast(BK, tl.int64) * stride_k_own
     if HAS_INITIAL_RESIDUAL:
         b_p_h = p_initial_residual + o_m[:, None] * stride_h_m + o_k64[None, :] * stride_h_k  # [BM, BK]
         step_h = tl.cast(BK, tl.int64) * stride_h_k
-        if LAMBDA_IS_TENSOR:
-            b_lambda = tl.load(lambda_).to(tl.float32)
-        else:
-            b_lambda = lambda_
+        b_lambda = tl.load(lambda_[0]).to(tl.float32) if LAMBDA_IS_TENSOR[0] else lambda_[0]
+        for i in tl.static_range(1, SIBLINGS):
+            b_lambda_i = tl.load(lambda_[i]).to(tl.float32) if LAMBDA_IS_TENSOR[i] else lambda_[i]
+            b_lambda = tl.where(i_r >= first_tile[i], b_lambda_i, b_lambda)
+    if HAS_DROPOUT:
+        p_seed_own, keep_from_own, scale_own = p_seed[0], keep_from[0], dropout_scale[0]
+        for i in tl.static_range(1, SIBLINGS):
+            is_own = i_r >= first_tile[i]
+            p_seed_own = tl.where(is_own, p_seed[i], p_seed_own)
+            keep_from_own = tl.where(is_own, keep_from[i], keep_from_own)
+            scale_own = tl.where(is_own, dropout_scale[i], scale_own)
+        row1, row2, col_key1, col_key2 = dropout_rows(p_seed_own, o_m)
+        MASKED_DTYPE: tl.constexpr = tl.float32 if SPLIT_X or MIX_FIRST else DOT_DTYPE
 
     b_t = tl.zeros([BM, BR], dtype=tl.float32)  # [BM, BR]
     b_t_h = tl.zeros([BM, BR], dtype=tl.float32)  # [BM, BR], the part of h0
-    for i_k in range(tl.cdiv(K, BK)):
-        if K % BK == 0:
+    for i_k in range(K_STEPS):
+        if K % (K_STEPS * BK) == 0:
             m_x = m_m[:, None]
             m_a = m_r[:, None]
         else:
@@ -75,35 +117,101 @@ def down_kernel(
             m_x = m_m[:, None] & m_k[None, :]
             m_a = m_r[:, None] & m_k[None, :]
         b_x = tl.load(b_p_x, mask=m_x, other=0.0)  # [BM, BK]
-        b_a = tl.trans(tl.load(b_p_a, mask=m_a, other=0.0)).to(DOT_DTYPE)  # [BK, BR]
+        b_a = tl.trans(tl.load(b_p_a, mask=m_a, other=0.0))  # [BK, BR]
+        if HAS_DROPOUT:
+            b_keep = keep_tile(row1, row2, col_key1, col_key2, o_k + i_k * BK, keep_from_own).to(MASKED_DTYPE)
         if HAS_INITIAL_RESIDUAL:
             b_h = tl.load(b_p_h, mask=m_x, other=0.0)  # [BM, BK]
+            b_p_h += step_h
             if MIX_FIRST:
                 b_x = (1.0 - b_lambda) * b_x.to(tl.float32) + b_lambda * b_h.to(tl.float32)
             else:
-                b_t_h = tl.dot(b_h.to(DOT_DTYPE), b_a, b_t_h, input_precision="ieee")
-            b_p_h += step_h
-        b_t = tl.dot(b_x.to(DOT_DTYPE), b_a, b_t, input_precision="ieee")
+                if HAS_DROPOUT:
+                    b_h = b_h.to(MASKED_DTYPE) * b_keep
+                b_t_h = split_dot(b_h, b_a, b_t_h, SPLIT_X, SPLIT_A, DOT_DTYPE)
+        if HAS_DROPOUT:
+            b_x = b_x.to(MASKED_DTYPE) * b_keep
+        b_t = split_dot(b_x, b_a, b_t, SPLIT_X, SPLIT_A, DOT_DTYPE)
         b_p_x += step_x
         b_p_a += step_a
+
+    b_p_t = p_t_own + i_k_split.to(tl.int64) * stride_t_split + o_m[:, None] * r_own + o_r[None, :]  # [BM, BR]
+    m_t = m_m[:, None] & m_r[None, :]
+    if HAS_DIFFERENCE:
+        b_d = b_t_h - b_t  # [BM, BR]
+        if HAS_DROPOUT:
+            b_d *= scale_own
+        tl.store(b_p_t + tl.cast(M, tl.int64) * r_own, b_d, mask=m_t)
     if HAS_INITIAL_RESIDUAL and not MIX_FIRST:
         b_t = (1.0 - b_lambda) * b_t + b_lambda * b_t_h
+    if HAS_DROPOUT:
+        b_t *= scale_own
+    tl.store(b_p_t, b_t, mask=m_t)
 
-    tl.store(p_t + o_m[:, None] * r + o_r[None, :], b_t, mask=m_m[:, None] & m_r[None, :])
+
+@dataclass(frozen=True)
+class DownProjection:
+    """One of the layers that share x and h0."""
+
+    lora_a: Tensor  # [r, K]
+    lambda_: float | Tensor = 0.0  # a number in [0, 1], or a floating point tensor with one element
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None  # int64, one element; needed if dropout_p > 0
+    difference: bool = False  # also ask for d, which the gradient of lambda needs
+
+    @property
+    def mixes(self) -> bool:
+        return self.difference or isinstance(self.lambda_, Tensor) or self.lambda_ != 0
+
+    @property
+    def kind(self) -> tuple[torch.dtype, bool, bool, bool]:
+        """What must be the same to share a launch."""
+        return self.lora_a.dtype, self.mixes, self.dropout_p > 0, self.difference
 
 
-def tiles(rank: int, dot_dtype: torch.dtype) -> dict[str, int | bool]:
-    """Tile sizes, order of mixing and launch options, by the rank and the dtype of the dots' operands.
+@dataclass(frozen=True)
+class Plan:
+    """How one launch multiplies, and its tiles: one choice for all GPUs, by gfx942's 64 KiB of shared memory."""
 
-    One choice for every GPU, by the smallest shared memory among the targets (64 KiB on gfx942).
-    """
+    operands: Operands
+    mix_first: bool
+    tiles: dict[str, int]  # BM, BK, BR
+    options: dict[str, int]  # num_warps, num_stages
+
+
+def plan(rank: int, x_dtype: torch.dtype, kind: tuple, h0_dtype: torch.dtype | None = None) -> Plan:
+    """The plan for the largest rank of a launch; ``kind`` is :attr:`DownProjection.kind`."""
+    a_dtype, mixes, _, difference = kind
     BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
-    if dot_dtype == torch.float32:
+    alike = not mixes or x_dtype == h0_dtype
+    throughout = alike and x_dtype == a_dtype == torch.float32
+    whole = operands(x_dtype if alike else torch.float32, a_dtype, throughout)
+    mix_first = mixes and not difference and (BR > 64 or whole.split_a or whole.dtype == torch.float32)
+    if mix_first and not (alike and x_dtype == a_dtype):
+        whole = operands(torch.float32, a_dtype)  # the mixed tile is not to be rounded to 16 bits
+    if whole.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
-        return {"BM": 64, "BK": 16, "BR": min(BR, 64), "MIX_FIRST": True, "num_warps": 4, "num_stages": 3}
-    if BR <= 64:
-        return {"BM": 64, "BK": 64, "BR": BR, "MIX_FIRST": False, "num_warps": 4, "num_stages": 3}
-    return {"BM": 64, "BK": 32, "BR": min(BR, 256), "MIX_FIRST": True, "num_warps": 8, "num_stages": 3}
+        tiles = {"BM": 64, "BK": 16, "BR": min(BR, 32 if difference else 64)}
+        return Plan(whole, mix_first, tiles, {"num_warps": 4, "num_stages": 3})
+    if whole.split_a or whole.split_b:
+        # At rank 64 the parts of 32 columns of x would overflow sm_120's registers.
+        tiles = {"BM": 64, "BK": 16 if whole.split_a and BR == 64 else 32, "BR": min(BR, 128)}
+    elif BR <= 64:
+        tiles = {"BM": 64, "BK": 64, "BR": BR}
+    else:
+        tiles = {"BM": 64, "BK": 32, "BR": min(BR, 128 if difference else 256)}
+    return Plan(whole, mix_first, tiles, {"num_warps": 4 if BR <= 64 else 8, "num_stages": 3})
+
+
+def steps_of_split(programs: int, steps: int, multiprocessors: int) -> int:
+    """Steps along K for each program: all, or fewer where rows are too few to fill the GPU; 4 are worth a program."""
+    splits = max(1, min(multiprocessors // programs, steps // 4))
+    return triton.cdiv(steps, splits)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def down(
@@ -111,66 +219,131 @@ def down(
     lora_a: Tensor,  # [r, K]
     initial_residual: Tensor | None = None,  # [M, K]
     lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:  # [M, r]
-    """``t = ((1 - lambda) x + lambda h0) A^T``, in float32 whatever the inputs' dtypes.
+    """``t = drop((1 - lambda) x + lambda h0) A^T`` for one layer: see :func:`down_siblings`."""
+    ((t, _),) = down_siblings(x, [DownProjection(lora_a, lambda_, dropout_p, dropout_seed)], initial_residual)
+    return t
 
-    The dots' operands have the dtype of x, h0 and A where all agree, else float32; float32 is multiplied as float32,
-    without tensor cores. Forward only: gradients are for the op around it.
+
+def down_siblings(
+    x: Tensor,  # [M, K]
+    siblings: Sequence[DownProjection],
+    initial_residual: Tensor | None = None,  # [M, K]
+) -> list[tuple[Tensor, Tensor | None]]:  # [M, r] each
+    """``t = drop((1 - lambda) x + lambda h0) A^T`` and ``d = drop(h0 - x) A^T`` for layers that share x and h0.
+
+    In float32 whatever the inputs' dtypes. One 16-bit dtype throughout is multiplied by tensor cores as it is; float32
+    throughout as ``torch.get_float32_matmul_precision()`` says, without tensor cores at "highest"; all else in bfloat16
+    parts (``kernels/precision.py``), near float32's precision. The same bits from run to run. Forward only: gradients
+    are for the op around it.
+
+    Siblings share a launch, and x in the cache, if their A have one dtype and all or none of them mix, drop and want d.
 
     Args:
         x: ``[M, K]``, float16, bfloat16 or float32, with any strides.
-        lora_a: A, ``[r, K]``, any of these dtypes and any strides.
-        initial_residual: h0, likewise, of the shape of x. Not read when ``lambda_`` is the number 0, and may then be
-            None.
-        lambda_: a number in [0, 1], or a floating point tensor with one element on the device of x.
+        siblings: A, lambda, dropout and its seed (on the device of x, as A and lambda) for each; any ranks, and A with
+            any of these dtypes and any strides.
+        initial_residual: h0, of the shape of x, any of these dtypes, any strides. Read where ``lambda_`` is not the
+            number 0 or d is wanted, else it may be None.
 
     Returns:
-        t, float32, ``[M, r]``, contiguous.
+        For each sibling t and, where wanted, d: float32, ``[M, r]``, contiguous, perhaps views of one buffer.
 
     Raises:
         TypeError: a dtype that the kernel does not take.
-        ValueError: a shape that does not fit, or h0 missing.
+        ValueError: a shape that does not fit, h0 or a seed missing, or a rate of dropout outside [0, 1).
     """
-    mixes = isinstance(lambda_, Tensor) or lambda_ != 0
-    if mixes and initial_residual is None:
-        raise ValueError(f"initial_residual is None, but lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing")
-    inputs = {"x": x, "lora_a": lora_a} | ({"initial_residual": initial_residual} if mixes else {})
-    for name, tensor in inputs.items():
-        if tensor.dtype not in _TL_DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}: the kernel takes {', '.join(map(str, _TL_DTYPES))}")
-        expected = (lora_a.shape[0], x.shape[-1]) if name == "lora_a" else x.shape
-        if tensor.dim() != 2 or tensor.shape != expected:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; x is [M, K] as is h0, and lora_a [r, K]")
-    (M, K), r = x.shape, lora_a.shape[0]
-    if M == 0 or K == 0 or r == 0:
-        return torch.zeros((M, r), dtype=torch.float32, device=x.device)
+    _check("x", x, x.shape)
+    for sibling in siblings:
+        _check("lora_a", sibling.lora_a, (sibling.lora_a.shape[0], x.shape[1]))
+        if sibling.mixes and initial_residual is None:
+            found = f"initial_residual is None, but lambda_ is {sibling.lambda_}"
+            raise ValueError(f"{found}: pass h0, or lambda_=0.0 for no mixing")
+        if not 0 <= sibling.dropout_p < 1:
+            raise ValueError(f"dropout_p is {sibling.dropout_p}: it must lie in [0, 1); 0.0 turns dropout off")
+        seed = sibling.dropout_seed
+        if sibling.dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+            raise ValueError(f"dropout_p is {sibling.dropout_p}, and the seed {seed}: pass one int64 value in a tensor")
+    if any(sibling.mixes for sibling in siblings):
+        _check("initial_residual", initial_residual, x.shape)
 
-    dtypes = {tensor.dtype for tensor in inputs.values()}
-    dot_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    # The interpreter multiplies the raw bits of bfloat16.
-    dot_dtype_run = dot_dtype if isinstance(down_kernel, triton.JITFunction) else torch.float32
-    config = tiles(r, dot_dtype)
-    t = torch.empty((M, r), dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(M, config["BM"]) * triton.cdiv(r, config["BR"]),)
-    with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
-        down_kernel[grid](
-            p_x=x,
-            p_initial_residual=initial_residual if mixes else None,
-            p_lora_a=lora_a,
-            p_t=t,
-            lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
-            M=M,
-            r=r,
-            stride_x_m=x.stride(0),
-            stride_x_k=x.stride(1),
-            stride_h_m=initial_residual.stride(0) if mixes else 0,
-            stride_h_k=initial_residual.stride(1) if mixes else 0,
-            stride_a_r=lora_a.stride(0),
-            stride_a_k=lora_a.stride(1),
-            K=K,
-            HAS_INITIAL_RESIDUAL=mixes,
-            LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
-            DOT_DTYPE=_TL_DTYPES[dot_dtype_run],
-            **config,
-        )
-    return t
+    results: dict[int, tuple[Tensor, Tensor | None]] = {}
+    kinds = [sibling.kind for sibling in siblings]
+    for kind in dict.fromkeys(kinds):
+        of_kind = [i for i, other in enumerate(kinds) if other == kind]
+        h0 = initial_residual if kind[1] else None
+        results |= zip(of_kind, _launch(x, [siblings[i] for i in of_kind], h0, kind), strict=True)
+    return [results[i] for i in range(len(siblings))]
+
+
+def _check(name: str, tensor: Tensor, expected: Iterable[int]) -> None:
+    if tensor.dtype not in TL_DTYPES:
+        raise TypeError(f"{name} is {tensor.dtype}: the kernel takes {', '.join(map(str, TL_DTYPES))}")
+    if tensor.dim() != 2 or tensor.shape != tuple(expected):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; x is [M, K] as is h0, and lora_a [r, K]")
+
+
+def _launch(
+    x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None, kind: tuple
+) -> list[tuple[Tensor, Tensor | None]]:
+    """:func:`down_siblings` for siblings of one kind."""
+    (M, K), ranks = x.shape, [sibling.lora_a.shape[0] for sibling in siblings]
+    _, _, drops, difference = kind
+    chosen = plan(max(ranks), x.dtype, kind, h0.dtype if h0 is not None else None)
+    tiles, multiply = chosen.tiles, chosen.operands
+    tiles_of = [triton.cdiv(r, tiles["BR"]) for r in ranks]
+    programs = triton.cdiv(M, tiles["BM"]) * sum(tiles_of)
+    empty = programs == 0 or K == 0
+    k_steps = 1 if empty else steps_of_split(programs, triton.cdiv(K, tiles["BK"]), multiprocessors(x.device))
+    splits = 1 if empty else triton.cdiv(K, k_steps * tiles["BK"])
+
+    # One buffer for all results, each of them aligned as the vectors of 4 that stores may use.
+    sizes = [(1 + difference) * M * r for r in ranks]
+    starts = [sum(triton.cdiv(size, 4) * 4 for size in sizes[:i]) for i in range(len(sizes) + 1)]
+    parts = (torch.zeros if empty else torch.empty)((splits, starts[-1]), dtype=torch.float32, device=x.device)
+    if not empty:
+        rates = [drawn(sibling.dropout_p) for sibling in siblings]
+        lambdas = [sibling.lambda_ for sibling in siblings]
+        with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
+            down_kernel[(programs, splits)](
+                p_x=x,
+                p_initial_residual=h0,
+                p_lora_a=tuple(sibling.lora_a for sibling in siblings),
+                p_t=tuple(parts[0, start:] for start in starts[:-1]),
+                p_seed=tuple(sibling.dropout_seed for sibling in siblings) if drops else None,
+                lambda_=tuple(value if isinstance(value, Tensor) else float(value) for value in lambdas),
+                keep_from=tuple(keep_from for keep_from, _ in rates) if drops else None,
+                dropout_scale=tuple(scale for _, scale in rates) if drops else None,
+                r=tuple(ranks),
+                first_tile=tuple(sum(tiles_of[:i]) for i in range(len(ranks))),
+                stride_a_r=tuple(sibling.lora_a.stride(0) for sibling in siblings),
+                stride_a_k=tuple(sibling.lora_a.stride(1) for sibling in siblings),
+                M=M,
+                r_tiles=sum(tiles_of),
+                stride_x_m=x.stride(0),
+                stride_x_k=x.stride(1),
+                stride_h_m=h0.stride(0) if h0 is not None else 0,
+                stride_h_k=h0.stride(1) if h0 is not None else 0,
+                stride_t_split=parts.stride(0),
+                K=K,
+                K_STEPS=k_steps,
+                SIBLINGS=len(siblings),
+                HAS_INITIAL_RESIDUAL=h0 is not None,
+                HAS_DROPOUT=drops,
+                HAS_DIFFERENCE=difference,
+                LAMBDA_IS_TENSOR=tuple(isinstance(value, Tensor) for value in lambdas),
+                MIX_FIRST=chosen.mix_first,
+                SPLIT_X=multiply.split_a,
+                SPLIT_A=multiply.split_b,
+                DOT_DTYPE=multiply.tl_dtype,
+                **tiles,
+                **chosen.options,
+            )
+    flat = parts[0] if splits == 1 else parts.sum(0)
+    results = []
+    for r, start, size in zip(ranks, starts, sizes, strict=False):
+        outputs = flat[start : start + size].view(-1, M, r) if size else flat.new_empty((1 + difference, M, r))
+        results.append((outputs[0], outputs[1] if difference else None))
+    return results

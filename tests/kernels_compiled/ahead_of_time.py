@@ -43,7 +43,7 @@ class Binary:
 def compile_for(
     target: str,
     kernel: triton.JITFunction,
-    arguments: Mapping[str, str],
+    arguments: Mapping[str, str | tuple[str, ...]],
     constants: Mapping[str, object],
     divisible_by_16: frozenset[str],
     options: Mapping[str, int],
@@ -53,18 +53,30 @@ def compile_for(
     Args:
         target: a name in TARGETS.
         kernel: what ``triton.jit`` returned.
-        arguments: the types of the arguments that a launch passes ("*bf16", "i32"...).
-        constants: the values of all others.
+        arguments: the types of the arguments that a launch passes ("*bf16", "i32"...), in a tuple where it passes one.
+        constants: the values of all others. A tuple is one value, or, where ``arguments`` has "constexpr" in a tuple,
+            the values of these elements (and None of the others).
         divisible_by_16: the pointers and integers that a launch would find divisible by 16.
         options: num_warps and num_stages.
     """
     names = kernel.arg_names
-    assert set(names) == set(arguments) | set(constants), "every argument of the kernel, once"
+    assert set(names) == set(arguments) | set(constants), "every argument of the kernel"
+    constexprs = {}
+    for name, value in constants.items():
+        if name in arguments:
+            constexprs |= {(names.index(name), i): v for i, v in enumerate(value) if arguments[name][i] == "constexpr"}
+        else:
+            constexprs[(names.index(name),)] = value
+    attrs = {}
+    for name in divisible_by_16:
+        places = range(len(arguments[name])) if isinstance(arguments[name], tuple) else None
+        paths = [(names.index(name),)] if places is None else [(names.index(name), i) for i in places]
+        attrs |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(
         kernel,
         signature={name: arguments.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16},
+        constexprs=constexprs,
+        attrs=attrs,
     )
     compiled = triton.compile(source, target=TARGETS[target][0], options={"enable_fp_fusion": True, **options})
     return _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(compiled)

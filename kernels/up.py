@@ -1,0 +1,209 @@
+"""The up-projection of a SIBO-LoRA layer as one Triton kernel: ``y = s (t B^T + b)``, written fresh or added.
+
+Nothing calls it yet; ``sibo_triton.ops`` will. ``sibo_triton.reference.up`` is the definition. Two functions:
+
+* :func:`up` writes a fresh y, onto which the frozen GEMM may then accumulate (beta = 1);
+* :func:`add_up_` adds to a base output in place, in float32, and rounds the sum once.
+
+With B in 16 bits, t is rounded to B's dtype, as the definition does. With B in float32 (PEFT's default, also on a
+16-bit model) the product before its last rounding is within 1e-4 of float32's, by ``precision.split_dot``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .precision import TL_DTYPES, Operands, operands, split_dot
+
+
+@triton.jit
+def up_kernel(
+    p_t,  # [M, r], contiguous
+    p_lora_b,  # [N, r]
+    p_lora_bias,  # [N], or None
+    p_y,  # [M, N]
+    scaling,  # a number, or a pointer to one
+    M,
+    N,
+    stride_b_n,
+    stride_b_r,
+    stride_bias_n,
+    stride_y_m,
+    stride_y_n,
+    R: tl.constexpr,  # the rank: so that the loop's bound is constant
+    ACCUMULATE: tl.constexpr,  # add to what y holds
+    HAS_LORA_BIAS: tl.constexpr,
+    SCALING_IS_TENSOR: tl.constexpr,
+    SPLIT_T: tl.constexpr,
+    SPLIT_B: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    n_tiles = tl.cdiv(N, BN)
+    i_m = tl.program_id(0) // n_tiles  # neighbouring programs share rows of t, which then come from the cache
+    i_n = tl.program_id(0) % n_tiles
+    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
+    m_m = o_m < M
+    m_n = o_n < N
+    m_y = m_m[:, None] & m_n[None, :]  # [BM, BN]
+
+    b_y = tl.zeros([BM, BN], dtype=tl.float32)  # [BM, BN]
+    for i_r in range(tl.cdiv(R, BR)):
+        o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)  # [BR]
+        m_r = o_r < R
+        b_p_t = p_t + o_m[:, None] * R + o_r[None, :]
+        b_p_b = p_lora_b + o_n[:, None] * stride_b_n + o_r[None, :] * stride_b_r
+        b_t = tl.load(b_p_t, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
+        b_b = tl.load(b_p_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
+        b_y = split_dot(b_t, tl.trans(b_b), b_y, SPLIT_T, SPLIT_B, DOT_DTYPE)
+
+    if SCALING_IS_TENSOR:
+        b_scaling = tl.load(scaling).to(tl.float32)
+    else:
+        b_scaling = scaling
+    if HAS_LORA_BIAS:
+        b_bias = tl.load(p_lora_bias + o_n * stride_bias_n, mask=m_n, other=0.0)  # [BN]
+        b_y += b_bias.to(tl.float32)[None, :]
+    b_y *= b_scaling
+    b_p_y = p_y + o_m[:, None] * stride_y_m + o_n[None, :] * stride_y_n
+    if ACCUMULATE:
+        b_y += tl.load(b_p_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(b_p_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
+
+
+def tiles(rank: int, dot: Operands) -> dict[str, int]:
+    """Tile sizes and launch options, by the rank and how tiles are multiplied; one choice for every GPU."""
+    BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
+    if dot.dtype == torch.float32:
+        # Multiplied without tensor cores, from registers: larger tiles spill.
+        return {"BM": 64, "BN": 64, "BR": 16, "num_warps": 8, "num_stages": 2}
+    if dot.split_a or dot.split_b:
+        return {"BM": 64, "BN": 128, "BR": min(BR, 32), "num_warps": 4, "num_stages": 2}
+    return {"BM": 64, "BN": 128, "BR": min(BR, 64), "num_warps": 4, "num_stages": 2}
+
+
+def up(
+    t: Tensor,  # [M, r]
+    lora_b: Tensor,  # [N, r]
+    scaling: float | Tensor,
+    dtype: torch.dtype,
+    lora_bias: Tensor | None = None,  # [N]
+) -> Tensor:  # [M, N]
+    """``y = s (t B^T + b)`` as a fresh tensor of the given dtype. Forward only.
+
+    Args:
+        t: float32, ``[M, r]``, contiguous, as :func:`~sibo_triton.kernels.down.down` returns it.
+        lora_b: B, ``[N, r]``, float16, bfloat16 or float32, with any strides.
+        scaling: s, a number, or a floating point tensor with one element on the device of t.
+        dtype: of y: float16, bfloat16 or float32.
+        lora_bias: b, ``[N]``, any of these dtypes and any stride, or None.
+
+    Returns:
+        y, ``[M, N]``, contiguous.
+
+    Raises:
+        TypeError: a dtype that the kernel does not take.
+        ValueError: a shape that does not fit, or t not contiguous.
+    """
+    if dtype not in TL_DTYPES:
+        raise TypeError(f"dtype is {dtype}: the kernel writes {', '.join(map(str, TL_DTYPES))}")
+    check_up_operands(t, lora_b, scaling, lora_bias)
+    y = torch.empty((t.shape[0], lora_b.shape[0]), dtype=dtype, device=t.device)
+    _launch(y, t, lora_b, scaling, lora_bias, accumulate=False)
+    return y
+
+
+def add_up_(
+    y: Tensor,  # [M, N]
+    t: Tensor,  # [M, r]
+    lora_b: Tensor,  # [N, r]
+    scaling: float | Tensor,
+    lora_bias: Tensor | None = None,  # [N]
+) -> Tensor:  # [M, N]
+    """``y += s (t B^T + b)`` in place, the sum taken in float32 and rounded once, to y's dtype. Forward only.
+
+    Args:
+        y: the base output, ``[M, N]``, float16, bfloat16 or float32; any strides by which no two elements meet.
+        t, lora_b, scaling, lora_bias: as for :func:`up`.
+
+    Returns:
+        y itself.
+
+    Raises:
+        TypeError, ValueError: as :func:`up`; ValueError for an expanded y.
+    """
+    if y.dtype not in TL_DTYPES:
+        raise TypeError(f"y is {y.dtype}: the kernel writes {', '.join(map(str, TL_DTYPES))}")
+    check_up_operands(t, lora_b, scaling, lora_bias)
+    if y.dim() != 2 or y.shape != (t.shape[0], lora_b.shape[0]):
+        raise ValueError(f"y has shape {list(y.shape)}, but [{t.shape[0]}, {lora_b.shape[0]}] fits t and lora_b")
+    if any(stride == 0 and size > 1 for stride, size in zip(y.stride(), y.shape, strict=True)):
+        raise ValueError(f"y has strides {y.stride()}: the elements of an expanded tensor share memory; clone it first")
+    _launch(y, t, lora_b, scaling, lora_bias, accumulate=True)
+    return y
+
+
+def check_up_operands(
+    t: Tensor | None, lora_b: Tensor, scaling: float | Tensor, lora_bias: Tensor | None = None
+) -> None:
+    """Raise unless t, B, s and the bias, where given, fit each other and the kernels."""
+    for name, tensor in (("lora_b", lora_b), ("lora_bias", lora_bias)):
+        if tensor is not None and tensor.dtype not in TL_DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}: the kernel takes {', '.join(map(str, TL_DTYPES))}")
+    if t is not None and t.dtype != torch.float32:
+        raise TypeError(f"t is {t.dtype}: the kernels keep it in torch.float32")
+    if t is not None and (t.dim() != 2 or not t.is_contiguous()):
+        raise ValueError(f"t has shape {list(t.shape)} and strides {t.stride()}: it must be [M, r], contiguous")
+    if lora_b.dim() != 2 or (t is not None and lora_b.shape[1] != t.shape[1]):
+        rank = "r" if t is None else t.shape[1]
+        raise ValueError(f"lora_b has shape {list(lora_b.shape)}, but [N, {rank}] fits t")
+    if lora_bias is not None and lora_bias.shape != lora_b.shape[:1]:
+        raise ValueError(f"lora_bias has shape {list(lora_bias.shape)}, but [{lora_b.shape[0]}] fits lora_b")
+    if isinstance(scaling, Tensor) and (scaling.numel() != 1 or not scaling.is_floating_point()):
+        found = f"a {scaling.dtype} tensor of shape {list(scaling.shape)}"
+        raise ValueError(f"scaling is {found}: pass a number or one floating point value")
+
+
+def dot_of_up(lora_b_dtype: torch.dtype, y_dtype: torch.dtype) -> Operands:
+    """How t and B are multiplied."""
+    if lora_b_dtype != torch.float32:
+        return operands(lora_b_dtype, lora_b_dtype)  # t counts as B's dtype
+    return operands(torch.float32, torch.float32, float32_throughout=y_dtype == torch.float32)
+
+
+def _launch(
+    y: Tensor, t: Tensor, lora_b: Tensor, scaling: float | Tensor, lora_bias: Tensor | None, accumulate: bool
+) -> None:
+    (M, N), r = y.shape, t.shape[1]
+    if M == 0 or N == 0:
+        return
+    dot = dot_of_up(lora_b.dtype, y.dtype)
+    config = tiles(r, dot)
+    grid = (triton.cdiv(M, config["BM"]) * triton.cdiv(N, config["BN"]),)
+    with torch.cuda.device_of(t):  # Triton launches on the current device; does nothing for a CPU tensor
+        up_kernel[grid](
+            p_t=t,
+            p_lora_b=lora_b,
+            p_lora_bias=lora_bias,
+            p_y=y,
+            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+            M=M,
+            N=N,
+            stride_b_n=lora_b.stride(0),
+            stride_b_r=lora_b.stride(1),
+            stride_bias_n=0 if lora_bias is None else lora_bias.stride(0),
+            stride_y_m=y.stride(0),
+            stride_y_n=y.stride(1),
+            R=r,
+            ACCUMULATE=accumulate,
+            HAS_LORA_BIAS=lora_bias is not None,
+            SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+            SPLIT_T=dot.split_a,
+            SPLIT_B=dot.split_b,
+            DOT_DTYPE=dot.tl_dtype,
+            **config,
+        )

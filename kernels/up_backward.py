@@ -1,0 +1,342 @@
+"""The gradients of the up-projection: ``u = s dY B`` and ``dB = s dY^T t``, from the gradient dY of y.
+
+dY is by far the largest tensor. One pass reads it once for both, but no order of its tiles finishes both sums: it
+writes partial sums, which a second stage adds. They grow with the rank, so that from some rank on two passes, one for u
+and one for dB, move fewer bytes: :func:`plan` counts them and chooses. Either way the order of every sum is fixed, and
+gradients are bitwise the same from run to run.
+
+Nothing calls it yet; ``sibo_triton.ops`` will.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .partial_sums import sum_parts
+from .precision import TL_DTYPES, Operands, operands, split_dot
+from .up import check_up_operands
+
+
+@triton.jit
+def both_kernel(
+    p_grad_y,  # [M, N]
+    p_lora_b,  # [N, r]
+    p_t,  # [M, r], contiguous
+    p_u,  # [tiles along N, M, r]: a part of u for every tile of columns
+    p_grad_b,  # [programs along M, N, r]: a part of dB for every strip of rows
+    scaling,  # a number, or a pointer to one
+    M,
+    N,
+    stride_g_m,
+    stride_g_n,
+    stride_b_n,
+    stride_b_r,
+    R: tl.constexpr,
+    STEPS: tl.constexpr,  # tiles of rows to a program: a constant, as the loop's bound
+    SCALING_IS_TENSOR: tl.constexpr,
+    SPLIT_G_U: tl.constexpr,
+    SPLIT_B: tl.constexpr,
+    DOT_DTYPE_U: tl.constexpr,
+    SPLIT_G_B: tl.constexpr,
+    SPLIT_T: tl.constexpr,
+    DOT_DTYPE_B: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,  # at least r
+):
+    n_tiles = tl.cdiv(N, BN)
+    i_m = (tl.program_id(0) // n_tiles).to(tl.int64)
+    i_n = (tl.program_id(0) % n_tiles).to(tl.int64)
+    o_n = i_n * BN + tl.arange(0, BN)  # [BN]
+    o_r = tl.arange(0, BR)  # [BR]
+    m_n = o_n < N
+    m_r = o_r < R
+    if SCALING_IS_TENSOR:
+        b_scaling = tl.load(scaling).to(tl.float32)
+    else:
+        b_scaling = scaling
+
+    b_p_b = p_lora_b + o_n[:, None] * stride_b_n + o_r.to(tl.int64)[None, :] * stride_b_r
+    b_b = tl.load(b_p_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
+    b_grad_b = tl.zeros([BN, BR], dtype=tl.float32)  # [BN, BR]
+    for i in range(STEPS):
+        o_m = (i_m * STEPS + i) * BM + tl.arange(0, BM)  # [BM]
+        m_m = o_m < M
+        o_mr = o_m[:, None] * R + o_r[None, :]
+        m_mr = m_m[:, None] & m_r[None, :]
+        b_p_g = p_grad_y + o_m[:, None] * stride_g_m + o_n[None, :] * stride_g_n
+        b_grad_y = tl.load(b_p_g, mask=m_m[:, None] & m_n[None, :], other=0.0)  # [BM, BN]
+        b_t = tl.load(p_t + o_mr, mask=m_mr, other=0.0)  # [BM, BR]
+        b_u = tl.zeros([BM, BR], dtype=tl.float32)  # [BM, BR]
+        b_u = split_dot(b_grad_y, b_b, b_u, SPLIT_G_U, SPLIT_B, DOT_DTYPE_U)
+        tl.store(p_u + i_n * M * R + o_mr, b_scaling * b_u, mask=m_mr)
+        b_grad_b = split_dot(tl.trans(b_grad_y), b_t, b_grad_b, SPLIT_G_B, SPLIT_T, DOT_DTYPE_B)
+
+    o_nr = o_n[:, None] * R + o_r[None, :]
+    tl.store(p_grad_b + i_m * N * R + o_nr, b_scaling * b_grad_b, mask=m_n[:, None] & m_r[None, :])
+
+
+@triton.jit
+def product_kernel(
+    p_g,  # [Q, J]: dY for u, its transpose for dB
+    p_w,  # [J, r]: B for u, t for dB
+    p_out,  # [parts, Q, r]
+    scaling,  # a number, or a pointer to one
+    Q,
+    J,
+    stride_g_q,
+    stride_g_j,
+    stride_w_j,
+    stride_w_r,
+    R: tl.constexpr,
+    STEPS: tl.constexpr,  # tiles along J to a program
+    SCALING_IS_TENSOR: tl.constexpr,
+    SPLIT_G: tl.constexpr,
+    SPLIT_W: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    BQ: tl.constexpr,
+    BJ: tl.constexpr,
+    BR: tl.constexpr,
+):
+    r_tiles = tl.cdiv(R, BR)
+    q_tiles = tl.cdiv(Q, BQ)
+    i_r = tl.program_id(0) % r_tiles  # neighbouring programs share a tile of dY, which then comes from the cache
+    i_q = (tl.program_id(0) // r_tiles % q_tiles).to(tl.int64)
+    i_part = (tl.program_id(0) // r_tiles // q_tiles).to(tl.int64)
+    o_q = i_q * BQ + tl.arange(0, BQ)  # [BQ]
+    o_r = i_r * BR + tl.arange(0, BR).to(tl.int64)  # [BR]
+    m_q = o_q < Q
+    m_r = o_r < R
+
+    b_out = tl.zeros([BQ, BR], dtype=tl.float32)  # [BQ, BR]
+    for i in range(STEPS):
+        o_j = (i_part * STEPS + i) * BJ + tl.arange(0, BJ)  # [BJ]
+        m_j = o_j < J
+        b_p_g = p_g + o_q[:, None] * stride_g_q + o_j[None, :] * stride_g_j
+        b_p_w = p_w + o_j[:, None] * stride_w_j + o_r[None, :] * stride_w_r
+        b_g = tl.load(b_p_g, mask=m_q[:, None] & m_j[None, :], other=0.0)  # [BQ, BJ]
+        b_w = tl.load(b_p_w, mask=m_j[:, None] & m_r[None, :], other=0.0)  # [BJ, BR]
+        b_out = split_dot(b_g, b_w, b_out, SPLIT_G, SPLIT_W, DOT_DTYPE)
+
+    if SCALING_IS_TENSOR:
+        b_scaling = tl.load(scaling).to(tl.float32)
+    else:
+        b_scaling = scaling
+    b_p_out = p_out + i_part * Q * R + o_q[:, None] * R + o_r[None, :]
+    tl.store(b_p_out, b_scaling * b_out, mask=m_q[:, None] & m_r[None, :])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, and how it cuts its sums."""
+
+    config: dict[str, int]  # tile sizes, STEPS, num_warps, num_stages
+    programs: int
+    u_parts: int = 1
+    grad_b_parts: int = 1
+
+
+PROGRAMS = 256  # at the least, where there is work for so many: twice the multiprocessors of an A100 or H200
+
+
+def dots_of_up_backward(grad_y_dtype: torch.dtype, lora_b_dtype: torch.dtype) -> tuple[Operands, Operands]:
+    """How dY and B are multiplied for u, and dY and t for dB: t counts as 16-bit where dY and B agree on 16 bits."""
+    throughout = grad_y_dtype == lora_b_dtype == torch.float32
+    t_dtype = grad_y_dtype if grad_y_dtype == lora_b_dtype else torch.float32
+    return operands(grad_y_dtype, lora_b_dtype, throughout), operands(grad_y_dtype, t_dtype, throughout)
+
+
+def launch_of_both(M: int, N: int, r: int, dot_u: Operands, dot_grad_b: Operands, hip: bool = False) -> Launch | None:
+    """One pass over dY for u and dB; None where the two sums do not fit into registers. Sizes are at least 1.
+
+    The wider a tile, the fewer the parts of u; its height costs nothing, as a program walks down a strip of rows.
+    """
+    split = dot_u.split_a or dot_u.split_b or dot_grad_b.split_b
+    BR = max(16, triton.next_power_of_2(r))  # 16: the least that a dot takes
+    if BR > (32 if dot_u.dtype != torch.float32 and not split else 16):
+        return None
+    if dot_u.dtype == torch.float32:
+        BN, num_stages = 64, 2
+    elif dot_u.split_a or dot_grad_b.split_a:
+        BN, num_stages = 128, 1  # the parts of dY take the registers
+    else:
+        BN, num_stages = 256, 1 if hip else 2  # one stage ahead spills on gfx942
+    BM = 64
+    u_parts = triton.cdiv(N, BN)
+    steps, grad_b_parts = _cut(triton.cdiv(M, BM), triton.cdiv(PROGRAMS, u_parts))
+    config = {"BM": BM, "BN": BN, "BR": BR, "STEPS": steps, "num_warps": 8, "num_stages": num_stages}
+    return Launch(config, u_parts * grad_b_parts, u_parts, grad_b_parts)
+
+
+def launch_of_product(Q: int, J: int, r: int, dot: Operands) -> tuple[Launch, int]:
+    """One pass over dY, ``[Q, J]`` or transposed, for one of the two; with the number of parts of its sum."""
+    BR = max(16, triton.next_power_of_2(r))
+    if dot.dtype == torch.float32:
+        BJ, BR, num_warps = 16, min(BR, 64), 4  # multiplied without tensor cores, from registers: larger tiles spill
+    elif dot.split_a or dot.split_b:
+        BJ, BR, num_warps = 32, min(BR, 128), 8
+    else:
+        BJ, BR, num_warps = 64, min(BR, 128), 4 if BR <= 64 else 8
+    BQ = 64
+    tiles = triton.cdiv(Q, BQ) * triton.cdiv(r, BR)
+    steps, parts = _cut(triton.cdiv(J, BJ), triton.cdiv(PROGRAMS, tiles))
+    config = {"BQ": BQ, "BJ": BJ, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": 2}
+    return Launch(config, tiles * parts), parts
+
+
+def _cut(tiles: int, wanted: int) -> tuple[int, int]:
+    """Steps, a power of two (a kernel is compiled for each), and parts: at least as many as wanted, if there are."""
+    steps = 1 << max(1, tiles // wanted).bit_length() - 1
+    return steps, triton.cdiv(tiles, steps)
+
+
+def bytes_moved(
+    M: int, N: int, r: int, grad_y_itemsize: int, lora_b_itemsize: int, passes: int, u_parts: int, grad_b_parts: int
+) -> int:
+    """What passes through memory: each input once a pass, the parts of a sum twice, its total once.
+
+    Left out are the reads that the cache answers: B's and t's by other programs, dY's by other tiles of the rank.
+    """
+
+    def of_sum(parts: int, numel: int) -> int:
+        return 4 * numel * (2 * parts + 1 if parts > 1 else 1)
+
+    inputs = passes * M * N * grad_y_itemsize + N * r * lora_b_itemsize + M * r * 4
+    return inputs + of_sum(u_parts, M * r) + of_sum(grad_b_parts, N * r)
+
+
+def plan(
+    M: int, N: int, r: int, grad_y_dtype: torch.dtype, lora_b_dtype: torch.dtype, hip: bool = False
+) -> Launch | None:
+    """The launch of the single pass if that moves fewer bytes than two, else None."""
+    dot_u, dot_grad_b = dots_of_up_backward(grad_y_dtype, lora_b_dtype)
+    both = launch_of_both(M, N, r, dot_u, dot_grad_b, hip)
+    if both is None:
+        return None
+    parts = launch_of_product(M, N, r, dot_u)[1], launch_of_product(N, M, r, dot_grad_b)[1]
+    sizes = (M, N, r, grad_y_dtype.itemsize, lora_b_dtype.itemsize)
+    one, two = bytes_moved(*sizes, 1, both.u_parts, both.grad_b_parts), bytes_moved(*sizes, 2, *parts)
+    return both if one < two else None
+
+
+def up_backward(
+    grad_y: Tensor,  # [M, N]
+    t: Tensor | None,  # [M, r]
+    lora_b: Tensor,  # [N, r]
+    scaling: float | Tensor,
+    wants_u: bool = True,
+    wants_grad_b: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # [M, r], [N, r]
+    """``u = s dY B`` and ``dB = s dY^T t``, both in float32.
+
+    Where dY and B have one 16-bit dtype, t is rounded to it; elsewhere the products are within 1e-4 of float32's, by
+    ``precision.split_dot``. Where both are float32, they are multiplied as float32 unless torch allows less.
+
+    Args:
+        grad_y: dY, ``[M, N]``, float16, bfloat16 or float32, with any strides.
+        t: float32, ``[M, r]``, contiguous; not looked at, and may be None, when dB is not wanted.
+        lora_b: B, ``[N, r]``, float16, bfloat16 or float32, with any strides.
+        scaling: s, a number, or a floating point tensor with one element on the device of dY.
+        wants_u, wants_grad_b: what to compute.
+
+    Returns:
+        u, ``[M, r]``, and dB, ``[N, r]``, contiguous; None for what is not wanted.
+
+    Raises:
+        TypeError: a dtype that the kernels do not take.
+        ValueError: a shape that does not fit, t missing or not contiguous.
+    """
+    if grad_y.dtype not in TL_DTYPES:
+        raise TypeError(f"grad_y is {grad_y.dtype}: the kernel takes {', '.join(map(str, TL_DTYPES))}")
+    if wants_grad_b and t is None:
+        raise ValueError("t is None, but dB is wanted: pass t, or wants_grad_b=False")
+    if not wants_grad_b:
+        t = None
+    check_up_operands(t, lora_b, scaling)
+    if grad_y.dim() != 2 or grad_y.shape[1] != lora_b.shape[0] or (t is not None and t.shape[0] != grad_y.shape[0]):
+        rows = "M" if t is None else t.shape[0]
+        raise ValueError(f"grad_y has shape {list(grad_y.shape)}, but [{rows}, {lora_b.shape[0]}] fits t and lora_b")
+    (M, N), r = grad_y.shape, lora_b.shape[1]
+    if M == 0 or N == 0 or r == 0:
+        u = torch.zeros((M, r), dtype=torch.float32, device=grad_y.device) if wants_u else None
+        return u, torch.zeros((N, r), dtype=torch.float32, device=grad_y.device) if wants_grad_b else None
+
+    both = None
+    if wants_u and wants_grad_b:
+        both = plan(M, N, r, grad_y.dtype, lora_b.dtype, hip=torch.version.hip is not None)
+    dot_u, dot_grad_b = dots_of_up_backward(grad_y.dtype, lora_b.dtype)
+    with torch.cuda.device_of(grad_y):  # Triton launches on the current device; does nothing for a CPU tensor
+        if both is not None:
+            u_parts, grad_b_parts = _launch_both(both, grad_y, t, lora_b, scaling, dot_u, dot_grad_b)
+        else:
+            u_parts = _launch_product(grad_y, lora_b, scaling, dot_u) if wants_u else None
+            grad_b_parts = _launch_product(grad_y.T, t, scaling, dot_grad_b) if wants_grad_b else None
+    return sum_parts(u_parts, grad_b_parts)
+
+
+def _launch_both(
+    launch: Launch,
+    grad_y: Tensor,
+    t: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    dot_u: Operands,
+    dot_grad_b: Operands,
+) -> tuple[Tensor, Tensor]:
+    """The parts of u, ``[parts, M, r]``, and of dB, ``[parts, N, r]``."""
+    (M, N), r = grad_y.shape, lora_b.shape[1]
+    u_parts = torch.empty((launch.u_parts, M, r), dtype=torch.float32, device=grad_y.device)
+    grad_b_parts = torch.empty((launch.grad_b_parts, N, r), dtype=torch.float32, device=grad_y.device)
+    both_kernel[(launch.programs,)](
+        p_grad_y=grad_y,
+        p_lora_b=lora_b,
+        p_t=t,
+        p_u=u_parts,
+        p_grad_b=grad_b_parts,
+        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+        M=M,
+        N=N,
+        stride_g_m=grad_y.stride(0),
+        stride_g_n=grad_y.stride(1),
+        stride_b_n=lora_b.stride(0),
+        stride_b_r=lora_b.stride(1),
+        R=r,
+        SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+        SPLIT_G_U=dot_u.split_a,
+        SPLIT_B=dot_u.split_b,
+        DOT_DTYPE_U=dot_u.tl_dtype,
+        SPLIT_G_B=dot_grad_b.split_a,
+        SPLIT_T=dot_grad_b.split_b,
+        DOT_DTYPE_B=dot_grad_b.tl_dtype,
+        **launch.config,
+    )
+    return u_parts, grad_b_parts
+
+
+def _launch_product(g: Tensor, w: Tensor, scaling: float | Tensor, dot: Operands) -> Tensor:
+    """The parts of ``s g w``, ``[parts, Q, r]``; g is ``[Q, J]``, w ``[J, r]``."""
+    (Q, J), r = g.shape, w.shape[1]
+    launch, parts = launch_of_product(Q, J, r, dot)
+    out = torch.empty((parts, Q, r), dtype=torch.float32, device=g.device)
+    product_kernel[(launch.programs,)](
+        p_g=g,
+        p_w=w,
+        p_out=out,
+        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+        Q=Q,
+        J=J,
+        stride_g_q=g.stride(0),
+        stride_g_j=g.stride(1),
+        stride_w_j=w.stride(0),
+        stride_w_r=w.stride(1),
+        R=r,
+        SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+        SPLIT_G=dot.split_a,
+        SPLIT_W=dot.split_b,
+        DOT_DTYPE=dot.tl_dtype,
+        **launch.config,
+    )
+    return out

@@ -1,0 +1,193 @@
+"""The kernels of the up-projection and its gradients, compiled at the tiles that a launch would choose."""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+from ahead_of_time import POINTER, TARGETS, TENSOR_CORE, compile_for
+
+from sibo_triton.kernels import up as up_module
+from sibo_triton.kernels.partial_sums import BLOCK, BP, sum_parts_kernel
+from sibo_triton.kernels.up import dot_of_up, up_kernel
+from sibo_triton.kernels.up_backward import (
+    both_kernel,
+    dots_of_up_backward,
+    launch_of_both,
+    launch_of_product,
+    product_kernel,
+)
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+pytestmark = pytest.mark.skipif(
+    not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
+)
+
+
+def compile_at(target, kernel, config, arguments, constants, also_divisible=()):
+    config = dict(config)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    aligned = {name for name in arguments if name.startswith(("p_", "stride_"))} | set(also_divisible)
+    return compile_for(target, kernel, arguments, constants | config, frozenset(aligned), options)
+
+
+def compile_up(target, rank, b_dtype, y_dtype, accumulate, has_bias=False):
+    """A launch on contiguous matrices, with the scaling a number."""
+    dot = dot_of_up(b_dtype, y_dtype)
+    arguments = {
+        "p_t": POINTER[FP32],
+        "p_lora_b": POINTER[b_dtype],
+        "p_y": POINTER[y_dtype],
+        "scaling": "fp32",
+        **dict.fromkeys(("M", "N", "stride_b_n", "stride_y_m"), "i32"),
+    }
+    constants = {
+        "stride_b_r": 1,
+        "stride_y_n": 1,
+        "R": rank,
+        "ACCUMULATE": accumulate,
+        "HAS_LORA_BIAS": has_bias,
+        "SCALING_IS_TENSOR": False,
+        "SPLIT_T": dot.split_a,
+        "SPLIT_B": dot.split_b,
+        "DOT_DTYPE": dot.tl_dtype,
+    }
+    if has_bias:
+        arguments["p_lora_bias"] = POINTER[b_dtype]
+        constants["stride_bias_n"] = 1
+    else:
+        constants |= {"p_lora_bias": None, "stride_bias_n": 0}
+    return compile_at(target, up_kernel, up_module.tiles(rank, dot), arguments, constants, ["N"])
+
+
+def compile_both(target, rank, g_dtype, b_dtype, m=8192, n=4096):
+    dot_u, dot_grad_b = dots_of_up_backward(g_dtype, b_dtype)
+    launch = launch_of_both(m, n, rank, dot_u, dot_grad_b, hip=target.startswith("gfx"))
+    arguments = {
+        "p_grad_y": POINTER[g_dtype],
+        "p_lora_b": POINTER[b_dtype],
+        "p_t": POINTER[FP32],
+        "p_u": POINTER[FP32],
+        "p_grad_b": POINTER[FP32],
+        "scaling": "fp32",
+        **dict.fromkeys(("M", "N", "stride_g_m", "stride_b_n"), "i32"),
+    }
+    constants = {
+        "stride_g_n": 1,
+        "stride_b_r": 1,
+        "R": rank,
+        "SCALING_IS_TENSOR": False,
+        "SPLIT_G_U": dot_u.split_a,
+        "SPLIT_B": dot_u.split_b,
+        "DOT_DTYPE_U": dot_u.tl_dtype,
+        "SPLIT_G_B": dot_grad_b.split_a,
+        "SPLIT_T": dot_grad_b.split_b,
+        "DOT_DTYPE_B": dot_grad_b.tl_dtype,
+    }
+    return compile_at(target, both_kernel, launch.config, arguments, constants, ["M", "N"])
+
+
+def compile_product(target, rank, g_dtype, b_dtype, output, m=8192, n=4096):
+    """Of the two passes, the one for u (of B) or for dB (of t, with dY transposed)."""
+    dot = dots_of_up_backward(g_dtype, b_dtype)[output == "dB"]
+    q, j = (n, m) if output == "dB" else (m, n)
+    stride, one = ("stride_g_j", "stride_g_q") if output == "dB" else ("stride_g_q", "stride_g_j")
+    arguments = {
+        "p_g": POINTER[g_dtype],
+        "p_w": POINTER[FP32 if output == "dB" else b_dtype],
+        "p_out": POINTER[FP32],
+        "scaling": "fp32",
+        **dict.fromkeys(("Q", "J", stride, "stride_w_j"), "i32"),
+    }
+    constants = {
+        one: 1,
+        "stride_w_r": 1,
+        "R": rank,
+        "SCALING_IS_TENSOR": False,
+        "SPLIT_G": dot.split_a,
+        "SPLIT_W": dot.split_b,
+        "DOT_DTYPE": dot.tl_dtype,
+    }
+    config = launch_of_product(q, j, rank, dot)[0].config
+    return compile_at(target, product_kernel, config, arguments, constants, ["Q", "J"])
+
+
+def assert_fits(binary, target, tensor_cores=True):
+    assert binary.spilled == 0
+    assert binary.shared <= TARGETS[target][1]
+    assert re.search(r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128|(buffer|global)_load_dwordx4", binary.code)
+    if tensor_cores:
+        assert re.search(TENSOR_CORE[target], binary.code)
+
+
+@pytest.mark.parametrize(
+    ("target", "rank", "b_dtype", "y_dtype", "accumulate", "has_bias"),
+    [
+        ("sm_80", 16, BF16, BF16, True, False),
+        ("sm_80", 256, FP32, BF16, True, False),
+        ("sm_80", 64, FP32, FP32, True, True),
+        ("gfx942", 64, FP32, FP32, True, False),
+        ("gfx942", 512, FP32, FP16, True, True),
+    ],
+)
+def test_up_fits_its_target(target, rank, b_dtype, y_dtype, accumulate, has_bias):
+    binary = compile_up(target, rank, b_dtype, y_dtype, accumulate, has_bias)
+    assert_fits(binary, target, tensor_cores=not b_dtype == y_dtype == FP32)
+    if target.startswith("sm"):
+        assert "STG.E.128" in binary.code and not re.search(r"STG\.E(\.U16|\.64)?\s", binary.code)
+
+
+@pytest.mark.parametrize(("b_dtype", "dots"), [(BF16, 1), (FP32, 3)])
+def test_up_multiplies_as_often_as_its_dtypes_need(b_dtype, dots):
+    """On Hopper, by wgmma of 64 rows, 128 columns and 16 of the rank."""
+    binary = compile_up("sm_90", 16, b_dtype, BF16, accumulate=True)
+    assert_fits(binary, "sm_90")
+    assert len(re.findall(r"HGMMA\.64x128x16\.F32\.BF16", binary.code)) == dots
+
+
+@pytest.mark.parametrize(
+    ("target", "rank", "g_dtype", "b_dtype"),
+    [
+        ("sm_80", 16, FP16, FP32),
+        ("sm_80", 32, BF16, BF16),
+        ("sm_90", 16, BF16, FP32),
+        ("gfx942", 16, FP16, FP32),
+        ("gfx942", 16, BF16, FP32),
+        ("gfx942", 32, BF16, BF16),
+    ],
+)
+def test_one_pass_fits_its_target(target, rank, g_dtype, b_dtype):
+    binary = compile_both(target, rank, g_dtype, b_dtype)
+    assert_fits(binary, target, tensor_cores=not g_dtype == b_dtype == FP32)
+
+
+@pytest.mark.parametrize(
+    ("target", "rank", "g_dtype", "b_dtype", "output"),
+    [
+        ("sm_80", 256, FP16, FP32, "dB"),
+        ("sm_80", 512, BF16, BF16, "u"),
+        ("sm_90", 128, BF16, BF16, "dB"),
+        ("sm_90", 512, BF16, FP32, "u"),
+        ("gfx942", 512, BF16, BF16, "dB"),
+        ("gfx942", 256, FP16, FP32, "u"),
+        ("gfx942", 64, FP32, FP32, "u"),
+    ],
+)
+def test_two_passes_fit_their_target(target, rank, g_dtype, b_dtype, output):
+    binary = compile_product(target, rank, g_dtype, b_dtype, output)
+    assert_fits(binary, target, tensor_cores=not g_dtype == b_dtype == FP32)
+
+
+@pytest.mark.parametrize("target", ["sm_90"])
+def test_second_stage_fits_its_target(target):
+    pointers = dict.fromkeys(("p_parts1", "p_total1", "p_parts2", "p_total2"), POINTER[FP32])
+    sizes = ("parts1", "parts2", "numel1", "numel2")
+    arguments = pointers | dict.fromkeys(sizes, "i32")
+    config = {"num_warps": 4, "num_stages": 3}  # Triton's own choice
+    constants = {"BLOCK": BLOCK, "BP": BP}
+    binary = compile_at(target, sum_parts_kernel, config, arguments, constants, ["numel1", "numel2"])
+    assert_fits(binary, target, tensor_cores=False)

@@ -1,0 +1,248 @@
+"""The values of the down-projection's gradients against float64, where plain torch's error is the yardstick."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sibo_triton import reference
+from sibo_triton.kernels import down_weight_gradient as weight_gradient_module
+from sibo_triton.kernels.down_input_gradient import down_input_gradient
+from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+#: The relative error of one rounding of an element to a dtype; the interpreter truncates to bfloat16.
+ROUNDING = {FP32: 2**-24, FP16: 2**-11, BF16: 2**-7}
+SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
+
+
+def randn(rows, cols, dtype, strides="contiguous"):
+    """Random values inside a buffer of NaN, so that a read beyond the matrix shows."""
+    if strides == "expanded":
+        return randn(1, cols, dtype).expand(rows, cols)
+    buffer = torch.full((rows + 2, cols + (strides != "contiguous")), math.nan, dtype=dtype)
+    if strides == "transposed":
+        buffer = buffer.T.contiguous().T
+    view = buffer[1 : rows + 1, :cols]
+    return view.copy_(torch.randn(rows, cols).to(dtype))
+
+
+def gradients(dtype, u, x, lora_a, h0, lambda_, p):
+    """Of the reference in a dtype, by autograd: dA, dx, dh0 (None without mixing)."""
+    x, lora_a, h0 = (tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in (x, lora_a, h0))
+    lambda_ = lambda_.to(dtype) if isinstance(lambda_, torch.Tensor) and dtype == torch.float64 else lambda_
+    reference.down(x, lora_a, h0, lambda_, p, SEED).backward(u.to(dtype))
+    return lora_a.grad, x.grad, h0.grad
+
+
+def absolute_terms(u, x, lora_a, h0, lambda_, p):
+    """What an element's error is measured by: the same sums over absolute values."""
+    u, x, lora_a, h0 = (tensor.double().abs() for tensor in (u, x, lora_a, h0))
+    return gradients(torch.float64, u, x, lora_a, h0, lambda_, p)
+
+
+def assert_close(result, exact, terms, by_torch, splits):
+    if exact.numel() == 0:
+        return
+    rounding = ROUNDING[result.dtype]
+    error, torch_error = (tensor.double() - exact for tensor in (result, by_torch))
+    # The interpreter's dots are float32. It truncates the parts of what is split: 2^-15 of each operand is lost, and
+    # 2^-14 of the product with the low parts' own.
+    assert (error.abs() <= rounding * exact.abs() + (1.3e-4 if splits else 1e-6) * terms + 2**-25).all()
+    margin = 2.1 if result.dtype == BF16 else 1.2  # see ROUNDING
+    assert error.norm() <= margin * torch_error.norm() + (4e-5 if splits else 2e-7) * terms.norm()
+
+
+def check(u, x, lora_a, h0, lambda_, p, *, accumulate=None, wants_dx=True, wants_dh=True):
+    """All gradients, or the wanted ones, of inputs in any dtypes; dx and dh0 in those of x and h0."""
+    h0_used = x if h0 is None else h0
+    mixes = isinstance(lambda_, torch.Tensor) or lambda_ != 0
+    exact_lambda = lambda_.double() if isinstance(lambda_, torch.Tensor) else lambda_
+    arguments = (u, x, lora_a, h0_used)
+    exact = gradients(torch.float64, *arguments, exact_lambda, p)
+    terms = absolute_terms(*arguments, exact_lambda, p)
+    read = {x.dtype, lora_a.dtype} | ({h0_used.dtype} if mixes else set())
+    by_torch = gradients(lora_a.dtype if len(read) == 1 else FP32, *arguments, lambda_, p)
+    seed = SEED if p else None
+
+    da = down_weight_gradient(u, x, h0, lambda_, p, seed, adapter_dtype=lora_a.dtype)
+    assert (da.dtype, da.shape, da.is_contiguous()) == (FP32, lora_a.shape, True)
+    assert_close(da, exact[0], terms[0], by_torch[0], splits=len(read) > 1)
+
+    wants_dh = wants_dh and mixes
+    base = None if accumulate is None else accumulate.clone()
+    dx, dh = down_input_gradient(
+        u,
+        lora_a,
+        lambda_,
+        p,
+        seed,
+        dtype=x.dtype if wants_dx and base is None else None,
+        accumulate_into=accumulate,
+        residual_dtype=h0_used.dtype if wants_dh else None,
+    )
+    splits = lora_a.dtype == FP32 and not {FP32} >= {t.dtype for t in (dx, dh) if t is not None}
+    assert (dx is None) == (not wants_dx and base is None) and (dh is None) == (not wants_dh)
+    if base is not None:
+        assert dx is accumulate
+        exact_sum, torch_sum = base.double() + exact[1], (base.float() + by_torch[1].float()).to(base.dtype)
+        assert_close(dx, exact_sum, terms[1] + base.double().abs(), torch_sum, splits)
+    elif wants_dx:
+        assert (dx.dtype, dx.is_contiguous()) == (x.dtype, True)
+        assert_close(dx, exact[1], terms[1], by_torch[1].to(x.dtype), splits)
+    if wants_dh:
+        assert (dh.dtype, dh.is_contiguous()) == (h0_used.dtype, True)
+        assert_close(dh, exact[2], terms[2], by_torch[2].to(dh.dtype), splits)
+
+
+# Chosen so that each value meets most of the others' once.
+@pytest.mark.parametrize(
+    ("m", "k", "r", "x_dtype", "h0_dtype", "a_dtype", "lambda_", "p"),
+    [
+        (1, 1, 1, FP32, FP32, FP32, 0.3, 0.5),
+        (64, 64, 16, BF16, BF16, BF16, 0.3, 0.0),
+        (65, 63, 16, FP16, FP16, FP16, torch.tensor([0.3]), 0.1),
+        (63, 65, 3, BF16, BF16, FP32, torch.tensor(0.7), 0.05),
+        (130, 200, 4, FP16, FP16, FP32, 1.0, 0.0),
+        (7, 257, 8, FP32, BF16, FP32, 0.1, 0.9),
+        (100, 96, 24, BF16, FP32, BF16, torch.tensor([0.1]), 0.0),
+        (33, 130, 48, BF16, BF16, BF16, torch.tensor([0.0]), 0.3),
+        (70, 129, 64, FP16, FP16, FP16, 0.9, 0.0),
+        (70, 129, 64, FP32, FP32, FP32, torch.tensor([0.25], dtype=torch.float64), 0.1),
+        (66, 40, 65, BF16, BF16, BF16, torch.tensor([0.25], dtype=BF16), 0.1),
+        (64, 33, 128, BF16, BF16, BF16, 0.3, 0.0),
+        (5, 70, 200, FP16, FP16, FP32, torch.tensor([0.3]), 0.2),
+        (65, 70, 200, FP32, FP32, FP32, 0.3, 0.0),
+        (65, 31, 257, BF16, BF16, BF16, 0.0, 0.1),
+        (2, 64, 512, BF16, BF16, FP32, 0.3, 0.5),
+    ],
+)
+def test_gradients(m, k, r, x_dtype, h0_dtype, a_dtype, lambda_, p):
+    torch.manual_seed(m)
+    u, x, h0, lora_a = torch.randn(m, r), randn(m, k, x_dtype), randn(m, k, h0_dtype), randn(r, k, a_dtype)
+    check(u, x, lora_a, h0, lambda_, p)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize(("r", "p"), [(5, 0.0), (66, 0.1)])
+def test_plain_lora_does_not_read_h0(dtype, r, p):
+    u, x, lora_a = torch.randn(33, r), randn(33, 70, dtype), randn(r, 70, dtype)
+    check(u, x, lora_a, None, 0.0, p)
+    nan = torch.full_like(x, math.nan)
+    without, with_h0 = (down_weight_gradient(u, x, h0, 0.0, p, SEED, adapter_dtype=dtype) for h0 in (None, nan))
+    assert torch.equal(without, with_h0)
+
+
+LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(0, 70), st.integers(0, 140), st.integers(0, 70)),
+    dtypes=st.tuples(*[st.sampled_from([FP32, FP16, BF16])] * 3),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    lambda_=st.sampled_from([0.0, 0.1, 1.0]),
+    lambda_is_tensor=st.booleans(),
+    p=st.sampled_from([0.0, 0.05, 0.6]),
+    base=st.sampled_from([None, *LAYOUTS[:3]]),
+    wanted=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_strides_dtypes_and_subset(sizes, dtypes, layouts, lambda_, lambda_is_tensor, p, base, wanted, seed):
+    torch.manual_seed(seed)
+    m, k, r = sizes
+    shapes = ((m, k), (m, k), (r, k))
+    x, h0, lora_a = (randn(*shape, *rest) for shape, *rest in zip(shapes, dtypes, layouts, strict=True))
+    accumulate = None if base is None else randn(m, k, x.dtype, base)
+    lambda_ = torch.tensor([lambda_]) if lambda_is_tensor else lambda_
+    wants_dx, wants_dh = wanted
+    check(torch.randn(m, r), x, lora_a, h0, lambda_, p, accumulate=accumulate, wants_dx=wants_dx, wants_dh=wants_dh)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_rows_in_any_number_of_parts(programs, monkeypatch):
+    """One part, a last part that is not full, and a part for each tile."""
+    monkeypatch.setattr(weight_gradient_module, "PROGRAMS", programs)
+    x, h0, lora_a = randn(333, 70, BF16), randn(333, 70, BF16), randn(8, 70, BF16)
+    check(torch.randn(333, 8), x, lora_a, h0, 0.3, 0.1)
+
+
+@pytest.mark.parametrize(("lambda_", "r"), [(0.0, 4), (0.3, 4), (0.3, 100)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so_under_the_mask(value, lambda_, r):
+    """As torch's: 0 * nan = nan, in the columns of dA that met it and in the row of dx."""
+    p = 0.9
+    u, x, h0, lora_a = torch.randn(40, r), randn(40, 70, FP32), randn(40, 70, FP32), randn(r, 70, FP32)
+    x[3, 7:19] = value
+    h0[5, 60:] = value
+    bad = ~down_weight_gradient(u, x, h0, lambda_, p, SEED, adapter_dtype=FP32).isfinite()
+    columns = torch.zeros(70, dtype=torch.bool)
+    columns[7:19] = True
+    if lambda_:
+        columns[60:] = True
+    assert torch.equal(bad, columns.expand_as(bad))
+    u[11, 1] = value
+    dx, _ = down_input_gradient(u, lora_a, lambda_, p, SEED, dtype=FP32)
+    assert torch.equal(~dx.isfinite(), (torch.arange(40) == 11)[:, None].expand_as(dx))
+
+
+def test_offsets_past_2_31():
+    """Three rows, 2^30 elements and more apart; what lies between is never touched, nor ever backed by memory."""
+    try:
+        x, dx = (torch.empty_strided((3, 24), (2**30 + 8, 1), dtype=FP16) for _ in range(2))
+    except RuntimeError as error:
+        pytest.skip(f"no 4 GiB of address space: {error}")
+    for tensor in (x, dx):
+        tensor.copy_(torch.randn(3, 24))
+    check_base = dx.clone()
+    u, lora_a = torch.randn(3, 16), randn(16, 24, FP16)
+    da = down_weight_gradient(u, x, x, 0.5, adapter_dtype=FP16)
+    assert torch.allclose(da.double(), u.double().T @ x.double(), atol=1e-5)
+    down_input_gradient(u, lora_a, 0.5, accumulate_into=dx)
+    assert torch.allclose(dx.double(), check_base + 0.5 * u.double() @ lora_a.double(), atol=1e-2)
+
+
+U, X, A = torch.zeros(4, 2), torch.zeros(4, 8), torch.zeros(2, 8)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "initial_residual is None, but lambda_ is 0.5", {"initial_residual": None}),
+        (ValueError, r"initial_residual has shape \[4, 1\]", {"initial_residual": torch.zeros(4, 1)}),
+        (ValueError, r"x has shape \[5, 8\]", {"x": torch.zeros(5, 8)}),
+        (ValueError, "dropout_p is 0.1, and the seed None", {"dropout_p": 0.1}),
+        (ValueError, "pass one int64 value", {"dropout_p": 0.1, "dropout_seed": torch.zeros(1)}),
+        (ValueError, "must lie in", {"dropout_p": 1.0, "dropout_seed": SEED}),
+        (ValueError, "contiguous", {"u": torch.zeros(2, 4).T}),
+        (TypeError, "u is torch.float16", {"u": U.half()}),
+        (TypeError, "x is torch.float64: the kernel takes torch.float16", {"x": X.double()}),
+    ],
+)
+def test_wrong_arguments_of_the_weight_gradient_are_named(error, message, arguments):
+    right = {"u": U, "x": X, "initial_residual": X, "lambda_": 0.5, "adapter_dtype": FP32}
+    with pytest.raises(error, match=message):
+        down_weight_gradient(**right | arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, r"lora_a has shape \[3, 8\]", {"lora_a": torch.zeros(3, 8)}),
+        (ValueError, "lambda_ is the number 0", {"lambda_": 0.0, "residual_dtype": FP32}),
+        (ValueError, "both dtype and accumulate_into", {"accumulate_into": X}),
+        (ValueError, r"accumulate_into has shape \[4, 9\]", {"accumulate_into": torch.zeros(4, 9), "dtype": None}),
+        (ValueError, "expanded", {"accumulate_into": torch.zeros(1, 8).expand(4, 8), "dtype": None}),
+        (ValueError, "dropout_p is 0.1, and the seed None", {"dropout_p": 0.1}),
+        (TypeError, "the gradient is torch.float64", {"dtype": torch.float64}),
+        (TypeError, "lora_a is torch.float64", {"lora_a": A.double()}),
+    ],
+)
+def test_wrong_arguments_of_the_input_gradient_are_named(error, message, arguments):
+    right = {"u": U, "lora_a": A, "lambda_": 0.5, "dtype": FP32}
+    with pytest.raises(error, match=message):
+        down_input_gradient(**right | arguments)

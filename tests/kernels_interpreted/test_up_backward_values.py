@@ -1,0 +1,232 @@
+"""The values of u and dB against float64, where plain torch's error in the same dtypes is the yardstick."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sibo_triton.kernels import up_backward as module
+from sibo_triton.kernels.partial_sums import sum_parts
+from sibo_triton.kernels.up_backward import bytes_moved, dots_of_up_backward, launch_of_both, plan, up_backward
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def randn(rows, cols, dtype, strides="contiguous"):
+    """Random values inside a buffer of NaN, so that a read beyond the matrix shows."""
+    if strides == "expanded":
+        return randn(1, cols, dtype).expand(rows, cols)
+    buffer = torch.full((rows + 2, cols + (strides != "contiguous")), math.nan, dtype=dtype)
+    if strides == "transposed":
+        buffer = buffer.T.contiguous().T
+    view = buffer[1 : rows + 1, :cols]
+    return view.copy_(torch.randn(rows, cols).to(dtype))
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Longer strips for a program than small sizes would get."""
+    monkeypatch.setattr(module, "PROGRAMS", 2)
+
+
+@pytest.fixture(params=["one pass", "two passes"])
+def passes(request, monkeypatch):
+    """Both ways, whatever the count would choose; one pass only for the ranks that it takes."""
+
+    def forced(M, N, r, grad_y_dtype, lora_b_dtype, hip=False):
+        launch = launch_of_both(M, N, r, *dots_of_up_backward(grad_y_dtype, lora_b_dtype), hip)
+        return launch if request.param == "one pass" else None
+
+    monkeypatch.setattr(module, "plan", forced)
+    return request.param
+
+
+def assert_product_as_good_as_torch(out, g, w, scaling, adapter_dtype):
+    """``out = s g w``; 16-bit adapters are compared with torch in 16 bits, float32 ones with float32."""
+    s = float(scaling)
+    assert (out.dtype, out.shape, out.is_contiguous()) == (FP32, (g.shape[0], w.shape[1]), True)
+    if out.numel() == 0:
+        return
+    exact = s * (g.double() @ w.double())
+    # Every element: a float32 or split product. The interpreter truncates where it casts to bfloat16, so that its parts
+    # of a float32 number carry 15 bits and not 17.
+    split = g.dtype != adapter_dtype
+    terms = abs(s) * (g.double().abs() @ w.double().abs())
+    assert ((out.double() - exact).abs() <= (6e-5 if split else 1e-6) * terms + 1e-30).all()
+    by_torch = s * (g.to(adapter_dtype) @ w.to(adapter_dtype)).to(FP32)
+    error, torch_error = (float((result.double() - exact).norm()) for result in (out, by_torch))
+    assert error <= 1.2 * torch_error + (4e-5 if split else 2e-7) * float(exact.norm())
+
+
+def assert_both_as_good_as_torch(u, grad_b, grad_y, t, lora_b, scaling):
+    if u is not None:
+        assert_product_as_good_as_torch(u, grad_y, lora_b, scaling, lora_b.dtype)
+    if grad_b is not None:
+        assert_product_as_good_as_torch(grad_b, grad_y.T, t, scaling, lora_b.dtype)
+
+
+# Chosen so that each value meets most of the others' once.
+@pytest.mark.parametrize(
+    ("m", "n", "r", "g_dtype", "b_dtype", "scaling"),
+    [
+        (1, 1, 1, FP32, FP32, 2.0),
+        (64, 256, 16, BF16, BF16, 2.0),
+        (200, 257, 16, BF16, FP32, torch.tensor([0.5])),
+        (65, 255, 3, FP16, FP32, torch.tensor(0.7)),
+        (450, 140, 4, FP16, FP16, 1.0),
+        (7, 129, 8, FP32, BF16, -0.3),
+        (400, 70, 24, BF16, BF16, torch.tensor([0.1], dtype=torch.float64)),
+        (200, 70, 15, FP32, FP32, torch.tensor([0.3])),
+        (130, 300, 32, FP16, FP16, 0.9),
+        (66, 40, 10, FP16, BF16, torch.tensor([0.25], dtype=BF16)),
+    ],
+)
+def test_up_backward(m, n, r, g_dtype, b_dtype, scaling, passes):
+    grad_y, t, lora_b = randn(m, n, g_dtype), torch.randn(m, r), randn(n, r, b_dtype)
+    u, grad_b = up_backward(grad_y, t, lora_b, scaling)
+    assert_both_as_good_as_torch(u, grad_b, grad_y, t, lora_b, scaling)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "r", "g_dtype", "b_dtype", "wants_u", "wants_grad_b"),
+    [
+        (66, 70, 48, FP32, FP32, True, True),
+        (66, 70, 64, BF16, FP32, True, True),
+        (64, 33, 128, BF16, BF16, True, True),
+        (5, 70, 200, FP16, FP32, True, True),
+        (65, 40, 257, FP16, FP16, True, True),
+        (2, 64, 512, BF16, FP32, True, True),
+        (200, 140, 16, BF16, BF16, True, False),
+        (200, 140, 16, BF16, FP32, False, True),
+        (70, 140, 65, FP32, BF16, True, False),
+        (40, 70, 65, FP32, FP32, False, True),
+        (70, 140, 16, FP16, FP16, False, False),
+    ],
+)
+def test_large_ranks_and_unwanted_outputs(m, n, r, g_dtype, b_dtype, wants_u, wants_grad_b):
+    grad_y, t, lora_b = randn(m, n, g_dtype), torch.randn(m, r), randn(n, r, b_dtype)
+    u, grad_b = up_backward(grad_y, t if wants_grad_b else None, lora_b, 0.5, wants_u, wants_grad_b)
+    assert (u is not None, grad_b is not None) == (wants_u, wants_grad_b)
+    assert_both_as_good_as_torch(u, grad_b, grad_y, t, lora_b, 0.5)
+
+
+LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(0, 150), st.integers(0, 270), st.integers(0, 40)),
+    dtypes=st.tuples(*[st.sampled_from([FP32, FP16, BF16])] * 2),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
+    scaling_is_tensor=st.booleans(),
+    wants=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_strides_and_dtypes(sizes, dtypes, layouts, scaling_is_tensor, wants, seed):
+    torch.manual_seed(seed)
+    m, n, r = sizes
+    t = torch.randn(m, r)
+    grad_y, lora_b = (randn(*shape, *rest) for shape, *rest in zip(((m, n), (n, r)), dtypes, layouts, strict=True))
+    scaling = torch.tensor([1.5]) if scaling_is_tensor else 1.5
+    u, grad_b = up_backward(grad_y, t, lora_b, scaling, *wants)
+    assert (u is not None, grad_b is not None) == wants
+    assert_both_as_good_as_torch(u, grad_b, grad_y, t, lora_b, scaling)
+
+
+@pytest.mark.parametrize(("g_dtype", "size"), [(FP16, 1e-30), (FP16, 1e30), (BF16, 1e-6)])
+def test_float32_adapters_keep_float32(g_dtype, size, passes):
+    """On a 16-bit model, at any scale of B and t: no float16 part underflows."""
+    torch.manual_seed(0)
+    grad_y, t, lora_b = randn(130, 129, g_dtype), torch.randn(130, 16) * size, torch.randn(129, 16) * size
+    for out, g, w in zip(up_backward(grad_y, t, lora_b, 1.0), (grad_y, grad_y.T), (lora_b, t), strict=True):
+        exact = g.double() @ w.double()
+        assert float((out.double() - exact).norm() / exact.norm()) < 4e-5
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize(
+    ("g_dtype", "b_dtype", "value"),
+    [(FP32, FP32, math.inf), (BF16, BF16, math.nan), (BF16, FP32, -math.inf), (FP16, FP32, math.inf)],
+)
+def test_what_is_not_finite_stays_so(g_dtype, b_dtype, value, passes):
+    grad_y, t, lora_b = randn(70, 140, g_dtype), torch.randn(70, 12), randn(140, 12, b_dtype)
+    grad_y[3, 139] = value
+    u, grad_b = up_backward(grad_y, t, lora_b, 2.0)
+    bad_u, bad_grad_b = torch.zeros(70, 12, dtype=torch.bool), torch.zeros(140, 12, dtype=torch.bool)
+    bad_u[3] = bad_grad_b[139] = True
+    assert torch.equal(~u.isfinite(), bad_u) and torch.equal(~grad_b.isfinite(), bad_grad_b)
+    grad_y[3, 139] = 1.0
+    lora_b[5, 7] = t[69, 11] = value
+    u, grad_b = up_backward(grad_y, t, lora_b, 2.0)
+    bad_u[:], bad_grad_b[:] = False, False
+    bad_u[:, 7] = bad_grad_b[:, 11] = True
+    assert torch.equal(~u.isfinite(), bad_u) and torch.equal(~grad_b.isfinite(), bad_grad_b)
+
+
+def test_offsets_past_2_31(passes):
+    """Three rows, 2^30 elements and more apart; what lies between is never touched, nor ever backed by memory."""
+    try:
+        grad_y = torch.empty_strided((3, 24), (2**30 + 8, 1), dtype=FP16)
+    except RuntimeError as error:
+        pytest.skip(f"no 4 GiB of address space: {error}")
+    grad_y.copy_(torch.randn(3, 24))
+    t, lora_b = torch.randn(3, 5), randn(24, 5, FP16)
+    assert_both_as_good_as_torch(*up_backward(grad_y, t, lora_b, 0.5), grad_y, t, lora_b, 0.5)
+
+
+def test_repeats_bitwise(passes):
+    grad_y, t, lora_b = randn(130, 260, BF16), torch.randn(130, 16), randn(260, 16, FP32)
+    first, again = (up_backward(grad_y, t, lora_b, 0.5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(("parts1", "parts2"), [(1, 2), (9, 1), (17, 8), (2, None), (None, 3), (1, 1), (None, None)])
+def test_sum_of_parts(parts1, parts2):
+    given = [None if n is None else torch.randn(n, cols, 3) for n, cols in ((parts1, 100), (parts2, 7))]
+    for parts, total in zip(given, sum_parts(*given), strict=True):
+        assert (total is None) == (parts is None)
+        if parts is not None:
+            torch.testing.assert_close(total.double(), parts.double().sum(0), rtol=0, atol=3e-6)
+
+
+def test_passes_are_chosen_by_the_bytes_they_move(monkeypatch):
+    """A Llama-3-8B layer's shape, M = 8192 and N = 4096; dY alone has 64 MiB in 16 bits."""
+    monkeypatch.setattr(module, "PROGRAMS", 256)
+    one_pass = plan(8192, 4096, 16, BF16, BF16)
+    assert (one_pass.u_parts, one_pass.grad_b_parts) == (16, 16)
+    mib = 2**20
+    # dY, B, t; 16 parts of u, written and read, and their sum; 16 parts of dB, likewise.
+    expected = 64 * mib + mib / 8 + mib / 2 + 33 * mib / 2 + 33 * mib / 4
+    assert bytes_moved(8192, 4096, 16, 2, 2, 1, 16, 16) == expected
+    for rank, dtypes, chosen in (
+        (16, (BF16, FP32), True),
+        (32, (BF16, BF16), True),
+        (64, (BF16, BF16), False),
+        (512, (BF16, FP32), False),
+        (16, (FP32, FP32), True),
+    ):
+        assert (plan(8192, 4096, rank, *dtypes) is not None) is chosen, (rank, dtypes)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "grad_y is torch.float64: the kernel takes torch.float16", {"grad_y": torch.zeros(4, 8).double()}),
+        (TypeError, "t is torch.bfloat16", {"t": torch.zeros(4, 2, dtype=BF16)}),
+        (TypeError, "lora_b is torch.float64", {"lora_b": torch.zeros(8, 2).double()}),
+        (ValueError, r"grad_y has shape \[4, 7\], but \[4, 8\] fits t and lora_b", {"grad_y": torch.zeros(4, 7)}),
+        (ValueError, r"grad_y has shape \[5, 8\], but \[4, 8\] fits t and lora_b", {"grad_y": torch.zeros(5, 8)}),
+        (ValueError, r"lora_b has shape \[8, 3\], but \[N, 2\] fits t", {"lora_b": torch.zeros(8, 3)}),
+        (ValueError, r"t has shape \[4, 2\] and strides \(1, 4\)", {"t": torch.zeros(2, 4).T}),
+        (ValueError, "t is None, but dB is wanted: pass t, or wants_grad_b=False", {"t": None}),
+        (ValueError, r"scaling is a torch.float32 tensor of shape \[2\]", {"scaling": torch.zeros(2)}),
+    ],
+)
+def test_wrong_arguments_are_named(error, message, arguments):
+    right = {"grad_y": torch.zeros(4, 8), "t": torch.zeros(4, 2), "lora_b": torch.zeros(8, 2), "scaling": 1.0}
+    with pytest.raises(error, match=message):
+        up_backward(**right | arguments)
