@@ -4,7 +4,7 @@ The equations (Wen, Zhang, Fang: "SIBO: A Simple Booster for Parameter-Efficient
 in ``docs/definition.md`` with their gradients; autograd differentiates every function here::
 
     x~ = (1 - lambda) x + lambda h0                                     mix
-    y  = W0 x + b + s B A drop(x~)                                      lora_linear, of down and up
+    y  = W0 x + b + s B A drop(x~)                                      lora_linear: add_lora, of down and up
     y  = W0 (x + s W_up f(W_down drop(x~))) + b   and two other forms   bottleneck_adapter
 
 Names in shapes: ``...`` any leading dimensions (M tokens in all), K in_features, N out_features, r the rank. Floating
@@ -12,7 +12,7 @@ point tensors may be float16, bfloat16, float32 or float64, on any one device.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
 from types import MappingProxyType
@@ -89,22 +89,61 @@ def down(
     return F.linear(dropout(x_mixed, dropout_p, dropout_seed), lora_a)
 
 
-def up(t: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
-    """``s t B^T``: the low-rank product of the adapter.
+def up(t: Tensor, lora_b: Tensor, scaling: float | Tensor, lora_bias: Tensor | None = None) -> Tensor:
+    """``s (t B^T + b_B)``: the low-rank product of the adapter, with B's own bias if it has one.
 
     Args:
         t: ``[..., r]``; cast to ``lora_b.dtype``.
         lora_b: B, ``[N, r]``.
         scaling: s, ``alpha / r`` or ``alpha / sqrt(r)``; a number or a tensor with one element.
+        lora_bias: b_B, ``[N]``, cast likewise, or None; PEFT's option of that name.
 
     Returns:
         ``[..., N]``, in ``lora_b.dtype``; wider if ``scaling`` is a wider tensor of shape [1].
 
     Raises:
-        ValueError: ``lora_b`` is not ``[N, r]``.
+        ValueError: ``lora_b`` is not ``[N, r]``, or ``lora_bias`` not ``[N]``.
     """
     _check_shape("lora_b", lora_b, ("N", t.shape[-1]))
-    return F.linear(t.to(lora_b.dtype), lora_b) * scaling
+    if lora_bias is not None:
+        _check_shape("lora_bias", lora_bias, lora_b.shape[:1])
+        lora_bias = lora_bias.to(lora_b.dtype)
+    return F.linear(t.to(lora_b.dtype), lora_b, lora_bias) * scaling
+
+
+def add_lora(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    initial_residual: Tensor | None = None,
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    lora_bias: Tensor | None = None,
+) -> Tensor:
+    """``y = base + s (B A drop(x~) + b_B)``: SIBO-LoRA on what a frozen layer of any kind returned for the unmixed x.
+
+    The adapter computes in its own dtypes (:func:`down`, :func:`up`); the sum is taken in the wider one and rounded
+    once, to that of ``base``.
+
+    Args:
+        base: ``[..., N]``.
+        x: ``[..., K]``; the other arguments are those of :func:`down` and :func:`up`. Pass ``dropout_p=0.0`` outside
+            of training.
+
+    Returns:
+        y, ``[..., N]``, in ``base.dtype``.
+
+    Raises:
+        TypeError, ValueError: as :func:`mix` and :func:`dropout`, and for a shape that does not fit.
+    """
+    if base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"base has shape {list(base.shape)} and x {list(x.shape)}: both must hold the same tokens")
+    _check_shape("lora_b", lora_b, (base.shape[-1], lora_a.shape[0]))
+    t = down(x, lora_a, initial_residual, lambda_, dropout_p, dropout_seed)
+    return (base + up(t, lora_b, scaling, lora_bias)).to(base.dtype)
 
 
 def lora_linear(
@@ -118,17 +157,17 @@ def lora_linear(
     lambda_: float | Tensor = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    lora_bias: Tensor | None = None,
 ) -> Tensor:
-    """``y = W0 x + b + s B A drop(x~)``: a linear layer with SIBO-LoRA; lambda = 0 is plain LoRA.
+    """``y = W0 x + b + s (B A drop(x~) + b_B)``: a linear layer with SIBO-LoRA; lambda = 0 is plain LoRA.
 
-    The frozen path reads the unmixed ``x``, in its own dtype. The adapter computes in its own dtypes (:func:`down`,
-    :func:`up`); the sum is taken in the wider one and rounded once, to the frozen path's.
+    The frozen path reads the unmixed ``x``, in its own dtype; :func:`add_lora` adds the rest.
 
     Args:
         x: ``[..., K]``.
         weight, bias: W0, ``[N, K]``, and b, ``[N]`` or None, in ``x.dtype``.
         lora_a, lora_b: A, ``[r, K]``, and B, ``[N, r]``.
-        scaling: see :func:`up`.
+        scaling, lora_bias: see :func:`up`.
         initial_residual, lambda_: see :func:`mix`.
         dropout_p, dropout_seed: see :func:`dropout`. Pass ``dropout_p=0.0`` outside of training.
 
@@ -139,10 +178,8 @@ def lora_linear(
         TypeError, ValueError: as :func:`mix` and :func:`dropout`, and for a shape that does not fit.
     """
     _check_shape("weight", weight, ("N", x.shape[-1]))
-    _check_shape("lora_b", lora_b, (weight.shape[0], lora_a.shape[0]))
     base = F.linear(x, weight, bias)
-    t = down(x, lora_a, initial_residual, lambda_, dropout_p, dropout_seed)
-    return (base + up(t, lora_b, scaling)).to(base.dtype)
+    return add_lora(base, x, lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
 
 
 #: The activations f of :func:`bottleneck_adapter`, by the names that transformers gives them.
@@ -393,8 +430,10 @@ def _checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tens
     return seed.reshape(()).to(device=device)
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, int | str]) -> None:
-    """Raise unless the matrix has this shape; a name stands for any size."""
-    if tensor.dim() != 2 or any(isinstance(e, int) and e != n for e, n in zip(expected, tensor.shape, strict=True)):
+def _check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+    """Raise unless the tensor has this shape; a name stands for any size."""
+    if tensor.dim() != len(expected) or any(
+        isinstance(e, int) and e != n for e, n in zip(expected, tensor.shape, strict=True)
+    ):
         wanted = ", ".join(map(str, expected))
         raise ValueError(f"{name} has shape {list(tensor.shape)}, but [{wanted}] fits the other arguments")

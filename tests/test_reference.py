@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sibo_triton.reference import (
     ACTIVATIONS,
+    add_lora,
     bottleneck_adapter,
     down,
     dropout_mask,
@@ -26,12 +27,12 @@ SEED = 20240611
 # --- NumPy: the equations of docs/definition.md, on [tokens, features] matrices. `d_` is the gradient of what follows.
 
 
-def numpy_lora(x, weight, bias, a, b, s, h0, lambda_, mask, keep, d_y):
+def numpy_lora(x, weight, bias, a, b, s, h0, lambda_, b_bias, mask, keep, d_y):
     """y, and the gradients by name."""
     x_mixed = (1 - lambda_) * x + lambda_ * h0
     dropped = x_mixed * mask / keep
     t = dropped @ a.T
-    y = x @ weight.T + bias + s * t @ b.T
+    y = x @ weight.T + bias + s * (t @ b.T + b_bias)
     u = s * d_y @ b
     d_x_mixed = (u @ a) * mask / keep
     return y, {
@@ -40,7 +41,8 @@ def numpy_lora(x, weight, bias, a, b, s, h0, lambda_, mask, keep, d_y):
         "bias": d_y.sum(0),
         "lora_a": u.T @ dropped,
         "lora_b": s * d_y.T @ t,
-        "scaling": (d_y * (t @ b.T)).sum(),
+        "lora_bias": s * d_y.sum(0),
+        "scaling": (d_y * (t @ b.T + b_bias)).sum(),
         "initial_residual": lambda_ * d_x_mixed,
         "lambda_": (d_x_mixed * (h0 - x)).sum(),
     }
@@ -136,6 +138,7 @@ def lora_arguments(batch=(2, 3), k=7, n=5, r=4, dtype=torch.float64, lambda_=0.3
         "scaling": torch.tensor(1.7, dtype=dtype, requires_grad=True),
         "initial_residual": randn(*batch, k, dtype=dtype),
         "lambda_": torch.tensor([lambda_], dtype=dtype, requires_grad=True),
+        "lora_bias": randn(n, dtype=dtype),
     }
 
 
@@ -243,7 +246,25 @@ def test_down_and_up_compose_to_the_layer():
     assert t.shape == (2, 3, 4)
     base = torch.nn.functional.linear(a["x"], a["weight"], a["bias"])
     expected = lora_linear(**a, dropout_p=0.3, dropout_seed=SEED)
-    torch.testing.assert_close(base + up(t, a["lora_b"], a["scaling"]), expected)
+    torch.testing.assert_close(base + up(t, a["lora_b"], a["scaling"], a["lora_bias"]), expected)
+
+
+def test_add_lora_takes_the_output_of_any_frozen_layer():
+    a = lora_arguments()
+    base = randn(2, 3, 5)
+    adapter = [a[name] for name in a if name not in ("x", "weight", "bias", "lora_bias")]
+    y = add_lora(base, a["x"], *adapter, 0.3, SEED, a["lora_bias"])
+    t = down(a["x"], a["lora_a"], a["initial_residual"], a["lambda_"], 0.3, SEED)
+    torch.testing.assert_close(y - base, up(t, a["lora_b"], a["scaling"], a["lora_bias"]))
+    (d_base,) = torch.autograd.grad(y, base, torch.ones_like(y))
+    assert torch.equal(d_base, torch.ones_like(y))
+
+
+def test_lora_bias_is_optional():
+    without = lora_arguments() | {"lora_bias": None}
+    torch.testing.assert_close(
+        lora_linear(**without), lora_linear(**without | {"lora_bias": torch.zeros(5, dtype=torch.float64)})
+    )
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -446,6 +467,7 @@ def test_float32_bottleneck_on_a_16_bit_model(placement, side):
         (TypeError, "initial_residual torch.int64", {"initial_residual": torch.zeros(2, 3, 7, dtype=torch.int64)}),
         (ValueError, r"lora_a has shape \[4, 6\], but \[r, 7\]", {"lora_a": torch.zeros(4, 6)}),
         (ValueError, r"lora_b has shape \[5, 3\], but \[5, 4\]", {"lora_b": torch.zeros(5, 3)}),
+        (ValueError, r"lora_bias has shape \[4\], but \[5\]", {"lora_bias": torch.zeros(4)}),
         (ValueError, r"weight has shape \[5, 6\], but \[N, 7\]", {"weight": torch.zeros(5, 6)}),
         (ValueError, r"weight has shape \[7\]", {"weight": torch.zeros(7)}),
         (ValueError, "dropout_p is 1.0", {"dropout_p": 1.0}),
@@ -455,6 +477,13 @@ def test_float32_bottleneck_on_a_16_bit_model(placement, side):
 def test_lora_linear_names_what_is_wrong(error, message, changes):
     with pytest.raises(error, match=message):
         lora_linear(**lora_arguments() | changes)
+
+
+def test_add_lora_refuses_a_base_of_other_tokens():
+    """It would be broadcast."""
+    a = lora_arguments()
+    with pytest.raises(ValueError, match=r"base has shape \[1, 3, 5\] and x \[2, 3, 7\]"):
+        add_lora(torch.zeros(1, 3, 5), a["x"], a["lora_a"], a["lora_b"], 2.0)
 
 
 @pytest.mark.parametrize(
