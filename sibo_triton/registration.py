@@ -27,7 +27,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 from sibo_triton.lora import checkpoints, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
-from sibo_triton.lora.layer import lora_layers, mixed_batch, refuse_merge, sibo_adapters, site_of
+from sibo_triton.lora.forward import refuse_merge
+from sibo_triton.lora.layer import lora_layers, mixed_batch, sibo_adapters, site_of
 from sibo_triton.lora.snapshot import Snapshot, loading
 
 _REGISTERED = "_sibo_triton_wraps"

@@ -1,4 +1,4 @@
-"""What a PEFT LoRA layer does for a SIBO adapter: find h0, mix, and go on as LoRA."""
+"""A PEFT LoRA layer as a SIBO adapter sees it: its h0, its lambda, and which layers there are."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from sibo_triton import reference
 from sibo_triton.initial_residual import InitialResidual
-from sibo_triton.mixing import SiboLambda
+from sibo_triton.lora.paths import Notices
 
 LAMBDA_NAME = "lora_sibo_lambda"  # the prefix is PEFT's: it tells an adapter's weights by it
 
@@ -28,11 +26,13 @@ class MixingSite:
         name: the layer's name from the base model's root.
         residual: the initial residual that it mixes in, or None for plain LoRA.
         reason: why it mixes or not, in words.
+        notices: what was said about the adapter's speed.
     """
 
     name: str
     residual: InitialResidual | None
     reason: str
+    notices: Notices
 
 
 class _MixedBatch(threading.local):
@@ -50,60 +50,6 @@ def mixed_batch(adapter_names: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _mixed_batch.adapter_names = previous
-
-
-class SiboLoraVariant(LoraVariant):
-    """LoRA that reads the mix: y = W0 x + b + s * B A drop((1 - lambda) * x + lambda * h0)."""
-
-    def supports_lora_conversion(self) -> bool:
-        return False  # an update of the weight that gives the same output does not exist
-
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **_: Any) -> None:
-        """Nothing: `install` puts on what is needed, after PEFT has made the layer."""
-
-    @staticmethod
-    def forward(
-        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
-    ) -> torch.Tensor:
-        """Add the adapter's output to `result` = W0 x + b.
-
-        Args:
-            module: the LoRA layer.
-            active_adapter: the adapter that runs.
-            x: [..., K], which PEFT has cast to the adapter's dtype.
-            result: [..., N].
-
-        Raises:
-            RuntimeError: no forward of the layer's stack runs in this thread.
-            ValueError: h0 and x are not of the same tokens.
-        """
-        x_mixed = reference.mix(x, initial_residual_for(module, active_adapter, x), lambda_of(module, active_adapter))
-        x_mixed = module.lora_dropout[active_adapter](x_mixed)
-        down = module.lora_A[active_adapter](x_mixed)
-        return result + module.lora_B[active_adapter](down) * module.scaling[active_adapter]
-
-    @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        refuse_merge(f"{site_of(module, active_adapter).name}, adapter {active_adapter!r}")
-
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        refuse_merge(f"{site_of(module, active_adapter).name}, adapter {active_adapter!r}")
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        refuse_merge(f"{site_of(module, active_adapter).name}, adapter {active_adapter!r}")
-
-
-def refuse_merge(what: str) -> NoReturn:
-    """Raise the error that says why a SIBO adapter is never merged."""
-    raise ValueError(
-        f"Cannot merge {what}: a SIBO adapter reads the initial residual beside the layer's input, so no weight of the "
-        "layer gives the same output (W0 + s (1 - lambda) B A is only a part of it). Keep the adapter unmerged: it can "
-        "be saved, loaded and generated with as it is. Trainers that merge for a separate engine (TRL's GRPO with "
-        "vLLM) need use_vllm=False, or a plain peft.LoraConfig."
-    )
 
 
 def site_of(module: nn.Module, adapter_name: str) -> MixingSite:
@@ -148,45 +94,11 @@ def initial_residual_for(module: LoraLayer, adapter_name: str, x: torch.Tensor) 
 
 def dispatches_variants(layer: LoraLayer, method: str = "forward") -> bool:
     """Whether the layer's forward (or another method) looks at `lora_variant`; some of PEFT's backends do not."""
-    code = getattr(inspect.unwrap(getattr(type(layer), method)), "__code__", None)
+    function = getattr(type(layer), method)
+    if function.__module__.startswith("sibo_triton."):  # FusedLinear's, which hands to PEFT's what it does not do
+        function = getattr(super(type(layer), layer), method)
+    code = getattr(inspect.unwrap(function), "__code__", None)
     return code is not None and "lora_variant" in code.co_names
-
-
-def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float, learnable: bool, train: bool) -> None:
-    """Make `adapter_name` of a LoRA layer a SIBO adapter, or only note why it stays plain LoRA.
-
-    Args:
-        layer: PEFT's LoRA layer, which already has the adapter.
-        adapter_name: the adapter.
-        site: where the layer is and what it mixes in.
-        value: lambda to start from.
-        learnable: whether lambda is trained.
-        train: whether the adapter is active and trainable now.
-    """
-    if "sibo_sites" not in layer.__dict__:
-        layer.sibo_sites = {}
-        # an instance's, not the class's, so that plain LoRA layers stay stock; PEFT deletes an adapter by these
-        layer.other_param_names = (*layer.other_param_names, "sibo_sites")
-    layer.sibo_sites[adapter_name] = site
-    if site.residual is None:
-        return
-    if LAMBDA_NAME not in layer._modules:
-        setattr(layer, LAMBDA_NAME, nn.ModuleDict())
-        layer.adapter_layer_names = (*layer.adapter_layer_names, LAMBDA_NAME)
-        layer.other_param_names = (*layer.other_param_names, "lora_variant")
-    device = layer.lora_A[adapter_name].weight.device
-    lambda_ = SiboLambda(value, learnable, None if device.type == "meta" else device)
-    lambda_.requires_grad_(train)
-    getattr(layer, LAMBDA_NAME)[adapter_name] = lambda_
-    layer.lora_variant[adapter_name] = SiboLoraVariant()
-
-
-def forget(layer: LoraLayer, adapter_name: str) -> None:
-    """Make `adapter_name` of a LoRA layer plain LoRA, or nothing yet."""
-    getattr(layer, "sibo_sites", {}).pop(adapter_name, None)
-    if adapter_name in sibo_adapters(layer):
-        del getattr(layer, LAMBDA_NAME)[adapter_name]
-        layer.lora_variant.pop(adapter_name, None)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

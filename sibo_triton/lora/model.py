@@ -9,17 +9,18 @@ from weakref import WeakKeyDictionary
 
 from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from sibo_triton.initial_residual import BlockStack, Feeds, attach, attached, detach, find_block_stacks, trace_feeds
 from sibo_triton.lora.checkpoints import check_checkpoint
 from sibo_triton.lora.config import SiboLoraConfig
-from sibo_triton.lora.layer import MixingSite, dispatches_variants, forget, install, lora_layers
+from sibo_triton.lora.install import forget, install, is_linear, match_class
+from sibo_triton.lora.layer import MixingSite, dispatches_variants, lora_layers
+from sibo_triton.lora.paths import Notices
 from sibo_triton.lora.snapshot import Snapshot, is_loading, undo_if_loading_fails
 from sibo_triton.lora.targets import matches, shortest_names
 
-_NOT_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d)
 _ON_TRUST = "named by sibo_target_modules, not verified"
 
 
@@ -125,9 +126,10 @@ def _make_sibo(
     # all are looked up before the first hook is put on, for what may be refused
     embeddings = {name: _embedding_name(model, stack, config, layers, mixing) for name, stack in used.items()}
     residuals = {name: attach(model, stack, config.sibo_source, embeddings[name]) for name, stack in used.items()}
+    notices = Notices()
     for name, layer in layers.items():
         stack, reason = decisions[name]
-        site = MixingSite(name, residuals[stack.name] if stack is not None else None, reason)
+        site = MixingSite(name, residuals[stack.name] if stack is not None else None, reason, notices)
         train = active and not config.inference_mode
         install(layer, adapter_name, site, config.sibo_lambda, config.sibo_learnable, train)
     config._sibo_resolved = shortest_names(list(mixing), list(layers))
@@ -147,7 +149,7 @@ def _decide(
     stack = next((stack for stack in stacks if stack.holds(name)), None)
     if stack is None:
         mixes, reason = False, "lies outside of the stacks of blocks"
-    elif isinstance(layer, _NOT_LINEAR) or not _is_linear(layer):
+    elif not is_linear(layer):
         mixes, reason = False, f"is a {type(layer.get_base_layer()).__name__}, not a linear layer"
     elif feeds is None:
         mixes, reason = True, "named by the saved adapter"
@@ -265,7 +267,9 @@ def _embedding_name(
 
 
 def remove_unused_hooks(model: nn.Module) -> None:
-    """Take off the hooks of initial residuals that no layer of `model` mixes in any more."""
+    """Take off the hooks of initial residuals that no layer of `model` mixes in any more, and its layers' class."""
+    for _, layer in lora_layers(model):
+        match_class(layer)
     used = {id(site.residual) for _, layer in lora_layers(model) for site in getattr(layer, "sibo_sites", {}).values()}
     for residual in attached(model):
         if id(residual) not in used:
@@ -278,11 +282,6 @@ def remove_unused_hooks(model: nn.Module) -> None:
 
 def _has_adapter(layer: LoraLayer, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
-
-
-def _is_linear(layer: LoraLayer) -> bool:
-    down = next(iter(layer.lora_A.values()), None)
-    return isinstance(down, nn.Linear) and not hasattr(layer, "parameter_name")  # PEFT's wrapper of an nn.Parameter
 
 
 def _some(layers: dict[str, Any]) -> str:

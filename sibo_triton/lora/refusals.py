@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sibo_triton.lora.layer import dispatches_variants, lora_layers, refuse_merge, sibo_adapters
+from sibo_triton.lora.forward import refuse_merge
+from sibo_triton.lora.layer import dispatches_variants, lora_layers, sibo_adapters
 
 
 def check_merge_allowed(model: nn.Module, adapter_names: Sequence[str] | None) -> None:

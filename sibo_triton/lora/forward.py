@@ -1,0 +1,127 @@
+"""What a LoRA layer computes for a SIBO adapter: find h0, and call one operation."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import nn
+
+from sibo_triton import reference
+from sibo_triton.lora.layer import initial_residual_for, lambda_of, site_of
+from sibo_triton.lora.paths import obstacle_to_adapter, obstacle_to_fusing
+from sibo_triton.ops import add_lora, lora_linear
+
+
+class FusedLinear(LoraLinear):
+    """PEFT's lora.Linear, which runs as one operation with its frozen linear where one SIBO adapter is all that runs.
+
+    Everything else, a plain adapter among it, goes to PEFT's own forward. A layer that PEFT made becomes one by its
+    class, and goes back likewise (`install.match_class`).
+    """
+
+    def _get_name(self) -> str:
+        return "Linear"  # printed as before: what it holds is the same
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_name = None if args or kwargs else self._fused_adapter(x)
+        if adapter_name is None:
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        return lora_linear(x, base.weight, base.bias, **_adapter_arguments(self, adapter_name, x))
+
+    def _fused_adapter(self, x: torch.Tensor) -> str | None:
+        """The adapter, if it alone runs and nothing stands in the way."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or active[0] not in self.sibo_sites:
+            return None
+        (name,) = active
+        if obstacle_to_adapter(self, name, x) is not None:
+            return None  # the variant says so
+        obstacle = obstacle_to_fusing(self, x)
+        if obstacle is not None:
+            site = site_of(self, name)
+            site.notices.say(site.name, "the frozen layer and its adapter run apart", obstacle)
+            return None
+        return name
+
+
+class SiboLoraVariant(LoraVariant):
+    """The adapter on what PEFT's layer computed: result + s * B A drop((1 - lambda) * x + lambda * h0)."""
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # an update of the weight that gives the same output does not exist
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **_: Any) -> None:
+        """Nothing: `install` puts on what is needed, after PEFT has made the layer."""
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """Add the adapter's output to `result` = W0 x + b.
+
+        Args:
+            module: the LoRA layer.
+            active_adapter: the adapter that runs.
+            x: [..., K], which PEFT has cast to the adapter's dtype.
+            result: [..., N].
+
+        Raises:
+            RuntimeError: no forward of the layer's stack runs in this thread.
+            ValueError: h0 and x are not of the same tokens.
+        """
+        obstacle = obstacle_to_adapter(module, active_adapter, x)
+        if obstacle is None:
+            return add_lora(result, x, **_adapter_arguments(module, active_adapter, x))
+        site = site_of(module, active_adapter)
+        site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
+        if site.residual is not None:
+            h0 = initial_residual_for(module, active_adapter, x)
+            x = reference.mix(x, h0, lambda_of(module, active_adapter))
+        down = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        return result + module.lora_B[active_adapter](down) * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        refuse_merge(f"{site_of(module, active_adapter).name}, adapter {active_adapter!r}")
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        refuse_merge(f"{site_of(module, active_adapter).name}, adapter {active_adapter!r}")
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        refuse_merge(f"{site_of(module, active_adapter).name}, adapter {active_adapter!r}")
+
+
+def refuse_merge(what: str) -> NoReturn:
+    """Raise the error that says why a SIBO adapter is never merged."""
+    raise ValueError(
+        f"Cannot merge {what}: a SIBO adapter reads the initial residual beside the layer's input, so no weight of the "
+        "layer gives the same output (W0 + s (1 - lambda) B A is only a part of it). Keep the adapter unmerged: it can "
+        "be saved, loaded and generated with as it is. Trainers that merge for a separate engine (TRL's GRPO with "
+        "vLLM) need use_vllm=False, or a plain peft.LoraConfig."
+    )
+
+
+def _adapter_arguments(layer: LoraLayer, adapter_name: str, x: torch.Tensor) -> dict[str, Any]:
+    """What the operations take of an adapter, beside x."""
+    lora_b, dropout = layer.lora_B[adapter_name], layer.lora_dropout[adapter_name]
+    arguments: dict[str, Any] = {
+        "lora_a": layer.lora_A[adapter_name].weight,
+        "lora_b": lora_b.weight,
+        "lora_bias": lora_b.bias,
+        "scaling": layer.scaling[adapter_name],
+    }
+    if site_of(layer, adapter_name).residual is not None:
+        arguments["initial_residual"] = initial_residual_for(layer, adapter_name, x)
+        arguments["lambda_"] = lambda_of(layer, adapter_name)
+    if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
+        arguments["dropout_p"], arguments["dropout_seed"] = dropout.p, reference.draw_seed(x.device)
+    return arguments

@@ -1,0 +1,67 @@
+"""Put a SIBO adapter on PEFT's LoRA layers, and take it off."""
+
+from __future__ import annotations
+
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+
+from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
+from sibo_triton.lora.layer import LAMBDA_NAME, MixingSite, dispatches_variants, sibo_adapters
+from sibo_triton.mixing import SiboLambda
+
+_NOT_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d)
+
+
+def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float, learnable: bool, train: bool) -> None:
+    """Make `adapter_name` of a LoRA layer a SIBO adapter, or only note why it stays plain LoRA.
+
+    Args:
+        layer: PEFT's LoRA layer, which already has the adapter.
+        adapter_name: the adapter.
+        site: where the layer is and what it mixes in.
+        value: lambda to start from.
+        learnable: whether lambda is trained.
+        train: whether the adapter is active and trainable now.
+    """
+    if "sibo_sites" not in layer.__dict__:
+        layer.sibo_sites = {}
+        # an instance's, not the class's, so that plain LoRA layers stay stock; PEFT deletes an adapter by these
+        layer.other_param_names = (*layer.other_param_names, "sibo_sites", "lora_variant")
+    layer.sibo_sites[adapter_name] = site
+    if is_linear(layer) and dispatches_variants(layer):
+        layer.lora_variant[adapter_name] = SiboLoraVariant()
+    match_class(layer)
+    if site.residual is None:
+        return
+    if LAMBDA_NAME not in layer._modules:
+        setattr(layer, LAMBDA_NAME, nn.ModuleDict())
+        layer.adapter_layer_names = (*layer.adapter_layer_names, LAMBDA_NAME)
+    device = layer.lora_A[adapter_name].weight.device
+    lambda_ = SiboLambda(value, learnable, None if device.type == "meta" else device)
+    lambda_.requires_grad_(train)
+    getattr(layer, LAMBDA_NAME)[adapter_name] = lambda_
+
+
+def forget(layer: LoraLayer, adapter_name: str) -> None:
+    """Make `adapter_name` of a LoRA layer plain LoRA, or nothing yet."""
+    if getattr(layer, "sibo_sites", {}).pop(adapter_name, None) is not None:
+        layer.lora_variant.pop(adapter_name, None)
+    if adapter_name in sibo_adapters(layer):
+        del getattr(layer, LAMBDA_NAME)[adapter_name]
+    match_class(layer)
+
+
+def match_class(layer: LoraLayer) -> None:
+    """Let a dense LoRA layer be ours while a SIBO adapter is on it, and PEFT's otherwise."""
+    if type(layer) not in (LoraLinear, FusedLinear):
+        return
+    fuses = bool(getattr(layer, "sibo_sites", None)) and type(layer.base_layer) is nn.Linear
+    layer.__class__ = FusedLinear if fuses else LoraLinear
+
+
+def is_linear(layer: LoraLayer) -> bool:
+    """Whether a LoRA layer's A and B are linears on a linear."""
+    down = next(iter(layer.lora_A.values()), None)
+    # PEFT's wrapper of an nn.Parameter has them too
+    return not isinstance(layer, _NOT_LINEAR) and isinstance(down, nn.Linear) and not hasattr(layer, "parameter_name")

@@ -1,0 +1,101 @@
+"""By which path a LoRA layer of a SIBO adapter runs, and why not by a faster one.
+
+* fused: the whole layer is one operation, the frozen linear included;
+* adapter: the frozen layer runs by its own forward, and the adapter is one operation on what it returned;
+* modules: `lora_dropout`, `lora_A` and `lora_B` are called, as PEFT does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
+
+from sibo_triton.ops import autocast_dtype
+
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class Notices:
+    """What has been said about one adapter of one model: each reason once."""
+
+    said: set[str] = field(default_factory=set)
+
+    def say(self, module_name: str, what: str, reason: str) -> None:
+        """Warn that a module does not run by the fastest path, unless the reason has been given before."""
+        if torch.compiler.is_compiling() or reason in self.said:
+            return
+        self.said.add(reason)
+        warnings.warn(
+            f"{module_name}: {what}, because {reason}. It computes the same, slower. Other modules for the same "
+            "reason are not named: print(sibo_triton.explain(model)) lists them all.",
+            stacklevel=2,
+        )
+
+
+def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str | None:
+    """Why the frozen layer must run by its own forward (for an input x), or None."""
+    if not isinstance(layer, LoraLinear):
+        return f"the layer is PEFT's {type(layer).__name__}"
+    base = layer.base_layer
+    obstacle = _obstacle_in(base, nn.Linear)
+    if obstacle is not None:
+        return f"its base layer {obstacle}"
+    if x is None:
+        return None
+    if base.weight.device != x.device:
+        return f"its base layer is on {base.weight.device} and its input on {x.device}"
+    if base.weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
+        return f"its base layer is {base.weight.dtype} and its input {x.dtype}"
+    return None
+
+
+def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | None = None) -> str | None:
+    """Why `lora_dropout`, `lora_A` and `lora_B` must be called as modules (for an input x), or None."""
+    if torch_module._has_any_global_hook():
+        return "hooks are registered on all modules"
+    lora_a, lora_b, dropout = (modules[adapter_name] for modules in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    for name, module, kind in (
+        ("lora_A", lora_a, nn.Linear),
+        ("lora_B", lora_b, nn.Linear),
+        ("lora_dropout", dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout),
+    ):
+        obstacle = _obstacle_in(module, kind)
+        if obstacle is not None:
+            return f"{name} {obstacle}"
+    if lora_a.weight.dtype != lora_b.weight.dtype or lora_a.weight.dtype not in _DTYPES:
+        return f"its adapter is {lora_a.weight.dtype} and {lora_b.weight.dtype}"
+    if isinstance(dropout, nn.Dropout) and dropout.p >= 1:
+        return "its rate of dropout is 1"
+    if x is None:
+        return None
+    if type(x) not in _PLAIN_TENSORS:
+        return f"its input is a {type(x).__name__}"
+    if lora_a.weight.device != x.device:
+        return f"its adapter is on {lora_a.weight.device} and its input on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"its input is {x.dtype}"
+    return None
+
+
+def _obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a module is more than its parameters, or None."""
+    if type(module) is not kind:
+        return f"is a {type(module).__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in module.__dict__:
+        return "has a forward of its own (a device hook of accelerate, or a patch)"
+    for name in ("weight", "bias"):
+        tensor = getattr(module, name, None)
+        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+            return f"has a {type(tensor).__name__} as its {name}"
+    return None

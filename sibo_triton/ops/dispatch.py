@@ -1,0 +1,115 @@
+"""Which implementation computes: the only place that asks for device, dtype, or whether Triton is there.
+
+| backend | what it is | chosen |
+|---|---|---|
+| ``triton`` | the kernels | on a CUDA or ROCm device, 16-bit and float32 tensors, Triton installed |
+| ``torch`` | the same passes and the same saved tensors in plain PyTorch (``ops/plain.py``) | everywhere else |
+| ``reference`` | the definition, differentiated by autograd | inside a ``torch.func`` transform |
+
+The environment variable ``SIBO_TRITON_BACKEND`` forces one of them; unset or ``auto`` is the table.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+BACKEND_VARIABLE = "SIBO_TRITON_BACKEND"
+_BACKENDS = ("auto", "triton", "torch", "reference")
+
+_KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_OLDEST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it is that one.
+
+    Attributes:
+        name: "triton", "torch" or "reference".
+        reason: why, in words.
+        fell_off: whether the kernels could be expected to run here, and do not.
+    """
+
+    name: str
+    reason: str
+    fell_off: bool = False
+
+
+_TRANSFORM = Choice("reference", "inside a torch.func transform, which hand-written gradients do not take part in")
+_KERNELS = Choice("triton", "on a GPU")
+
+
+def requested_backend() -> str:
+    """What the environment asks for.
+
+    Raises:
+        ValueError: it asks for something that there is not.
+    """
+    value = os.environ.get(BACKEND_VARIABLE, "auto")
+    if value not in _BACKENDS:
+        raise ValueError(f"{BACKEND_VARIABLE}={value!r} is no backend: set it to one of {', '.join(_BACKENDS)}.")
+    return value
+
+
+def backend_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> Choice:
+    """Choose what computes for tensors on `device` of these `dtypes`.
+
+    Raises:
+        ValueError: the environment asks for a backend that there is not.
+        RuntimeError: it asks for the kernels, which cannot run on these tensors.
+    """
+    requested = requested_backend()
+    if requested == "reference":
+        return Choice("reference", f"{BACKEND_VARIABLE}=reference")
+    if torch._C._are_functorch_transforms_active():
+        return _TRANSFORM
+    if requested == "torch":
+        return Choice("torch", f"{BACKEND_VARIABLE}=torch")
+    if torch.compiler.is_compiling():
+        return Choice("compiled", "chosen when the compiled code runs")
+    obstacle = _obstacle(device) or _dtype_obstacle(dtypes)
+    if requested == "triton":
+        if obstacle is not None:
+            raise RuntimeError(f"{BACKEND_VARIABLE}=triton, but {obstacle}. Unset it, or set it to torch.")
+        return Choice("triton", f"{BACKEND_VARIABLE}=triton")
+    if obstacle is None:
+        return _KERNELS
+    return Choice("torch", obstacle, fell_off=device.type == "cuda")
+
+
+def _dtype_obstacle(dtypes: Iterable[torch.dtype]) -> str | None:
+    for dtype in dtypes:
+        if dtype not in _KERNEL_DTYPES:
+            return f"the kernels do not take {dtype}"
+    return None
+
+
+@cache
+def _obstacle(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu":
+        return None
+    if device.type != "cuda":  # also AMD's
+        return f"the tensors are on {device.type}, where the kernels do not run"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST_CAPABILITY:
+            name, (major, minor) = torch.cuda.get_device_name(device), capability
+            return f"{name} has compute capability {major}.{minor}, and the kernels need 8.0"
+    return None
+
+
+@cache
+def implementation(name: str) -> ModuleType:
+    """The module that holds the functions of backend "triton" or "torch": the same names and arguments in both."""
+    return importlib.import_module("sibo_triton.ops.kernels" if name == "triton" else "sibo_triton.ops.plain")

@@ -1,0 +1,176 @@
+"""SIBO-LoRA as two operations: a dense linear with its adapter, and an adapter on what any base layer returned.
+
+    x~ = (1 - lambda) x + lambda h0        t = drop(x~) A^T        y = (x W0^T + b, or base) + s (t B^T + b_B)
+
+`sibo_triton.reference` is the definition, and ``ops/autograd.py`` has the products, their order and their gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sibo_triton import reference
+from sibo_triton.ops.autograd import Inputs, LowRank, Settings, autocast_dtype, forward
+from sibo_triton.ops.dispatch import backend_for
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    initial_residual: Tensor | None = None,
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+) -> Tensor:
+    """``y = W0 x + b + s (B A drop(x~) + b_B)``: :func:`sibo_triton.reference.lora_linear`, fused.
+
+    Under autocast the frozen product and the adapter compute in its dtype, as PEFT's modules do; x and h0 are read as
+    they are. Where t or x~ would be rounded to 16 bits by the definition, they may not be here. Differentiable once,
+    with respect to every tensor but ``scaling`` and the seed; ``SIBO_TRITON_BACKEND=reference`` runs the definition,
+    which autograd differentiates any number of times.
+
+    Args:
+        x: ``[..., K]``, float16, bfloat16, float32 or float64; any strides.
+        weight, bias: W0, ``[N, K]``, and b, ``[N]`` or None, in ``x.dtype`` unless autocast casts them.
+        lora_a, lora_b: A, ``[r, K]``, and B, ``[N, r]``, in ``x.dtype`` or float32.
+        scaling: s, a number or a tensor with one element, which gets no gradient.
+        initial_residual: h0, of the shape of x, any floating dtype; None where ``lambda_`` is the number 0.
+        lambda_: a number in [0, 1], or a floating point tensor with one element.
+        dropout_p: the probability of dropping an element of x~, in [0, 1); pass 0.0 outside of training.
+        dropout_seed: int64, ``[1]``, from :func:`sibo_triton.reference.draw_seed`; needed if ``dropout_p`` is not 0.
+        lora_bias: b_B, ``[N]`` or None.
+
+    Returns:
+        y, ``[..., N]``, in ``x.dtype``, or autocast's.
+
+    Raises:
+        TypeError, ValueError: as the definition; ValueError also for dtypes that do not meet.
+        RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
+    """
+    if weight.dim() != 2 or weight.shape != (lora_b.shape[0], x.shape[-1]):
+        raise ValueError(f"weight has shape {list(weight.shape)}, but [{lora_b.shape[0]}, {x.shape[-1]}] fits x and B")
+    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: the frozen linear needs one dtype (or autocast)")
+    adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
+    return _low_rank(None, x, weight, bias, *adapter)
+
+
+def add_lora(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    initial_residual: Tensor | None = None,
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+) -> Tensor:
+    """``base + s (B A drop(x~) + b_B)``: the adapter on what a base layer of any kind returned for x.
+
+    A new tensor: hooks may hold on to ``base``, and it may be a view.
+
+    Args:
+        base: ``[..., N]``, of the leading dimensions of x, any floating dtype.
+        x, lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias: see
+            :func:`lora_linear`.
+
+    Returns:
+        ``[..., N]``, in ``base.dtype``: the sum is taken in the wider dtype and rounded once.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`lora_linear`.
+    """
+    if base.shape != (*x.shape[:-1], lora_b.shape[0]):
+        raise ValueError(f"base has shape {list(base.shape)}, but {[*x.shape[:-1], lora_b.shape[0]]} fits x and B")
+    adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
+    return _low_rank(base, x, None, None, *adapter)
+
+
+def _low_rank(
+    base: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    initial_residual: Tensor | None,
+    lambda_: float | Tensor,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    lora_bias: Tensor | None,
+) -> Tensor:
+    _check_shapes(x, lora_a, lora_b, initial_residual, lora_bias)
+    _check_options(scaling, initial_residual, lambda_, dropout_p, dropout_seed)
+    autocast = None if torch.float64 in (x.dtype, lora_a.dtype) else autocast_dtype(x.device.type)
+    frozen = base if weight is None else weight
+    assert frozen is not None
+    dtype = frozen.dtype if weight is None or autocast is None else autocast
+    adapter_dtype = lora_a.dtype if autocast is None else autocast
+    residual_dtype = None if initial_residual is None else initial_residual.dtype
+    backend = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype)).name
+    if backend == "reference":
+        args = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
+        if weight is None:
+            assert base is not None
+            return reference.add_lora(base, x, *args)
+        return reference.lora_linear(x, weight, bias, *args)
+
+    number, tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
+    if tensor is None and number == 0:
+        initial_residual = None
+    inputs = Inputs(base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, tensor, dropout_seed)
+    settings = Settings(backend, scaling, number, dropout_p, dtype, x.dtype, residual_dtype, adapter_dtype)
+    if torch.compiler.is_compiling():
+        from sibo_triton.ops.registered import low_rank  # registering takes time, and only compiled code needs it
+
+        return low_rank(settings, inputs)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return LowRank.apply(settings, *inputs)
+    return forward(settings, inputs, wants_difference=False)[0]
+
+
+def _check_options(
+    scaling: float | Tensor,
+    initial_residual: Tensor | None,
+    lambda_: float | Tensor,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> None:
+    is_tensor = isinstance(lambda_, Tensor)
+    if not is_tensor and not 0 <= lambda_ <= 1:
+        raise ValueError(f"lambda_ is {lambda_}: it must lie in [0, 1]; 0 is the plain method")
+    if initial_residual is None and (is_tensor or lambda_ != 0):
+        raise ValueError(f"initial_residual is None, but lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1); 0.0 turns dropout off")
+    if dropout_p != 0 and dropout_seed is None:
+        raise ValueError(f"dropout_p is {dropout_p}, but no seed was given: pass draw_seed(x.device), or dropout_p=0.0")
+    if isinstance(scaling, Tensor) and scaling.requires_grad:
+        raise ValueError("scaling requires grad, and gets no gradient here: detach it, or use sibo_triton.reference")
+
+
+def _check_shapes(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, initial_residual: Tensor | None, lora_bias: Tensor | None
+) -> None:
+    if lora_a.dim() != 2 or lora_a.shape[1] != x.shape[-1]:
+        raise ValueError(f"lora_a has shape {list(lora_a.shape)}, but [r, {x.shape[-1]}] fits x")
+    if lora_b.dim() != 2 or lora_b.shape[1] != lora_a.shape[0]:
+        raise ValueError(f"lora_b has shape {list(lora_b.shape)}, but [N, {lora_a.shape[0]}] fits lora_a")
+    if lora_b.dtype != lora_a.dtype:
+        raise ValueError(f"lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}: they need one dtype")
+    if initial_residual is not None and initial_residual.shape != x.shape:
+        raise ValueError(
+            f"initial_residual has shape {list(initial_residual.shape)} and x {list(x.shape)}: h0 must belong to the "
+            "same tokens and have the same width as x; pass lambda_=0.0 where it cannot"
+        )
+    if lora_bias is not None and lora_bias.shape != lora_b.shape[:1]:
+        raise ValueError(f"lora_bias has shape {list(lora_bias.shape)}, but [{lora_b.shape[0]}] fits lora_b")
