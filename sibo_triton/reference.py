@@ -84,7 +84,7 @@ def down(
     Raises:
         TypeError, ValueError: as :func:`mix` and :func:`dropout`, and for a shape that does not fit.
     """
-    _check_shape("lora_a", lora_a, ("r", x.shape[-1]))
+    check_shape("lora_a", lora_a, ("r", x.shape[-1]))
     x_mixed = mix(x.to(lora_a.dtype), initial_residual, lambda_)
     return F.linear(dropout(x_mixed, dropout_p, dropout_seed), lora_a)
 
@@ -104,9 +104,9 @@ def up(t: Tensor, lora_b: Tensor, scaling: float | Tensor, lora_bias: Tensor | N
     Raises:
         ValueError: ``lora_b`` is not ``[N, r]``, or ``lora_bias`` not ``[N]``.
     """
-    _check_shape("lora_b", lora_b, ("N", t.shape[-1]))
+    check_shape("lora_b", lora_b, ("N", t.shape[-1]))
     if lora_bias is not None:
-        _check_shape("lora_bias", lora_bias, lora_b.shape[:1])
+        check_shape("lora_bias", lora_bias, lora_b.shape[:1])
         lora_bias = lora_bias.to(lora_b.dtype)
     return F.linear(t.to(lora_b.dtype), lora_b, lora_bias) * scaling
 
@@ -141,7 +141,7 @@ def add_lora(
     """
     if base.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"base has shape {list(base.shape)} and x {list(x.shape)}: both must hold the same tokens")
-    _check_shape("lora_b", lora_b, (base.shape[-1], lora_a.shape[0]))
+    check_shape("lora_b", lora_b, (base.shape[-1], lora_a.shape[0]))
     t = down(x, lora_a, initial_residual, lambda_, dropout_p, dropout_seed)
     return (base + up(t, lora_b, scaling, lora_bias)).to(base.dtype)
 
@@ -177,7 +177,7 @@ def lora_linear(
     Raises:
         TypeError, ValueError: as :func:`mix` and :func:`dropout`, and for a shape that does not fit.
     """
-    _check_shape("weight", weight, ("N", x.shape[-1]))
+    check_shape("weight", weight, ("N", x.shape[-1]))
     base = F.linear(x, weight, bias)
     return add_lora(base, x, lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
 
@@ -252,12 +252,12 @@ def bottleneck_adapter(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not known: choose one of {', '.join(sorted(ACTIVATIONS))}")
-    _check_shape("weight", weight, ("N", x.shape[-1]))
+    check_shape("weight", weight, ("N", x.shape[-1]))
     out_features, in_features = weight.shape
     read = out_features if side == "output" else in_features
     written = in_features if (placement, side) == ("series", "input") else out_features
-    _check_shape("down_weight", down_weight, ("bottleneck", read))
-    _check_shape("up_weight", up_weight, (written, down_weight.shape[0]))
+    check_shape("down_weight", down_weight, ("bottleneck", read))
+    check_shape("up_weight", up_weight, (written, down_weight.shape[0]))
 
     def add_branch(skip: Tensor, v: Tensor) -> Tensor:
         """``skip + g(v)``."""
@@ -306,7 +306,7 @@ def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
         TypeError: p is not a number, or the seed neither an int nor a tensor.
         ValueError: p is outside [0, 1), or the seed is missing, or a tensor that is not one int64 value.
     """
-    threshold = _dropout_threshold(p)
+    threshold = dropout_threshold(p)
     if p == 0:
         return x
     if seed is None:
@@ -351,15 +351,15 @@ def dropout_mask(
     Raises:
         TypeError, ValueError: as :func:`dropout`; ValueError for a negative size or offset.
     """
-    threshold = _dropout_threshold(p)
+    threshold = dropout_threshold(p)
     if min(rows, cols, row_offset, col_offset) < 0:
         raise ValueError(f"negative size or offset: {rows=}, {cols=}, {row_offset=}, {col_offset=}")
-    seed = _checked_seed(seed, device)
-    row_keys, col_keys = _hash_keys(seed)
+    seed = checked_seed(seed, device)
+    row_keys, col_keys = hash_keys(seed)
     first_word, odd = divmod(col_offset, 2)
     words = (odd + cols + 1) // 2
-    row1, row2 = _line_hash(row_offset + torch.arange(rows, device=seed.device).view(rows, 1), *row_keys)  # [rows, 1]
-    col1, col2 = _line_hash(first_word + torch.arange(words, device=seed.device), *col_keys)  # [words]
+    row1, row2 = line_hash(row_offset + torch.arange(rows, device=seed.device).view(rows, 1), *row_keys)  # [rows, 1]
+    col1, col2 = line_hash(first_word + torch.arange(words, device=seed.device), *col_keys)  # [words]
     word = (row1 | 1) * col2  # [rows, words]; in place from here: this is where the time goes
     word += row2
     word ^= _shift_right(word, 15)
@@ -368,13 +368,13 @@ def dropout_mask(
     return word.view(torch.int16).narrow(1, odd, cols) >= threshold - 2**15
 
 
-def _line_hash(index: Tensor, key1: Tensor, key2: Tensor) -> tuple[Tensor, Tensor]:
+def line_hash(index: Tensor, key1: Tensor, key2: Tensor) -> tuple[Tensor, Tensor]:
     """Two int32 hashes of each 64-bit index, a row's or a column pair's. Among 2^32 neighbours no two are alike."""
     hash1 = _mix32(index.to(torch.int32) ^ key1)  # the cast keeps the low 32 bits
     return hash1, _mix32(hash1 ^ key2 ^ _mix32((index >> 32).to(torch.int32)))
 
 
-def _hash_keys(seed: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def hash_keys(seed: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Two row keys and two column keys, int32: a Feistel network, so that either pair is a bijection of the seed."""
     left, right = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     keys = []
@@ -409,7 +409,7 @@ def _checked_lambda(lambda_: float | Tensor) -> float | Tensor:
     return float(lambda_)
 
 
-def _dropout_threshold(p: float) -> int:
+def dropout_threshold(p: float) -> int:
     """T: an element is dropped with probability T / 65536."""
     if not isinstance(p, Real) or isinstance(p, bool):
         raise TypeError(f"dropout_p is {p!r}: pass a number in [0, 1)")
@@ -418,7 +418,7 @@ def _dropout_threshold(p: float) -> int:
     return min(math.floor(p * 2**16 + 0.5), 2**16 - 1)
 
 
-def _checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
+def checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
     """The seed as an int64 tensor of shape [], on the device."""
     if isinstance(seed, int) and not isinstance(seed, bool):
         seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
@@ -430,7 +430,7 @@ def _checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tens
     return seed.reshape(()).to(device=device)
 
 
-def _check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """Raise unless the tensor has this shape; a name stands for any size."""
     if tensor.dim() != len(expected) or any(
         isinstance(e, int) and e != n for e, n in zip(expected, tensor.shape, strict=True)

@@ -1,0 +1,380 @@
+"""The operations of SIBO-LoRA in plain PyTorch, for the CPU and every device without Triton; gradients written by hand.
+
+Same functions and meanings as the launchers in ``kernels/``; ``sibo_triton.reference``, differentiated by autograd, is
+the definition. M tokens, K in_features, N out_features, rank r; matrices of any strides and any floating point dtypes.
+What makes them fast and small:
+
+* without dropout nothing of size [M, K] is computed but products: the mix happens in the rank,
+  ``t = (1 - lambda) (x A^T) + lambda (h0 A^T)``, and so does its gradient;
+* dropout, and casts where dtypes differ (PEFT's float32 adapters on a 16-bit model), happen on tiles that stay in the
+  cache. The mask is drawn again for every pass (:class:`~.tiles.KeepTiles`) and never exists as a whole;
+* products with 16-bit operands are taken in float32, tile by tile, unless the device multiplies that dtype faster.
+
+t, u and the gradients of A and B are float32, or float64 where the adapter is.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..reference import check_shape, checked_seed, dropout_threshold
+from .tiles import KeepTiles, add_product, read_tiles, write_product
+
+
+@torch.no_grad()
+def down(
+    x: Tensor,  # [M, K]
+    lora_a: Tensor,  # [r, K]
+    initial_residual: Tensor | None = None,  # [M, K]
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,  # [1]
+    difference: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # [M, r], [M, r]
+    """``t = drop((1 - lambda) x + lambda h0) A^T`` and, where wanted, ``d = drop(h0 - x) A^T``.
+
+    Args:
+        x: ``[M, K]``.
+        lora_a: A, ``[r, K]``.
+        initial_residual: h0, of the shape of x and any floating dtype. Read where ``lambda_`` is not the number 0 or d
+            is wanted, else it may be None.
+        lambda_: a number in [0, 1], or a floating point tensor with one element.
+        dropout_p: the probability of dropping an element, in [0, 1).
+        dropout_seed: int64, one element; needed when ``dropout_p`` is not 0.
+        difference: whether to return d, which the gradient of lambda needs.
+
+    Returns:
+        t and d (or None), in float32, or float64 if A is.
+
+    Raises:
+        TypeError: dropout_p is not a number, or the seed not a tensor.
+        ValueError: a shape that does not fit, h0 or the seed missing, or a rate of dropout outside [0, 1).
+    """
+    rows, cols = x.shape
+    check_shape("lora_a", lora_a, ("r", cols))
+    h0 = _checked_residual(initial_residual, x, lambda_, difference)
+    mask = _mask(rows, cols, dropout_p, dropout_seed, x.device)
+    dtype = _product_dtype(lora_a.dtype, x, h0, mask=mask)
+    a = lora_a.to(dtype)
+
+    def project(v: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = torch.zeros((rows, a.shape[0]), dtype=_rank_dtype(lora_a.dtype), device=x.device)
+        for m, k, tile in read_tiles(v, dtype, mask, residual, lambda_):
+            add_product(out[m], tile, a[:, k].T)
+        return out if mask is None else out.mul_(mask.scale)
+
+    if mask is not None and h0 is not None and not difference:
+        return project(x, h0), None
+    t = project(x)
+    if h0 is None:
+        return t, None
+    t_h = project(h0)
+    d = t_h - t if difference else None
+    if _mixes(lambda_):
+        of_x, of_h = _shares(lambda_, t.dtype)
+        t = t.mul_(of_x).add_(t_h.mul_(of_h))
+    return t, d
+
+
+@torch.no_grad()
+def up(
+    t: Tensor,  # [M, r]
+    lora_b: Tensor,  # [N, r]
+    scaling: float | Tensor,
+    dtype: torch.dtype,
+    lora_bias: Tensor | None = None,  # [N]
+    base_bias: Tensor | None = None,  # [N]
+) -> Tensor:  # [M, N]
+    """``y = s (t B^T + b_B) + b`` as a fresh, contiguous tensor of the given dtype.
+
+    Args:
+        t: ``[M, r]``.
+        lora_b: B, ``[N, r]``.
+        scaling: s, a number or a tensor with one element.
+        dtype: of y.
+        lora_bias, base_bias: b_B, scaled with B, and b, the bias of the frozen layer; ``[N]`` or None.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    check_shape("lora_b", lora_b, ("N", t.shape[1]))
+    y = torch.empty((t.shape[0], lora_b.shape[0]), dtype=dtype, device=t.device)
+    product_dtype = _product_dtype(lora_b.dtype, y)
+    write_product(y, *_up_operands(t, lora_b, scaling, product_dtype, lora_bias, base_bias))
+    return y
+
+
+@torch.no_grad()
+def add_up(
+    base: Tensor,  # [M, N]
+    t: Tensor,  # [M, r]
+    lora_b: Tensor,  # [N, r]
+    scaling: float | Tensor,
+    lora_bias: Tensor | None = None,  # [N]
+) -> Tensor:  # [M, N]
+    """``y = base + s (t B^T + b_B)`` as a new tensor: the sum is taken in the wider dtype and rounded once.
+
+    Args:
+        base: what the frozen layer returned, ``[M, N]``; not written to.
+        t, lora_b, scaling, lora_bias: as for :func:`up`.
+
+    Returns:
+        y, contiguous, in base's dtype.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    check_shape("lora_b", lora_b, ("N", t.shape[1]))
+    check_shape("base", base, (t.shape[0], lora_b.shape[0]))
+    y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    write_product(y, *_up_operands(t, lora_b, scaling, _product_dtype(lora_b.dtype, base), lora_bias), add=base)
+    return y
+
+
+@torch.no_grad()
+def up_backward(
+    grad_y: Tensor,  # [M, N]
+    t: Tensor | None,  # [M, r]
+    lora_b: Tensor,  # [N, r]
+    scaling: float | Tensor,
+    wants_u: bool = True,
+    wants_grad_b: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # [M, r], [N, r]
+    """``u = s dY B`` and ``dB = s dY^T t``, reading dY once where it must be cast.
+
+    Args:
+        grad_y: dY, ``[M, N]``.
+        t: ``[M, r]``; not looked at, and may be None, when dB is not wanted.
+        lora_b: B, ``[N, r]``.
+        scaling: s, a number or a tensor with one element.
+        wants_u, wants_grad_b: what to compute.
+
+    Returns:
+        u and dB, contiguous, in float32, or float64 if B is; None for what is not wanted.
+
+    Raises:
+        ValueError: a shape that does not fit, or t missing.
+    """
+    rows, cols = grad_y.shape
+    rank = lora_b.shape[1]
+    check_shape("lora_b", lora_b, (cols, "r"))
+    if wants_grad_b:
+        if t is None:
+            raise ValueError("t is None, but dB is wanted: pass t, or wants_grad_b=False")
+        check_shape("t", t, (rows, rank))
+    dtype, rank_dtype = _product_dtype(lora_b.dtype, grad_y), _rank_dtype(lora_b.dtype)
+    s = _scalar(scaling, rank_dtype)
+    b = lora_b.to(dtype)
+    u = torch.zeros((rows, rank), dtype=rank_dtype, device=grad_y.device) if wants_u else None
+    grad_b = scaled_t = None
+    if wants_grad_b and t is not None:
+        grad_b = torch.zeros((rank, cols), dtype=rank_dtype, device=grad_y.device)  # transposed: the faster product
+        scaled_t = (t.to(rank_dtype) * s).to(dtype)
+    for m, n, tile in read_tiles(grad_y, dtype):
+        if u is not None:
+            add_product(u[m], tile, b[n])
+        if grad_b is not None and scaled_t is not None:
+            add_product(grad_b[:, n], scaled_t[m].T, tile)
+    return None if u is None else u.mul_(s), None if grad_b is None else grad_b.T.contiguous()
+
+
+@torch.no_grad()
+def down_weight_gradient(
+    u: Tensor,  # [M, r]
+    x: Tensor,  # [M, K]
+    initial_residual: Tensor | None = None,  # [M, K]
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,  # [1]
+    *,
+    adapter_dtype: torch.dtype,
+) -> Tensor:  # [r, K]
+    """``dA = u^T drop((1 - lambda) x + lambda h0)``.
+
+    Args:
+        u: the gradient of t, ``[M, r]``.
+        x, initial_residual, lambda_, dropout_p, dropout_seed: as for :func:`down`.
+        adapter_dtype: of A.
+
+    Returns:
+        dA, ``[r, K]``, in float32, or float64 if ``adapter_dtype`` is.
+
+    Raises:
+        TypeError, ValueError: as :func:`down`.
+    """
+    rows, cols = x.shape
+    check_shape("u", u, (rows, "r"))
+    h0 = _checked_residual(initial_residual, x, lambda_)
+    mask = _mask(rows, cols, dropout_p, dropout_seed, x.device)
+    rank_dtype = _rank_dtype(adapter_dtype)
+    dtype = _product_dtype(adapter_dtype, x, h0, mask=mask)
+    u = u.to(rank_dtype)
+    grad_a = torch.zeros((u.shape[1], cols), dtype=rank_dtype, device=x.device)
+
+    def add(u: Tensor, v: Tensor, residual: Tensor | None = None) -> None:
+        u = u.to(dtype)
+        for m, k, tile in read_tiles(v, dtype, mask, residual, lambda_):
+            add_product(grad_a[:, k], u[m].T, tile)
+
+    if mask is not None:
+        add(u * mask.scale, x, h0)
+    elif h0 is None:
+        add(u, x)
+    else:
+        of_x, of_h = _shares(lambda_, rank_dtype)
+        add(u * of_x, x)
+        add(u * of_h, h0)
+    return grad_a
+
+
+@torch.no_grad()
+def down_input_gradient(
+    u: Tensor,  # [M, r]
+    lora_a: Tensor,  # [r, K]
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,  # [1]
+    *,
+    dtype: torch.dtype | None = None,
+    accumulate_into: Tensor | None = None,  # [M, K]
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # [M, K], [M, K]
+    """``dx = (1 - lambda) dx~`` and ``dh0 = lambda dx~``, where ``dx~ = drop'(u A)``; either or both.
+
+    Args:
+        u: the gradient of t, ``[M, r]``.
+        lora_a: A, ``[r, K]``.
+        lambda_, dropout_p, dropout_seed: as for :func:`down`.
+        dtype: of a fresh dx. None, and no ``accumulate_into``: dx is not wanted.
+        accumulate_into: the gradient of the frozen path, to which dx is added in place; the sum is taken in the wider
+            dtype and rounded once. Any strides by which no two elements meet.
+        residual_dtype: of dh0; None: not wanted.
+
+    Returns:
+        dx (``accumulate_into`` itself if given) and dh0, each None if not wanted. What is fresh is contiguous.
+
+    Raises:
+        TypeError, ValueError: as :func:`down`; ValueError for both ``dtype`` and ``accumulate_into``, an expanded
+            ``accumulate_into``, or dh0 wanted of what does not mix.
+    """
+    check_shape("lora_a", lora_a, (u.shape[1], "K"))
+    shape = (u.shape[0], lora_a.shape[1])
+    if residual_dtype is not None and not _mixes(lambda_):
+        raise ValueError("residual_dtype asks for the gradient of h0, but lambda_ is the number 0: it has none")
+    if accumulate_into is not None:
+        if dtype is not None:
+            raise ValueError("both dtype and accumulate_into: a fresh dx or a sum, not both")
+        check_shape("accumulate_into", accumulate_into, shape)
+        if any(stride == 0 and size > 1 for stride, size in zip(accumulate_into.stride(), shape, strict=True)):
+            raise ValueError("accumulate_into is expanded, its elements share memory: clone it first")
+    mask = _mask(*shape, dropout_p, dropout_seed, u.device)
+    u = u.to(_rank_dtype(lora_a.dtype))
+    if mask is not None:
+        u = u * mask.scale
+    of_x, of_h = _shares(lambda_, u.dtype) if _mixes(lambda_) else (1.0, 0.0)
+
+    def write(out: Tensor, u: Tensor, add: Tensor | None = None) -> Tensor:
+        product_dtype = _product_dtype(lora_a.dtype, out, mask=mask)
+        write_product(out, u.to(product_dtype), lora_a.to(product_dtype), add, mask)
+        return out
+
+    dx, dh0 = accumulate_into, None
+    if accumulate_into is not None:
+        write(accumulate_into, u * of_x, add=accumulate_into)
+    elif dtype is not None:
+        dx = write(torch.empty(shape, dtype=dtype, device=u.device), u * of_x)
+    if residual_dtype is not None:
+        dh0 = write(torch.empty(shape, dtype=residual_dtype, device=u.device), u * of_h)
+    return dx, dh0
+
+
+def _up_operands(
+    t: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    dtype: torch.dtype,
+    lora_bias: Tensor | None = None,
+    base_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Two factors of ``s (t B^T + b_B) + b``: biases are one more row of B^T, so that no pass over y adds them."""
+    rank_dtype = _rank_dtype(lora_b.dtype)
+    s = _scalar(scaling, rank_dtype)
+    left, right = (t.to(rank_dtype) * s).to(dtype), lora_b.to(dtype).T
+    biases = []
+    if lora_bias is not None:
+        check_shape("lora_bias", lora_bias, lora_b.shape[:1])
+        biases.append(lora_bias.to(rank_dtype) * s)
+    if base_bias is not None:
+        check_shape("base_bias", base_bias, lora_b.shape[:1])
+        biases.append(base_bias.to(rank_dtype))
+    if biases:
+        left = torch.cat([left, left.new_ones((left.shape[0], 1))], dim=1)
+        right = torch.cat([right, torch.stack(biases).sum(0, keepdim=True).to(dtype)])
+    return left, right
+
+
+def _rank_dtype(adapter_dtype: torch.dtype) -> torch.dtype:
+    """Of t, u and the gradients of A and B."""
+    return torch.float64 if adapter_dtype == torch.float64 else torch.float32
+
+
+def _product_dtype(adapter_dtype: torch.dtype, *data: Tensor | None, mask: KeepTiles | None = None) -> torch.dtype:
+    """In which to multiply: a 16-bit dtype if there is no other and the device is fast at it, else a wider one."""
+    tensors = [tensor for tensor in data if tensor is not None]
+    if mask is None and all(tensor.dtype == adapter_dtype for tensor in tensors):
+        if _multiplies(adapter_dtype, tensors[0].device.type):
+            return adapter_dtype
+    return _rank_dtype(adapter_dtype)
+
+
+@cache
+def _multiplies(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the device multiplies a 16-bit dtype faster than casts and float32 would.
+
+    Of CPUs those do that oneDNN multiplies bfloat16 on. Without it torch took 70 times as long in float16, x86.
+    """
+    if device_type != "cpu":
+        return True
+    bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.bfloat16 and bfloat16
+
+
+def _mixes(lambda_: float | Tensor) -> bool:
+    return isinstance(lambda_, Tensor) or lambda_ != 0
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A number, or a tensor of shape [] that never reaches the host."""
+    return value.reshape(()).to(dtype) if isinstance(value, Tensor) else float(value)
+
+
+def _shares(lambda_: float | Tensor, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
+    """1 - lambda and lambda."""
+    of_h = _scalar(lambda_, dtype)
+    return 1 - of_h, of_h
+
+
+def _checked_residual(
+    initial_residual: Tensor | None, x: Tensor, lambda_: float | Tensor, difference: bool = False
+) -> Tensor | None:
+    """h0 where it is to be read, else None."""
+    if not (_mixes(lambda_) or difference):
+        return None
+    if initial_residual is None:
+        wanted = (
+            "d is wanted: pass h0" if difference else f"lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing"
+        )
+        raise ValueError(f"initial_residual is None, but {wanted}")
+    check_shape("initial_residual", initial_residual, x.shape)
+    return initial_residual
+
+
+def _mask(rows: int, cols: int, p: float, seed: Tensor | None, device: torch.device) -> KeepTiles | None:
+    """The mask to draw, or None where p is 0."""
+    dropout_threshold(p)  # raises for what is no rate
+    if p == 0:
+        return None
+    if seed is None:
+        raise ValueError(f"dropout_p is {p}, but no seed was given: pass draw_seed(device), or dropout_p=0.0")
+    return KeepTiles(rows, cols, p, checked_seed(seed, device))
