@@ -1,7 +1,6 @@
 """The down-projections of SIBO-LoRA layers as one Triton kernel: ``t = drop((1 - lambda) x + lambda h0) A^T``.
 
-Nothing calls it yet; ``sibo_triton.ops`` will, and will choose between it and ``sibo_triton.reference.down``, which is
-the definition.
+Called by ``sibo_triton.ops``; ``sibo_triton.reference.down`` is the definition.
 
 Every program reads its rows of x and h0 once. In 16 bits and up to rank 64, the tiles of x and h0 go to the tensor
 cores as they are and the two products are mixed in float32: no arithmetic on the [M, K] tiles but the dropout mask, and
@@ -221,10 +220,11 @@ def down(
     lambda_: float | Tensor = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
-) -> Tensor:  # [M, r]
-    """``t = drop((1 - lambda) x + lambda h0) A^T`` for one layer: see :func:`down_siblings`."""
-    ((t, _),) = down_siblings(x, [DownProjection(lora_a, lambda_, dropout_p, dropout_seed)], initial_residual)
-    return t
+    difference: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # [M, r] each
+    """t and, where wanted, d for one layer: see :func:`down_siblings`."""
+    one = DownProjection(lora_a, lambda_, dropout_p, dropout_seed, difference)
+    return down_siblings(x, [one], initial_residual)[0]
 
 
 def down_siblings(

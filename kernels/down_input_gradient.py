@@ -2,7 +2,7 @@
 
     dx~ = drop'(u A)        dx = (1 - lambda) dx~        dh0 = lambda dx~
 
-The gradient of lambda is taken in the rank space, elsewhere. Nothing calls this yet; ``sibo_triton.ops`` will.
+The gradient of lambda is taken in the rank space, elsewhere. Called by ``sibo_triton.ops``.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The gradient of A through the down-projection ``t = drop(x~) A^T``, from u, the gradient of t: ``dA = u^T drop(x~)``.
 
 One pass over x and h0. No atomics: dA is summed over parts of the rows, and the parts in a second stage, always in the
-same order. Nothing calls it yet; ``sibo_triton.ops`` will.
+same order. Called by ``sibo_triton.ops``.
 """
 
 import torch

@@ -1,9 +1,11 @@
-"""The up-projection of a SIBO-LoRA layer as one Triton kernel: ``y = s (t B^T + b)``, written fresh or added.
+"""The up-projection of a SIBO-LoRA layer as one Triton kernel: ``y = s (t B^T + b)``, alone or added to a base output.
 
-Nothing calls it yet; ``sibo_triton.ops`` will. ``sibo_triton.reference.up`` is the definition. Two functions:
+Called by ``sibo_triton.ops``; ``sibo_triton.reference.up`` is the definition. Two functions, each of which writes a
+fresh y:
 
-* :func:`up` writes a fresh y, onto which the frozen GEMM may then accumulate (beta = 1);
-* :func:`add_up_` adds to a base output in place, in float32, and rounds the sum once.
+* :func:`up` for a frozen GEMM that accumulates onto y afterwards (beta = 1) and leaves its own bias to us;
+* :func:`add_up` for a base output that is there already. Not in place: a hook may hold that output, or it may be a view
+  of another tensor, and both would change unseen. The bytes that move are the same.
 
 With B in 16 bits, t is rounded to B's dtype, as the definition does. With B in float32 (PEFT's default, also on a
 16-bit model) the product before its last rounding is within 1e-4 of float32's, by ``precision.split_dot``.
@@ -14,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import TL_DTYPES, Operands, operands, split_dot
+from .checks import check_dtype
+from .precision import Operands, operands, split_dot
 
 
 @triton.jit
@@ -22,18 +25,22 @@ def up_kernel(
     p_t,  # [M, r], contiguous
     p_lora_b,  # [N, r]
     p_lora_bias,  # [N], or None
-    p_y,  # [M, N]
+    p_base_bias,  # [N], or None: added as it is
+    p_base,  # [M, N], or None: likewise
+    p_y,  # [M, N], contiguous
     scaling,  # a number, or a pointer to one
     M,
     N,
     stride_b_n,
     stride_b_r,
-    stride_bias_n,
-    stride_y_m,
-    stride_y_n,
+    stride_lora_bias_n,
+    stride_base_bias_n,
+    stride_base_m,
+    stride_base_n,
     R: tl.constexpr,  # the rank: so that the loop's bound is constant
-    ACCUMULATE: tl.constexpr,  # add to what y holds
     HAS_LORA_BIAS: tl.constexpr,
+    HAS_BASE_BIAS: tl.constexpr,
+    HAS_BASE: tl.constexpr,
     SCALING_IS_TENSOR: tl.constexpr,
     SPLIT_T: tl.constexpr,
     SPLIT_B: tl.constexpr,
@@ -66,13 +73,16 @@ def up_kernel(
     else:
         b_scaling = scaling
     if HAS_LORA_BIAS:
-        b_bias = tl.load(p_lora_bias + o_n * stride_bias_n, mask=m_n, other=0.0)  # [BN]
+        b_bias = tl.load(p_lora_bias + o_n * stride_lora_bias_n, mask=m_n, other=0.0)  # [BN]
         b_y += b_bias.to(tl.float32)[None, :]
     b_y *= b_scaling
-    b_p_y = p_y + o_m[:, None] * stride_y_m + o_n[None, :] * stride_y_n
-    if ACCUMULATE:
-        b_y += tl.load(b_p_y, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(b_p_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
+    if HAS_BASE_BIAS:
+        b_bias = tl.load(p_base_bias + o_n * stride_base_bias_n, mask=m_n, other=0.0)  # [BN]
+        b_y += b_bias.to(tl.float32)[None, :]
+    if HAS_BASE:
+        b_p_base = p_base + o_m[:, None] * stride_base_m + o_n[None, :] * stride_base_n
+        b_y += tl.load(b_p_base, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + o_m[:, None] * N + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
 def tiles(rank: int, dot: Operands) -> dict[str, int]:
@@ -92,8 +102,9 @@ def up(
     scaling: float | Tensor,
     dtype: torch.dtype,
     lora_bias: Tensor | None = None,  # [N]
+    base_bias: Tensor | None = None,  # [N]
 ) -> Tensor:  # [M, N]
-    """``y = s (t B^T + b)`` as a fresh tensor of the given dtype. Forward only.
+    """``y = s (t B^T + b) + b0`` as a fresh tensor, summed in float32 and rounded once. Forward only.
 
     Args:
         t: float32, ``[M, r]``, contiguous, as :func:`~sibo_triton.kernels.down.down` returns it.
@@ -101,6 +112,7 @@ def up(
         scaling: s, a number, or a floating point tensor with one element on the device of t.
         dtype: of y: float16, bfloat16 or float32.
         lora_bias: b, ``[N]``, any of these dtypes and any stride, or None.
+        base_bias: b0, likewise: of the frozen layer, whose GEMM is to accumulate onto y.
 
     Returns:
         y, ``[M, N]``, contiguous.
@@ -109,51 +121,40 @@ def up(
         TypeError: a dtype that the kernel does not take.
         ValueError: a shape that does not fit, or t not contiguous.
     """
-    if dtype not in TL_DTYPES:
-        raise TypeError(f"dtype is {dtype}: the kernel writes {', '.join(map(str, TL_DTYPES))}")
-    check_up_operands(t, lora_b, scaling, lora_bias)
-    y = torch.empty((t.shape[0], lora_b.shape[0]), dtype=dtype, device=t.device)
-    _launch(y, t, lora_b, scaling, lora_bias, accumulate=False)
-    return y
+    check_dtype("y", dtype)
+    check_up_operands(t, lora_b, scaling, lora_bias=lora_bias, base_bias=base_bias)
+    return _launch(t, lora_b, scaling, dtype, lora_bias, base_bias, None)
 
 
-def add_up_(
-    y: Tensor,  # [M, N]
+def add_up(
+    base: Tensor,  # [M, N]
     t: Tensor,  # [M, r]
     lora_b: Tensor,  # [N, r]
     scaling: float | Tensor,
     lora_bias: Tensor | None = None,  # [N]
 ) -> Tensor:  # [M, N]
-    """``y += s (t B^T + b)`` in place, the sum taken in float32 and rounded once, to y's dtype. Forward only.
+    """``y = base + s (t B^T + b)`` as a fresh tensor of base's dtype, summed in float32, rounded once. Forward only.
 
     Args:
-        y: the base output, ``[M, N]``, float16, bfloat16 or float32; any strides by which no two elements meet.
+        base: the base output, ``[M, N]``, float16, bfloat16 or float32, with any strides, expanded too; only read.
         t, lora_b, scaling, lora_bias: as for :func:`up`.
 
     Returns:
-        y itself.
+        y, ``[M, N]``, contiguous.
 
     Raises:
-        TypeError, ValueError: as :func:`up`; ValueError for an expanded y.
+        TypeError, ValueError: as :func:`up`.
     """
-    if y.dtype not in TL_DTYPES:
-        raise TypeError(f"y is {y.dtype}: the kernel writes {', '.join(map(str, TL_DTYPES))}")
-    check_up_operands(t, lora_b, scaling, lora_bias)
-    if y.dim() != 2 or y.shape != (t.shape[0], lora_b.shape[0]):
-        raise ValueError(f"y has shape {list(y.shape)}, but [{t.shape[0]}, {lora_b.shape[0]}] fits t and lora_b")
-    if any(stride == 0 and size > 1 for stride, size in zip(y.stride(), y.shape, strict=True)):
-        raise ValueError(f"y has strides {y.stride()}: the elements of an expanded tensor share memory; clone it first")
-    _launch(y, t, lora_b, scaling, lora_bias, accumulate=True)
-    return y
+    check_dtype("base", base.dtype)
+    check_up_operands(t, lora_b, scaling, lora_bias=lora_bias)
+    if base.dim() != 2 or base.shape != (t.shape[0], lora_b.shape[0]):
+        raise ValueError(f"base has shape {list(base.shape)}, but [{t.shape[0]}, {lora_b.shape[0]}] fits t and lora_b")
+    return _launch(t, lora_b, scaling, base.dtype, lora_bias, None, base)
 
 
-def check_up_operands(
-    t: Tensor | None, lora_b: Tensor, scaling: float | Tensor, lora_bias: Tensor | None = None
-) -> None:
-    """Raise unless t, B, s and the bias, where given, fit each other and the kernels."""
-    for name, tensor in (("lora_b", lora_b), ("lora_bias", lora_bias)):
-        if tensor is not None and tensor.dtype not in TL_DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}: the kernel takes {', '.join(map(str, TL_DTYPES))}")
+def check_up_operands(t: Tensor | None, lora_b: Tensor, scaling: float | Tensor, **biases: Tensor | None) -> None:
+    """Raise unless t, B, s and the biases, where given, fit each other and the kernels."""
+    check_dtype("lora_b", lora_b.dtype)
     if t is not None and t.dtype != torch.float32:
         raise TypeError(f"t is {t.dtype}: the kernels keep it in torch.float32")
     if t is not None and (t.dim() != 2 or not t.is_contiguous()):
@@ -161,8 +162,11 @@ def check_up_operands(
     if lora_b.dim() != 2 or (t is not None and lora_b.shape[1] != t.shape[1]):
         rank = "r" if t is None else t.shape[1]
         raise ValueError(f"lora_b has shape {list(lora_b.shape)}, but [N, {rank}] fits t")
-    if lora_bias is not None and lora_bias.shape != lora_b.shape[:1]:
-        raise ValueError(f"lora_bias has shape {list(lora_bias.shape)}, but [{lora_b.shape[0]}] fits lora_b")
+    for name, bias in biases.items():
+        if bias is not None:
+            check_dtype(name, bias.dtype)
+            if bias.shape != lora_b.shape[:1]:
+                raise ValueError(f"{name} has shape {list(bias.shape)}, but [{lora_b.shape[0]}] fits lora_b")
     if isinstance(scaling, Tensor) and (scaling.numel() != 1 or not scaling.is_floating_point()):
         found = f"a {scaling.dtype} tensor of shape {list(scaling.shape)}"
         raise ValueError(f"scaling is {found}: pass a number or one floating point value")
@@ -176,12 +180,19 @@ def dot_of_up(lora_b_dtype: torch.dtype, y_dtype: torch.dtype) -> Operands:
 
 
 def _launch(
-    y: Tensor, t: Tensor, lora_b: Tensor, scaling: float | Tensor, lora_bias: Tensor | None, accumulate: bool
-) -> None:
-    (M, N), r = y.shape, t.shape[1]
+    t: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    dtype: torch.dtype,
+    lora_bias: Tensor | None,
+    base_bias: Tensor | None,
+    base: Tensor | None,
+) -> Tensor:
+    M, N, r = t.shape[0], *lora_b.shape
+    y = torch.empty((M, N), dtype=dtype, device=t.device)
     if M == 0 or N == 0:
-        return
-    dot = dot_of_up(lora_b.dtype, y.dtype)
+        return y
+    dot = dot_of_up(lora_b.dtype, dtype)
     config = tiles(r, dot)
     grid = (triton.cdiv(M, config["BM"]) * triton.cdiv(N, config["BN"]),)
     with torch.cuda.device_of(t):  # Triton launches on the current device; does nothing for a CPU tensor
@@ -189,21 +200,26 @@ def _launch(
             p_t=t,
             p_lora_b=lora_b,
             p_lora_bias=lora_bias,
+            p_base_bias=base_bias,
+            p_base=base,
             p_y=y,
             scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
             M=M,
             N=N,
             stride_b_n=lora_b.stride(0),
             stride_b_r=lora_b.stride(1),
-            stride_bias_n=0 if lora_bias is None else lora_bias.stride(0),
-            stride_y_m=y.stride(0),
-            stride_y_n=y.stride(1),
+            stride_lora_bias_n=0 if lora_bias is None else lora_bias.stride(0),
+            stride_base_bias_n=0 if base_bias is None else base_bias.stride(0),
+            stride_base_m=0 if base is None else base.stride(0),
+            stride_base_n=0 if base is None else base.stride(1),
             R=r,
-            ACCUMULATE=accumulate,
             HAS_LORA_BIAS=lora_bias is not None,
+            HAS_BASE_BIAS=base_bias is not None,
+            HAS_BASE=base is not None,
             SCALING_IS_TENSOR=isinstance(scaling, Tensor),
             SPLIT_T=dot.split_a,
             SPLIT_B=dot.split_b,
             DOT_DTYPE=dot.tl_dtype,
             **config,
         )
+    return y

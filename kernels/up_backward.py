@@ -5,7 +5,7 @@ writes partial sums, which a second stage adds. They grow with the rank, so that
 and one for dB, move fewer bytes: :func:`plan` counts them and chooses. Either way the order of every sum is fixed, and
 gradients are bitwise the same from run to run.
 
-Nothing calls it yet; ``sibo_triton.ops`` will.
+Called by ``sibo_triton.ops``.
 """
 
 from dataclasses import dataclass

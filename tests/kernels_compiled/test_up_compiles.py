@@ -35,7 +35,7 @@ def compile_at(target, kernel, config, arguments, constants, also_divisible=()):
     return compile_for(target, kernel, arguments, constants | config, frozenset(aligned), options)
 
 
-def compile_up(target, rank, b_dtype, y_dtype, accumulate, has_bias=False):
+def compile_up(target, rank, b_dtype, y_dtype, has_base, has_biases=False):
     """A launch on contiguous matrices, with the scaling a number."""
     dot = dot_of_up(b_dtype, y_dtype)
     arguments = {
@@ -43,24 +43,27 @@ def compile_up(target, rank, b_dtype, y_dtype, accumulate, has_bias=False):
         "p_lora_b": POINTER[b_dtype],
         "p_y": POINTER[y_dtype],
         "scaling": "fp32",
-        **dict.fromkeys(("M", "N", "stride_b_n", "stride_y_m"), "i32"),
+        **dict.fromkeys(("M", "N", "stride_b_n"), "i32"),
     }
     constants = {
         "stride_b_r": 1,
-        "stride_y_n": 1,
         "R": rank,
-        "ACCUMULATE": accumulate,
-        "HAS_LORA_BIAS": has_bias,
+        "HAS_LORA_BIAS": has_biases,
+        "HAS_BASE_BIAS": has_biases,
+        "HAS_BASE": has_base,
         "SCALING_IS_TENSOR": False,
         "SPLIT_T": dot.split_a,
         "SPLIT_B": dot.split_b,
         "DOT_DTYPE": dot.tl_dtype,
     }
-    if has_bias:
-        arguments["p_lora_bias"] = POINTER[b_dtype]
-        constants["stride_bias_n"] = 1
+    for name, dtype in (("lora_bias", b_dtype), ("base_bias", y_dtype)):
+        constants[f"stride_{name}_n"] = int(has_biases)
+        (arguments if has_biases else constants)[f"p_{name}"] = POINTER[dtype] if has_biases else None
+    if has_base:
+        arguments |= {"p_base": POINTER[y_dtype], "stride_base_m": "i32"}
+        constants["stride_base_n"] = 1
     else:
-        constants |= {"p_lora_bias": None, "stride_bias_n": 0}
+        constants |= {"p_base": None, "stride_base_m": 0, "stride_base_n": 0}
     return compile_at(target, up_kernel, up_module.tiles(rank, dot), arguments, constants, ["N"])
 
 
@@ -125,8 +128,9 @@ def assert_fits(binary, target, tensor_cores=True):
 
 
 @pytest.mark.parametrize(
-    ("target", "rank", "b_dtype", "y_dtype", "accumulate", "has_bias"),
+    ("target", "rank", "b_dtype", "y_dtype", "has_base", "has_biases"),
     [
+        ("sm_80", 16, BF16, BF16, False, True),
         ("sm_80", 16, BF16, BF16, True, False),
         ("sm_80", 256, FP32, BF16, True, False),
         ("sm_80", 64, FP32, FP32, True, True),
@@ -134,8 +138,8 @@ def assert_fits(binary, target, tensor_cores=True):
         ("gfx942", 512, FP32, FP16, True, True),
     ],
 )
-def test_up_fits_its_target(target, rank, b_dtype, y_dtype, accumulate, has_bias):
-    binary = compile_up(target, rank, b_dtype, y_dtype, accumulate, has_bias)
+def test_up_fits_its_target(target, rank, b_dtype, y_dtype, has_base, has_biases):
+    binary = compile_up(target, rank, b_dtype, y_dtype, has_base, has_biases)
     assert_fits(binary, target, tensor_cores=not b_dtype == y_dtype == FP32)
     if target.startswith("sm"):
         assert "STG.E.128" in binary.code and not re.search(r"STG\.E(\.U16|\.64)?\s", binary.code)
@@ -144,7 +148,7 @@ def test_up_fits_its_target(target, rank, b_dtype, y_dtype, accumulate, has_bias
 @pytest.mark.parametrize(("b_dtype", "dots"), [(BF16, 1), (FP32, 3)])
 def test_up_multiplies_as_often_as_its_dtypes_need(b_dtype, dots):
     """On Hopper, by wgmma of 64 rows, 128 columns and 16 of the rank."""
-    binary = compile_up("sm_90", 16, b_dtype, BF16, accumulate=True)
+    binary = compile_up("sm_90", 16, b_dtype, BF16, has_base=True)
     assert_fits(binary, "sm_90")
     assert len(re.findall(r"HGMMA\.64x128x16\.F32\.BF16", binary.code)) == dots
 

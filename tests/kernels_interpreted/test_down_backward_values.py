@@ -9,26 +9,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from inputs import BF16, FP16, FP32, LAYOUTS, ROUNDING, randn
+
 from sibo_triton import reference
 from sibo_triton.kernels import down_weight_gradient as weight_gradient_module
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-#: The relative error of one rounding of an element to a dtype; the interpreter truncates to bfloat16.
-ROUNDING = {FP32: 2**-24, FP16: 2**-11, BF16: 2**-7}
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
-
-
-def randn(rows, cols, dtype, strides="contiguous"):
-    """Random values inside a buffer of NaN, so that a read beyond the matrix shows."""
-    if strides == "expanded":
-        return randn(1, cols, dtype).expand(rows, cols)
-    buffer = torch.full((rows + 2, cols + (strides != "contiguous")), math.nan, dtype=dtype)
-    if strides == "transposed":
-        buffer = buffer.T.contiguous().T
-    view = buffer[1 : rows + 1, :cols]
-    return view.copy_(torch.randn(rows, cols).to(dtype))
 
 
 def gradients(dtype, u, x, lora_a, h0, lambda_, p):
@@ -135,9 +123,6 @@ def test_plain_lora_does_not_read_h0(dtype, r, p):
     nan = torch.full_like(x, math.nan)
     without, with_h0 = (down_weight_gradient(u, x, h0, 0.0, p, SEED, adapter_dtype=dtype) for h0 in (None, nan))
     assert torch.equal(without, with_h0)
-
-
-LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

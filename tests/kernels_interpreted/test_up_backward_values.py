@@ -9,22 +9,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from inputs import BF16, FP16, FP32, LAYOUTS, randn
+
 from sibo_triton.kernels import up_backward as module
 from sibo_triton.kernels.partial_sums import sum_parts
 from sibo_triton.kernels.up_backward import bytes_moved, dots_of_up_backward, launch_of_both, plan, up_backward
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def randn(rows, cols, dtype, strides="contiguous"):
-    """Random values inside a buffer of NaN, so that a read beyond the matrix shows."""
-    if strides == "expanded":
-        return randn(1, cols, dtype).expand(rows, cols)
-    buffer = torch.full((rows + 2, cols + (strides != "contiguous")), math.nan, dtype=dtype)
-    if strides == "transposed":
-        buffer = buffer.T.contiguous().T
-    view = buffer[1 : rows + 1, :cols]
-    return view.copy_(torch.randn(rows, cols).to(dtype))
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +101,6 @@ def test_large_ranks_and_unwanted_outputs(m, n, r, g_dtype, b_dtype, wants_u, wa
     u, grad_b = up_backward(grad_y, t if wants_grad_b else None, lora_b, 0.5, wants_u, wants_grad_b)
     assert (u is not None, grad_b is not None) == (wants_u, wants_grad_b)
     assert_both_as_good_as_torch(u, grad_b, grad_y, t, lora_b, 0.5)
-
-
-LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

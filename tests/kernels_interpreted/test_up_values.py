@@ -9,39 +9,26 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from inputs import BF16, FP16, FP32, LAYOUTS, ROUNDING, randn
+
 from sibo_triton.kernels.precision import operands
-from sibo_triton.kernels.up import add_up_, tiles, up
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def randn(rows, cols, dtype, strides="contiguous"):
-    """Random values inside a buffer of NaN, so that a read beyond the matrix shows."""
-    if strides == "expanded":
-        return randn(1, cols, dtype).expand(rows, cols)
-    buffer = torch.full((rows + 2, cols + (strides != "contiguous")), math.nan, dtype=dtype)
-    if strides == "transposed":
-        buffer = buffer.T.contiguous().T
-    view = buffer[1 : rows + 1, :cols]
-    return view.copy_(torch.randn(rows, cols).to(dtype))
+from sibo_triton.kernels.up import add_up, tiles, up
 
 
 def assert_as_good_as_torch(y, t, lora_b, scaling, lora_bias=None, base=None):
-    """``base`` is what y held before. float32 adapters are compared with float32, 16-bit ones with torch in 16 bits."""
+    """``base``: what the product is added to. float32 adapters compare with float32, others with torch in 16 bits."""
     s = float(scaling)
     bias = torch.zeros(lora_b.shape[0]) if lora_bias is None else lora_bias
-    added = torch.zeros(y.shape, dtype=y.dtype) if base is None else base
-    assert y.shape == (t.shape[0], lora_b.shape[0])
+    added = torch.zeros(y.shape, dtype=y.dtype) if base is None else base.expand(y.shape)
+    assert (y.shape, y.is_contiguous()) == ((t.shape[0], lora_b.shape[0]), True)
     if y.numel() == 0:
         return
     exact = added.double() + s * (t.double() @ lora_b.double().T + bias.double())
     terms = added.double().abs() + abs(s) * (t.double().abs() @ lora_b.double().abs().T + bias.double().abs())
-    # Every element: a float32 or split product, rounded once. The interpreter truncates where it casts to bfloat16,
-    # so that its parts of a float32 number carry 15 bits and not 17, and its bfloat16 rounds by twice as much.
+    # Every element: a float32 or split product, rounded once.
     product = 1e-6 if y.dtype == lora_b.dtype == FP32 else 6e-5 if lora_b.dtype == FP32 else 1e-6
-    rounding = {FP32: 2**-24, FP16: 2**-11, BF16: 2 * 2**-8}[y.dtype]
     tiny = 2**-24 if y.dtype == FP16 else 1e-30  # half of float16's smallest number, and nothing to speak of
-    assert ((y.double() - exact).abs() <= product * terms + 1.01 * rounding * exact.abs() + tiny).all()
+    assert ((y.double() - exact).abs() <= product * terms + 1.01 * ROUNDING[y.dtype] * exact.abs() + tiny).all()
     # All together no worse than torch, in the dtype that B has and y takes.
     by_torch = (added.to(FP32) + s * (t.to(lora_b.dtype) @ lora_b.T + bias.to(lora_b.dtype))).to(y.dtype)
     error, torch_error = (float((result.double() - exact).norm()) for result in (y, by_torch))
@@ -77,39 +64,39 @@ def test_up(m, n, r, b_dtype, y_dtype, scaling, bias_dtype, adds):
     lora_bias = None if bias_dtype is None else randn(1, n, bias_dtype)[0]
     if adds:
         base = randn(m, n, y_dtype)
-        y = base.clone()
-        assert add_up_(y, t, lora_b, scaling, lora_bias) is y
+        y = add_up(base, t, lora_b, scaling, lora_bias)
     else:
-        base, y = None, up(t, lora_b, scaling, y_dtype, lora_bias)
-        assert y.dtype == y_dtype and y.is_contiguous()
+        base = lora_bias
+        y = up(t, lora_b, scaling, y_dtype, lora_bias, base_bias=base)
+    assert y.dtype == y_dtype
     assert_as_good_as_torch(y, t, lora_b, scaling, lora_bias, base)
-
-
-LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     sizes=st.tuples(st.integers(0, 70), st.integers(0, 140), st.integers(0, 70)),
-    dtypes=st.tuples(*[st.sampled_from([FP32, FP16, BF16])] * 2),
-    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS[:3])),
+    dtypes=st.tuples(*[st.sampled_from([FP32, FP16, BF16])] * 4),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
     scaling_is_tensor=st.booleans(),
-    has_bias=st.booleans(),
+    has_biases=st.tuples(st.booleans(), st.booleans()),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_strides_and_dtypes(sizes, dtypes, layouts, scaling_is_tensor, has_bias, seed):
+def test_any_shape_strides_and_dtypes(sizes, dtypes, layouts, scaling_is_tensor, has_biases, seed):
+    """Nothing is written to the base, of which an expanded one has one row."""
     torch.manual_seed(seed)
-    (m, n, r), (b_dtype, y_dtype), (b_layout, y_layout) = sizes, dtypes, layouts
-    t, lora_b = torch.randn(m, r), randn(n, r, b_dtype, b_layout)
-    y = randn(m, n, y_dtype, y_layout)
-    around = y._base.isnan() if y._base is not None else None
-    lora_bias = randn(n, 1, b_dtype, "padded")[:, 0] if has_bias else None  # a stride of 2
+    (m, n, r), (b_dtype, y_dtype, *bias_dtypes), (b_layout, base_layout) = sizes, dtypes, layouts
+    t, lora_b, base = torch.randn(m, r), randn(n, r, b_dtype, b_layout), randn(m, n, y_dtype, base_layout)
+    lora_bias, base_bias = (
+        randn(n, 1, dtype, "padded")[:, 0] if has else None  # a stride of 2
+        for dtype, has in zip(bias_dtypes, has_biases, strict=True)
+    )
     scaling = torch.tensor([1.5]) if scaling_is_tensor else 1.5
-    base = y.clone()
-    add_up_(y, t, lora_b, scaling, lora_bias)
+    before = base.clone()
+    y = add_up(base, t, lora_b, scaling, lora_bias)
+    assert torch.equal(base, before)
     assert_as_good_as_torch(y, t, lora_b, scaling, lora_bias, base)
-    assert around is None or torch.equal(y._base.isnan(), around), "nothing is written beyond the view"
-    assert_as_good_as_torch(up(t, lora_b, scaling, y_dtype, lora_bias), t, lora_b, scaling, lora_bias)
+    y = up(t, lora_b, scaling, y_dtype, lora_bias, base_bias)
+    assert_as_good_as_torch(y, t, lora_b, scaling, lora_bias, base_bias)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e30])
@@ -155,22 +142,21 @@ def test_what_is_not_finite_stays_so(b_dtype, y_dtype, value):
     bad = torch.zeros(70, 140, dtype=torch.bool)
     bad[3] = bad[:, 139] = True
     assert torch.equal(~up(t, lora_b, 2.0, y_dtype).isfinite(), bad)
+    assert torch.equal(~up(t, lora_b, 2.0, y_dtype, base_bias=base[68]).isfinite(), bad | (torch.arange(140) == 5))
     bad[68, 5] = True
-    assert torch.equal(~add_up_(base, t, lora_b, 2.0).isfinite(), bad)
+    assert torch.equal(~add_up(base, t, lora_b, 2.0).isfinite(), bad)
 
 
 def test_offsets_past_2_31():
     """Rows 2^30 elements and more apart; what lies between is never touched, nor ever backed by memory."""
     try:
-        y, lora_b = (torch.empty_strided((3, 24), (2**30 + 8, 1), dtype=FP16) for _ in range(2))
+        base, lora_b = (torch.empty_strided((3, 24), (2**30 + 8, 1), dtype=FP16) for _ in range(2))
     except RuntimeError as error:
         pytest.skip(f"no 8 GiB of address space: {error}")
-    base, t = torch.randn(3, 24).to(FP16), torch.randn(3, 24)
-    y.copy_(base)
-    lora_b.copy_(torch.randn(3, 24))
-    add_up_(y[:, :3], t, lora_b, 0.5)
-    assert_as_good_as_torch(y[:, :3], t, lora_b, 0.5, base=base[:, :3])
-    assert torch.equal(y[:, 3:], base[:, 3:])
+    t = torch.randn(3, 24)
+    for tensor in (base, lora_b):
+        tensor.copy_(torch.randn(3, 24))
+    assert_as_good_as_torch(add_up(base[:, :3], t, lora_b, 0.5), t, lora_b, 0.5, base=base[:, :3])
 
 
 def test_tiles_pad_every_rank():
@@ -189,6 +175,8 @@ def test_tiles_pad_every_rank():
         (ValueError, r"lora_b has shape \[2, 7\], but \[N, 2\] fits t", {"lora_b": torch.zeros(2, 7)}),
         (TypeError, "lora_b is torch.float64: the kernel takes torch.float16", {"lora_b": torch.zeros(8, 2).double()}),
         (ValueError, r"lora_bias has shape \[7\], but \[8\] fits lora_b", {"lora_bias": torch.zeros(7)}),
+        (ValueError, r"base_bias has shape \[1\], but \[8\] fits lora_b", {"base_bias": torch.zeros(1)}),
+        (TypeError, "base_bias is torch.float64", {"base_bias": torch.zeros(8).double()}),
         (TypeError, "lora_bias is torch.int64", {"lora_bias": torch.zeros(8, dtype=torch.int64)}),
         (ValueError, r"scaling is a torch.float32 tensor of shape \[2\]", {"scaling": torch.zeros(2)}),
     ],
@@ -197,17 +185,16 @@ def test_wrong_arguments_are_named(error, message, arguments):
     right = {"t": torch.zeros(4, 2), "lora_b": torch.zeros(8, 2), "scaling": 1.0} | arguments
     with pytest.raises(error, match=message):
         up(**right, dtype=FP32)
-    with pytest.raises(error, match=message):
-        add_up_(torch.zeros(4, 8), **right)
+    if "base_bias" not in right:
+        with pytest.raises(error, match=message):
+            add_up(torch.zeros(4, 8), **right)
 
 
 def test_wrong_outputs_are_named():
     right = {"t": torch.zeros(4, 2), "lora_b": torch.zeros(8, 2), "scaling": 1.0}
-    with pytest.raises(TypeError, match="dtype is torch.float64: the kernel writes torch.float16"):
+    with pytest.raises(TypeError, match="y is torch.float64: the kernel takes torch.float16"):
         up(**right, dtype=torch.float64)
-    with pytest.raises(TypeError, match="y is torch.float64"):
-        add_up_(torch.zeros(4, 8).double(), **right)
-    with pytest.raises(ValueError, match=r"y has shape \[4, 7\], but \[4, 8\] fits t and lora_b"):
-        add_up_(torch.zeros(4, 7), **right)
-    with pytest.raises(ValueError, match=r"y has strides \(0, 1\): .* clone it first"):
-        add_up_(torch.zeros(1, 8).expand(4, 8), **right)
+    with pytest.raises(TypeError, match="base is torch.float64"):
+        add_up(torch.zeros(4, 8).double(), **right)
+    with pytest.raises(ValueError, match=r"base has shape \[4, 7\], but \[4, 8\] fits t and lora_b"):
+        add_up(torch.zeros(4, 7), **right)
