@@ -30,7 +30,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton demo \
+.PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton compile-check demo \
 	quality env clean
 
 help: ## list the targets
@@ -71,6 +71,9 @@ test-oldest: test-oldest-pair
 test-interpreter test-oldest test-newest-triton:
 	@echo "== Triton kernels: not run, Triton exists on Linux only"
 endif
+
+compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (25 minutes on 2 cores)
+	@$(BIN)/python benchmarks/compile_check.py --workers $(WORKERS)
 
 demo: $(READY) ## train a small model, then fine-tune it with LoRA and SIBO-LoRA (about 3 minutes; writes demo-output/)
 	@$(BIN)/sibo-triton demo
