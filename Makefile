@@ -9,46 +9,71 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
+# Other versions, laid over the environment by PYTHONPATH.
 OLDEST := $(VENV)/oldest
+OLDEST_TRITON := $(VENV)/oldest-triton
+NEWEST_TRITON := $(VENV)/newest-triton
 
 pinned = $(shell sed -n 's/^$(1)==//p' $(2))
 PAIR := $(call pinned,transformers,constraints.txt),$(call pinned,peft,constraints.txt)
 OLDEST_PAIR := $(call pinned,transformers,constraints-oldest.txt),$(call pinned,peft,constraints-oldest.txt)
+# A file's pins as "triton==3.6.0,numpy==2.3.5": the tests stop where other versions are imported, or one is skipped.
+comma := ,
+empty :=
+expected = $(subst $(empty) $(empty),$(comma),$(strip $(shell sed -n '/^[a-z]/p' $(1))))
 # worksteal gives each process a run of neighbouring tests, which share fixtures, and evens out at the end.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+INTERPRETED := tests/kernels_interpreted
+NOT_INTERPRETED := tests --ignore=tests/kernels_interpreted
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-cpu test-interpreter test-oldest demo quality env clean
+.PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton compile-check demo \
+	quality env clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: test-cpu test-interpreter test-oldest ## all tests that need no GPU (those that do are skipped where there is none)
+test: test-cpu test-interpreter test-oldest-pair ## all tests that need no GPU (those that do are skipped where there is none)
 
 test-cpu: $(READY) ## the tests on the newest pair of transformers and peft
 	@echo "== tests, transformers and peft $(PAIR)"
-	@SIBO_EXPECT_PAIR=$(PAIR) $(PYTEST) tests --ignore=tests/kernels_interpreted
+	@SIBO_EXPECT_PAIR=$(PAIR) $(PYTEST) $(NOT_INTERPRETED)
 
-# A process of its own: the interpreter must be chosen before triton is imported. Triton exists on Linux only.
-test-interpreter: $(READY) ## the Triton kernels' values, in Triton's interpreter
+test-oldest-pair: $(OLDEST)/.ready ## the tests marked `oldest` on the oldest pair of transformers and peft
+	@echo "== tests, transformers and peft $(OLDEST_PAIR)"
+	@SIBO_EXPECT_PAIR=$(OLDEST_PAIR) PYTHONPATH="$(CURDIR)/$(OLDEST)" $(PYTEST) -m oldest $(NOT_INTERPRETED)
+
+# Triton exists on Linux only.
 ifeq ($(shell uname -s),Linux)
-	@if [ -d tests/kernels_interpreted ]; then \
-		echo "== Triton kernels, interpreted"; \
-		TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreted; \
-	else \
-		echo "== Triton kernels: no tests/kernels_interpreted, nothing to run"; \
-	fi
+# A process of its own: the interpreter must be chosen before triton is imported.
+test-interpreter: $(READY) ## the Triton kernels' values, in Triton's interpreter
+	@echo "== Triton kernels, interpreted"
+	@TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
+
+test-oldest: test-oldest-pair $(OLDEST_TRITON)/.ready ## the oldest pair, and the kernels' tests on the oldest Triton
+	@$(call kernel_tests,$(OLDEST_TRITON),constraints-oldest-triton.txt)
+
+test-newest-triton: $(NEWEST_TRITON)/.ready ## the kernels' tests on the newest Triton
+	@$(call kernel_tests,$(NEWEST_TRITON),constraints-newest-triton.txt)
+
+define kernel_tests
+	export SIBO_EXPECT_VERSIONS=$(call expected,$(2)) PYTHONPATH="$(CURDIR)/$(1)"; \
+	echo "== Triton kernels, interpreted, on $$SIBO_EXPECT_VERSIONS"; \
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED); \
+	echo "== Triton kernels, compiled, on $$SIBO_EXPECT_VERSIONS"; \
+	$(PYTEST) tests/kernels_compiled
+endef
 else
+test-oldest: test-oldest-pair
+test-interpreter test-oldest test-newest-triton:
 	@echo "== Triton kernels: not run, Triton exists on Linux only"
 endif
 
-test-oldest: $(OLDEST)/.ready ## the tests marked `oldest` on the oldest pair of transformers and peft
-	@echo "== tests, transformers and peft $(OLDEST_PAIR)"
-	@SIBO_EXPECT_PAIR=$(OLDEST_PAIR) PYTHONPATH="$(CURDIR)/$(OLDEST)" \
-		$(PYTEST) -m oldest tests --ignore=tests/kernels_interpreted
+compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (25 minutes on 2 cores)
+	@$(BIN)/python benchmarks/compile_check.py --workers $(WORKERS)
 
 demo: $(READY) ## train a small model, then fine-tune it with LoRA and SIBO-LoRA (about 3 minutes; writes demo-output/)
 	@$(BIN)/sibo-triton demo
@@ -76,8 +101,11 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-$(OLDEST)/.ready: constraints-oldest.txt | $(READY)
-	@echo "== setting up $(OLDEST)"
-	@rm -rf $(OLDEST)
-	@$(PIP) install --no-deps --target $(OLDEST) -r constraints-oldest.txt
+$(OLDEST)/.ready: constraints-oldest.txt
+$(OLDEST_TRITON)/.ready: constraints-oldest-triton.txt
+$(NEWEST_TRITON)/.ready: constraints-newest-triton.txt
+$(OLDEST)/.ready $(OLDEST_TRITON)/.ready $(NEWEST_TRITON)/.ready: | $(READY)
+	@echo "== setting up $(@D)"
+	@rm -rf $(@D)
+	@$(PIP) install --no-deps --target $(@D) -r $<
 	@touch $@

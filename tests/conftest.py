@@ -1,5 +1,10 @@
-"""What every test gets: no network, one thread, fixed seeds, and `gpu` tests skipped where there is no GPU."""
+"""What every test gets: no network, one thread, fixed seeds, and `gpu` tests skipped where there is no GPU.
 
+SIBO_EXPECT_VERSIONS="triton==3.6.0,numpy==2.3.5" stops a run on other versions, and fails one that skips any test:
+`make` sets it where it lays versions over the environment, which nobody else would notice to be missing.
+"""
+
+import importlib
 import importlib.metadata
 import os
 import random
@@ -51,6 +56,18 @@ def wheel(source_copy, tmp_path_factory):
     return built
 
 
+EXPECTED_VERSIONS = [pin.split("==") for pin in os.environ.get("SIBO_EXPECT_VERSIONS", "").split(",") if pin]
+
+
+def pytest_configure():
+    for name, version in EXPECTED_VERSIONS:
+        found = importlib.import_module(name).__version__, importlib.metadata.version(name)
+        if found != (version, version):
+            raise pytest.UsageError(
+                f"SIBO_EXPECT_VERSIONS asks for {name} {version}; imported is {found[0]}, installed {found[1]}"
+            )
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
@@ -60,6 +77,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-def pytest_terminal_summary(terminalreporter):
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session, exitstatus):
+    if EXPECTED_VERSIONS and exitstatus == pytest.ExitCode.OK and _skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    names = ["torch", "transformers", "peft", *(name for name, _ in EXPECTED_VERSIONS)]
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in names)
     terminalreporter.write_line(f"ran on {', '.join(versions)}")
+    if EXPECTED_VERSIONS and _skipped(config):
+        terminalreporter.write_line("failed: tests were skipped, SIBO_EXPECT_VERSIONS allows none", red=True)
+
+
+def _skipped(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")  # a worker process of xdist has none
+    return reporter.stats.get("skipped") if reporter is not None else None

@@ -79,6 +79,11 @@ def compile_for(
         attrs=attrs,
     )
     compiled = triton.compile(source, target=TARGETS[target][0], options={"enable_fp_fusion": True, **options})
+    return read_binary(compiled, target)
+
+
+def read_binary(compiled: CompiledKernel, target: str) -> Binary:
+    """What a kernel that was compiled for a target in TARGETS uses, and its disassembly."""
     return _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(compiled)
 
 
@@ -97,9 +102,7 @@ def _read_nvidia(compiled: CompiledKernel) -> Binary:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(compiled.asm["cubin"])
-        usage, code = (
-            subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        command = [tool, "-res-usage", "-sass", file]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", code).groups())
     return Binary(compiled.metadata.shared, stack, registers, code)

@@ -1,0 +1,131 @@
+"""Whether every kernel fits every GPU that it is made for, checked without one: `make compile-check`.
+
+Compiles each case of `tests/kernels_compiled/cases.py` for each target, at the tiles that a launch would choose, and
+reads the binaries: no register may be spilled, shared memory must stay within the target's limit, 16-bit operands must
+be multiplied by tensor cores, and global loads must be of 16 bytes. Prints registers and shared memory of every kernel,
+writes them to `benchmarks/results/compile-check.json`, and ends with status 1 if anything is violated.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import astuple
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
+
+from ahead_of_time import TARGETS
+from cases import CASES, COLUMNS, Row, check
+
+from sibo_triton.environment import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/compile-check.json"
+
+
+def main() -> int:
+    options = parse_arguments()
+    jobs = [
+        (i, target)
+        for i, case in enumerate(CASES)
+        for target in options.targets
+        if all(word in str(case) for word in options.only)
+    ]
+    if not jobs:
+        sys.exit(f"no case is named by {' '.join(options.only)!r}; the first of {len(CASES)} is {str(CASES[0])!r}")
+    rows = run(jobs, options.workers)
+    print_table(rows)
+    output = options.output or (RESULTS if len(jobs) == len(CASES) * len(TARGETS) else None)
+    if output is None:
+        print("not all cases and targets: nothing is written (--output FILE to write it)")
+    else:
+        write(rows, output)
+    violations = [row for row in rows if row.violation]
+    for row in violations:
+        print(f"VIOLATION {row.target}, {row.case}, {row.kernel} ({row.tiles}): {row.violation}")
+    print(f"{len(rows)} kernels in {len(jobs)} cases, {len(violations)} violations")
+    return 1 if violations else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose name holds all of these")
+    parser.add_argument("--output", type=Path, help="default: the file of results, if all is checked")
+    return parser.parse_args()
+
+
+def run(jobs: list[tuple[int, str]], workers: int) -> list[Row]:
+    """The rows of all jobs, in their order, with a line of progress now and then."""
+    rows: dict[tuple[int, str], list[Row]] = {}
+    started = told = time.monotonic()
+    # Processes end now and then, or what Triton keeps of each kernel would fill the memory.
+    with get_context("spawn").Pool(workers, maxtasksperchild=50) as pool:
+        for job, rows_of_job in pool.imap_unordered(check_job, jobs, chunksize=4):
+            rows[job] = rows_of_job
+            now = time.monotonic()
+            for row in rows_of_job:
+                if row.violation:
+                    print(f"VIOLATION {row.target}, {row.case}, {row.kernel}: {row.violation}", flush=True)
+            if now - told > 10 or len(rows) == len(jobs):
+                told, left = now, (now - started) / len(rows) * (len(jobs) - len(rows))
+                print(f"{len(rows)} of {len(jobs)} compiled, {now - started:.0f} s, {left:.0f} s to go", flush=True)
+    return [row for job in jobs for row in rows[job]]
+
+
+def check_job(job: tuple[int, str]) -> tuple[tuple[int, str], list[Row]]:
+    i, target = job
+    return job, check(CASES[i], target)
+
+
+def print_table(rows: list[Row]) -> None:
+    """Registers, shared memory and the rest of each kernel, one to a line."""
+    heads = ("target", "case", "kernel", "tiles", "warps", "stages", "regs", "KiB", "spilled", "tensor", "128-bit")
+    table = [
+        (
+            row.target,
+            row.case,
+            row.kernel.removesuffix("_kernel"),
+            row.tiles,
+            str(row.warps),
+            str(row.stages),
+            str(row.registers),
+            f"{row.shared / 1024:.1f}",
+            str(row.spilled),
+            "yes" if row.tensor_cores else "no",
+            "yes" if row.loads_128 else "no",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *table, strict=True)]
+    for line in (heads, *table):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def write(rows: list[Row], output: Path) -> None:
+    """A line to a row, so that a change of one kernel is a change of its lines."""
+    head = {
+        "command": shlex.join(["python", "benchmarks/compile_check.py", *sys.argv[1:]]),
+        **{key: value for key, value in provenance().items() if key != "devices"},
+        "shared_memory_limits": {target: limit for target, (_, limit) in TARGETS.items()},
+        "kernels": len(rows),
+        "violations": sum(bool(row.violation) for row in rows),
+        "of_each_target": Counter(row.target for row in rows),
+        "columns": COLUMNS,
+    }
+    lines = ",\n".join("  " + json.dumps(astuple(row)) for row in rows)
+    text = json.dumps(head, indent=1).removesuffix("\n}") + ',\n "rows": [\n' + lines + "\n ]\n}\n"
+    output.write_text(text, encoding="utf-8")
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Every launch whose kernels must fit every target, and what is asked of them.
+
+`make compile-check` goes through all of them, `test_every_kernel_fits.py` through a few.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from ahead_of_time import TARGETS, TENSOR_CORE, Binary, read_binary
+from kernel_launches import Down, InputGradient, Launch, Up, UpBackward, WeightGradient
+from triton.compiler import CompiledKernel
+from without_gpu import compiling_for
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+SHORT = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
+
+RANKS = (16, 64, 128, 256, 512)
+#: Of the activations and of the adapter. float32 throughout is multiplied without tensor cores, as torch does unless
+#: `torch.set_float32_matmul_precision` allows less.
+DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (FP32, FP32))
+#: A Llama-3-8B layer: 8192 tokens, 4096 features on either side.
+TOKENS, WIDTH = 8192, 4096
+SIBLINGS = 3  # q, k and v
+
+NVIDIA_LOAD, AMD_LOAD = r"LDG(STS)?\.E\S*", r"(buffer|global)_load_"
+LOAD_128 = {"sm": NVIDIA_LOAD + r"\.128\b", "gfx": AMD_LOAD + r"dwordx4\b"}
+LOAD_16 = {"sm": NVIDIA_LOAD + r"\.U16\b", "gfx": AMD_LOAD + r"(ushort|short_d16)"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch: its kernels must fit all targets."""
+
+    kind: str
+    rank: int
+    dtypes: tuple[torch.dtype, torch.dtype]
+    options: str  # what else sets it apart, for the reader
+    launch: Launch
+
+    def __str__(self) -> str:
+        x, adapter = (SHORT[dtype] for dtype in self.dtypes)
+        return f"{self.kind}, rank {self.rank}, {x}/{adapter}" + (f", {self.options}" if self.options else "")
+
+
+@dataclass
+class Row:
+    """What one kernel of a case needs on a target."""
+
+    target: str
+    case: str
+    kernel: str
+    tiles: str = ""
+    warps: int = 0
+    stages: int = 0
+    registers: int = 0
+    shared: int = 0  # bytes
+    spilled: int = 0  # bytes
+    tensor_cores: bool = False  # whether it multiplies with them
+    loads_128: bool = False  # whether it loads 16 bytes at a time
+    loads_16: int = 0  # instructions that load 2 bytes
+    violation: str = ""
+
+
+COLUMNS = [column.name for column in fields(Row)]
+
+
+def _of(*named: tuple[str, bool]) -> str:
+    return ", ".join(name for name, given in named if given)
+
+
+def _down(rank: int, dtypes: tuple) -> Iterator[Case]:
+    for siblings in (1, SIBLINGS):
+        for mixes, difference in ((False, False), (True, False), (True, True)):
+            for p in (0.0, 0.1):
+                options = _of(("mixing", mixes), ("d", difference), ("dropout", p > 0), ("grouped", siblings > 1))
+                lambda_ = 0.3 if mixes else 0.0
+                ranks = (rank,) * siblings
+                launch = Down(TOKENS, WIDTH, ranks, *dtypes, lambda_, p, difference, lambda_is_tensor=mixes)
+                if siblings == 1 or mixes:
+                    yield Case("down", rank, dtypes, options, launch)
+
+
+def _up(rank: int, dtypes: tuple) -> Iterator[Case]:
+    for adds, has_bias in ((False, False), (False, True), (True, False)):
+        options = _of(("added", adds), ("bias", has_bias))
+        yield Case("up", rank, dtypes, options, Up(TOKENS, WIDTH, rank, *dtypes, adds, has_bias))
+
+
+def _up_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
+    for name, wants in (("u", (True, False)), ("dB", (False, True))):
+        yield Case("up_backward", rank, dtypes, name, UpBackward(TOKENS, WIDTH, rank, *dtypes, wants))
+    if rank == min(RANKS):  # larger ranks go through dY twice, as for u and dB alone
+        yield Case("up_backward", rank, dtypes, "u and dB", UpBackward(TOKENS, WIDTH, rank, *dtypes))
+        if dtypes in DTYPES[:2]:
+            yield Case("up_backward", 32, dtypes, "u and dB", UpBackward(TOKENS, WIDTH, 32, *dtypes))
+
+
+def _down_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
+    for p in (0.0, 0.1):
+        for mixes in (False, True):
+            options = _of(("mixing", mixes), ("dropout", p > 0))
+            lambda_ = 0.3 if mixes else 0.0
+            launch = WeightGradient(TOKENS, WIDTH, rank, *dtypes, lambda_, p, lambda_is_tensor=mixes)
+            yield Case("down_weight_gradient", rank, dtypes, options, launch)
+        for adds in (True, False):
+            options = _of(("mixing, added", adds), ("mixing, with dh0", not adds), ("dropout", p > 0))
+            launch = InputGradient(TOKENS, WIDTH, rank, *dtypes, 0.3, p, adds, not adds, lambda_is_tensor=True)
+            yield Case("down_input_gradient", rank, dtypes, options, launch)
+
+
+CASES = [
+    case
+    for cases_of in (_down, _up, _up_backward, _down_backward)
+    for rank in RANKS
+    for dtypes in DTYPES
+    for case in cases_of(rank, dtypes)
+]
+
+
+def check(case: Case, target: str) -> list[Row]:
+    """A row for each kernel of the launch; what does not even compile is a row too."""
+    gpu, _ = TARGETS[target]
+    rows = []
+    try:
+        with compiling_for(gpu) as compiled:
+            case.launch.launch(case.launch.inputs("meta"))
+    except Exception as error:  # whatever the compiler raises: the others are to be checked all the same
+        violation = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return [Row(target, str(case), case.kind, violation=violation)]
+    for kernel in compiled:
+        binary = _read_once(kernel.kernel, target)
+        loads = "gfx" if target.startswith("gfx") else "sm"
+        row = Row(
+            target,
+            str(case),
+            kernel.name,
+            " ".join(f"{name}={size}" for name, size in kernel.tiles.items()),
+            kernel.warps,
+            kernel.stages,
+            binary.registers,
+            binary.shared,
+            binary.spilled,
+            bool(re.search(TENSOR_CORE[target], binary.code)),
+            bool(re.search(LOAD_128[loads], binary.code)),
+            len(re.findall(LOAD_16[loads], binary.code)),
+        )
+        has_dot = any(name.startswith("DOT_DTYPE") for name in kernel.constants)
+        row.violation = violation_of(row, multiplies_16_bit=has_dot and case.dtypes != (FP32, FP32))
+        rows.append(row)
+    return rows
+
+
+_binaries: dict[str, Binary] = {}
+
+
+def _read_once(kernel: CompiledKernel, target: str) -> Binary:
+    """Some kernels, as that which adds parts, are the same in many cases."""
+    if kernel.hash not in _binaries:  # a hash that counts the target in
+        _binaries[kernel.hash] = read_binary(kernel, target)
+    return _binaries[kernel.hash]
+
+
+def violation_of(row: Row, multiplies_16_bit: bool) -> str:
+    """What is wrong with a kernel, or nothing."""
+    limit = TARGETS[row.target][1]
+    wrong = {
+        f"spills {row.spilled} bytes of registers": row.spilled > 0,
+        f"wants {row.shared} bytes of shared memory, {row.target} has {limit}": row.shared > limit,
+        "multiplies without tensor cores": multiplies_16_bit and not row.tensor_cores,
+        "never loads 16 bytes at a time": not row.loads_128,
+        f"loads 2 bytes at a time in {row.loads_16} places": row.loads_16 > 0,
+    }
+    return "; ".join(text for text, is_wrong in wrong.items() if is_wrong)

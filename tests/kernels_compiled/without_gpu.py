@@ -1,0 +1,82 @@
+"""Compiles what a launch would compile, for a GPU that need not be there.
+
+Inside :func:`compiling_for`, calling a launcher with tensors of the device "meta" compiles its kernels as on the
+target: with the tiles that the launcher chooses, and what Triton itself finds divisible by 16, or 1, or within 2 GiB in
+the arguments. So there is no table of arguments to keep in step with the kernels, and the files that land in Triton's
+cache are those that the launch on such a GPU looks for.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import jit
+
+from sibo_triton.kernels import down
+
+
+@dataclass
+class Compiled:
+    """A kernel, and the constants that it was compiled for."""
+
+    name: str
+    kernel: CompiledKernel
+    constants: dict[str, object]
+    warps: int
+    stages: int
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """BM, BK... of the kernel's arguments."""
+        return {name: value for name, value in self.constants.items() if len(name) == 2 and name.startswith("B")}
+
+
+class _DriverOf:
+    """What compiling asks of Triton's driver."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # the key under which a kernel keeps what is compiled: one for each target
+
+    def get_current_stream(self, device: str) -> None:
+        return None
+
+
+@contextmanager
+def compiling_for(target: GPUTarget, multiprocessors: int = 132) -> Iterator[list[Compiled]]:
+    """Launches compile and do not run; what they compiled is appended to the list.
+
+    Args:
+        target: as Triton's driver names it.
+        multiprocessors: of the GPU: the down-projection is cut by it. 132: of an H100 or H200.
+    """
+    compiled, functions, run = [], set(), jit.JITFunction.run
+
+    def compile_only(self: jit.JITFunction, *arguments, grid, warmup, **keywords) -> CompiledKernel:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **keywords)
+        functions.add(self)
+        constants = {name: keywords[name] for name in self.arg_names if name in keywords and name.isupper()}
+        options = kernel.metadata
+        compiled.append(Compiled(self.__name__, kernel, constants, options.num_warps, options.num_stages))
+        return kernel
+
+    # What the launchers ask of the device, when it is none of CUDA's.
+    hip = mock.patch.object(torch.version, "hip", "of the target" if target.backend == "hip" else None)
+    of_device = mock.patch.object(down, "multiprocessors", lambda device: multiprocessors)
+    of_triton = mock.patch.object(jit, "driver", SimpleNamespace(active=_DriverOf(target)))
+    try:
+        with of_triton, mock.patch.object(jit.JITFunction, "run", compile_only), hip, of_device:
+            yield compiled
+    finally:
+        for function in functions:  # or thousands of binaries stay in memory
+            function.device_caches.pop(str(target), None)
