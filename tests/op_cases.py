@@ -103,14 +103,17 @@ def assert_as_good_as_the_definition(case: OpCase, device: str = "cpu", margin: 
     arguments = make(case, device)
     grad_y = torch.randn(*case.tokens, case.out_features, generator=torch.Generator().manual_seed(1)).to(case.dtype)
     found = output_and_gradients(operation, arguments, grad_y.to(device))
-    on_cpu = in_dtype_of(arguments)
+    on_cpu = to_cpu(arguments)
     by_definition = output_and_gradients(definition, on_cpu, grad_y)
     exact = output_and_gradients(definition, in_dtype(on_cpu, FP64), grad_y)
+    sizes = {name: float(truth.norm()) for name, truth in exact.items()}
+    if case.mixes == "learnable":
+        sizes["lambda_"] = _size_of_lambda_terms(definition, on_cpu, grad_y)
     assert found.keys() == exact.keys() and {"y", *_trainable(arguments)} == set(found)
     for name, truth in exact.items():
         assert found[name].dtype == by_definition[name].dtype, name
         assert found[name].shape == truth.shape, name
-        size = float(truth.norm())
+        size = sizes[name]
         error, allowed = (float((each[name].cpu().double() - truth).norm()) for each in (found, by_definition))
         if margin is None:
             margin = {FP64: 1e-12, FP32: 3e-6}.get(case.dtype, 1e-4)
@@ -121,7 +124,15 @@ def assert_as_good_as_the_definition(case: OpCase, device: str = "cpu", margin: 
         )
 
 
-def in_dtype_of(arguments: dict[str, object]) -> dict[str, object]:
+def _size_of_lambda_terms(definition, arguments: dict[str, object], grad_y: torch.Tensor) -> float:
+    """The norm of dx~ (h0 - x), elementwise: its sum, the gradient of lambda, may cancel to anything."""
+    wide = in_dtype(arguments, FP64)
+    wide["initial_residual"].requires_grad_()
+    dh0 = output_and_gradients(definition, wide, grad_y)["initial_residual"]
+    return float((dh0 / float(wide["lambda_"]) * (wide["initial_residual"] - wide["x"])).norm())
+
+
+def to_cpu(arguments: dict[str, object]) -> dict[str, object]:
     """The same arguments on the CPU."""
     return {
         name: value.detach().cpu().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value

@@ -99,7 +99,7 @@ def saved_for(inputs: Inputs, wants: Inputs, t: Tensor, difference: Tensor | Non
         x=inputs.x if wants.lora_a or wants.weight else None,
         weight=inputs.weight if wants.x else None,
         lora_a=inputs.lora_a if wants_input else None,
-        lora_b=inputs.lora_b if wants_u else None,
+        lora_b=inputs.lora_b if wants_u or wants.lora_b else None,
         initial_residual=inputs.initial_residual if wants.lora_a else None,
         lambda_=inputs.lambda_,
         seed=inputs.seed,
@@ -121,7 +121,7 @@ def backward(settings: Settings, saved: Saved, grad_y: Tensor, wants: Inputs) ->
         g = _as_matrix(grad_y)  # [M, N]
         leading = grad_y.shape[:-1]
         if wants_u or wants.lora_b:
-            b = saved.lora_b if saved.lora_b is None else saved.lora_b.to(settings.adapter_dtype)
+            b = saved.lora_b.to(settings.adapter_dtype)
             u, grad_b = ops.up_backward(g, saved.t, b, s, wants_u, wants.lora_b)
         if wants.lora_a:
             h0 = None if saved.initial_residual is None else _as_matrix(saved.initial_residual)
