@@ -1,14 +1,26 @@
-"""`explain(model)`: what each LoRA layer computes, and why."""
+"""`explain(model)`: what each LoRA layer computes, by which path, and why."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from sibo_triton.lora.forward import SiboLoraVariant
 from sibo_triton.lora.layer import LAMBDA_NAME, MixingSite, lora_layers, sibo_adapters
+from sibo_triton.lora.paths import path_of
+from sibo_triton.ops import backend_for
+
+_PATHS = {
+    "fused": "run fused",
+    "adapter": "run the adapter fused, beside their frozen layer",
+    "modules": "run module by module",
+}
+_BACKENDS = {"triton": "by Triton kernels", "torch": "in plain PyTorch", "reference": "by the definition"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,10 @@ class ModuleExplanation:
         learnable: whether lambda is trained.
         initial_residual: where h0 comes from ("block_input of model.layers"), None for plain LoRA.
         reason: why it mixes or not.
+        runs: "fused": the frozen linear and the adapter are one operation; "adapter": the adapter is one, on what the
+            frozen layer returned; "modules": its modules are called; "PEFT": PEFT's own forward runs.
+        backend: "triton", "torch" or "reference": what computes that operation; None where PEFT's forward runs.
+        runs_reason: why it does not run by a faster path or backend, in words; None where it runs by the fastest.
     """
 
     module: str
@@ -32,6 +48,9 @@ class ModuleExplanation:
     learnable: bool
     initial_residual: str | None
     reason: str
+    runs: str
+    backend: str | None
+    runs_reason: str | None
 
 
 class Explanation(list[ModuleExplanation]):
@@ -40,24 +59,31 @@ class Explanation(list[ModuleExplanation]):
     def __str__(self) -> str:
         if not self:
             return "No LoRA layers."
-        header = ("module", "n", "adapter", "computes", "lambda", "initial residual", "why")
+        header = ("module", "n", "adapter", "computes", "lambda", "initial residual", "why", "runs")
         groups: dict[tuple, list[ModuleExplanation]] = {}
         for row in self:
             name = row.module.removeprefix("base_model.model.")  # PEFT's
             name = re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)  # the block's number comes first
-            key = (name, row.adapter, row.mixes, row.learnable, row.initial_residual, row.reason)
+            key = (name, row.adapter, row.mixes, row.learnable, row.initial_residual, row.reason, row.runs)
             groups.setdefault(key, []).append(row)
         table = [header]
-        for (name, adapter, mixes, _, residual, reason), rows in groups.items():
+        for (name, adapter, mixes, _, residual, reason, runs), rows in groups.items():
             kind = "SIBO-LoRA" if mixes else "LoRA"
-            table.append((name, str(len(rows)), adapter, kind, _lambdas(rows), residual or "", reason))
+            table.append((name, str(len(rows)), adapter, kind, _lambdas(rows), residual or "", reason, runs))
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
         padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table)
         lines = ["  ".join(cells).rstrip() for cells in padded]
         mixing = sum(row.mixes for row in self)
         rule = "  ".join("-" * width for width in widths)
         summary = f"{mixing} of {len(self)} LoRA layers mix in the initial residual."
-        return "\n".join([lines[0], rule, *lines[1:], summary])
+        return "\n".join([lines[0], rule, *lines[1:], summary, *self._speed()])
+
+    def _speed(self) -> Iterator[str]:
+        """A line for each way in which layers run, other than PEFT's own."""
+        ways = Counter((row.runs, row.backend, row.runs_reason) for row in self if row.backend is not None)
+        for (runs, backend, reason), count in ways.items():
+            means = _PATHS[runs] + ("" if runs == "modules" else f", {_BACKENDS[backend]}")
+            yield f"{count} {means}" + (f": {reason}." if reason else ".")
 
     __repr__ = __str__
 
@@ -91,11 +117,25 @@ def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
     for name, layer in lora_layers(model):
         for adapter in dict.fromkeys([*layer.lora_A, *layer.lora_embedding_A]):
             site: MixingSite | None = getattr(layer, "sibo_sites", {}).get(adapter)
+            speed = _speed_of(layer, adapter)
             if adapter not in sibo_adapters(layer):
                 reason = site.reason if site is not None else "plain LoRA adapter"
-                yield ModuleExplanation(name, adapter, False, None, False, None, reason)
+                yield ModuleExplanation(name, adapter, False, None, False, None, reason, *speed)
                 continue
             assert site is not None and site.residual is not None
             lambda_ = getattr(layer, LAMBDA_NAME)[adapter]
             origin = f"{site.residual.source} of {site.residual.stack_name}"
-            yield ModuleExplanation(name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason)
+            yield ModuleExplanation(
+                name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason, *speed
+            )
+
+
+def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | None]:
+    """`runs`, `backend` and `runs_reason` of a layer."""
+    if not isinstance(layer.lora_variant.get(adapter), SiboLoraVariant):
+        return "PEFT", None, None
+    path, obstacle = path_of(layer, adapter)
+    weight = layer.lora_A[adapter].weight
+    choice = backend_for(weight.device, [weight.dtype])
+    reasons = [obstacle, None if choice.name == "triton" or path == "modules" else choice.reason]
+    return path, choice.name, "; ".join(reason for reason in reasons if reason) or None

@@ -1,5 +1,7 @@
 """`explain(model)`: what the table says of each LoRA layer, and that it is readable when printed."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -18,22 +20,23 @@ def sibo_model(name="llama", **options):
 
 
 def table(model):
-    """What the printed table holds: its header, its rows as columns of text, its last line."""
+    """What the printed table holds: its header, its rows as columns of text, the line that counts those that mix."""
     lines = str(explain(model)).splitlines()
+    end = next(i for i, line in enumerate(lines) if re.match(r"\d+ of ", line))
     edges = [
         column for column, (a, b) in enumerate(zip(" " + lines[1], lines[1], strict=False)) if a == " " and b == "-"
     ]
     spans = list(zip(edges, [*edges[1:], None], strict=True))
-    cells = [tuple(line[start:end].strip() for start, end in spans) for line in (lines[0], *lines[2:-1])]
-    return cells[0], cells[1:], lines[-1]
+    cells = [tuple(line[start:end].strip() for start, end in spans) for line in (lines[0], *lines[2:end])]
+    return cells[0], cells[1:], lines[end]
 
 
 def test_llama_table_row_by_row():
     header, rows, summary = table(sibo_model())
-    assert header == ("module", "n", "adapter", "computes", "lambda", "initial residual", "why")
+    assert header == ("module", "n", "adapter", "computes", "lambda", "initial residual", "why", "runs")
     stem = "model.layers.*."  # without what PEFT puts in front
-    mixing = ("3", "default", "SIBO-LoRA", "0.3", "block_input of model.layers", READS)
-    plain = ("3", "default", "LoRA", "", "", NOT_FED)
+    mixing = ("3", "default", "SIBO-LoRA", "0.3", "block_input of model.layers", READS, "fused")
+    plain = ("3", "default", "LoRA", "", "", NOT_FED, "fused")
     assert rows == [
         (stem + "self_attn.q_proj", *mixing),
         (stem + "self_attn.k_proj", *mixing),
@@ -49,7 +52,7 @@ def test_llama_table_row_by_row():
 def test_llama_table_fits_a_terminal_and_has_no_trailing_spaces():
     lines = str(explain(sibo_model(sibo_learnable=True))).splitlines()
     assert max(map(len, lines)) < 160
-    assert len(lines) == 7 + 3  # a star stands for the three blocks
+    assert len(lines) == 7 + 4  # a star stands for the three blocks
     assert all(line == line.rstrip() for line in lines)
 
 
@@ -93,23 +96,26 @@ def test_t5_has_two_stacks_and_tells_why_cross_attention_keys_do_not_mix():
         "0.3",
         "block_input of encoder.block",
         READS,
+        "fused",
     )
     assert by_name["decoder.block.*.layer.0.SelfAttention.k"] == (
         "SIBO-LoRA",
         "0.3",
         "block_input of decoder.block",
         READS,
+        "fused",
     )
     assert by_name["decoder.block.*.layer.1.EncDecAttention.q"] == (
         "SIBO-LoRA",
         "0.3",
         "block_input of decoder.block",
         READS,
+        "fused",
     )
     for key in ("k", "v"):
         reason = "reads another stack's stream (encoder.block)"
-        assert by_name[f"decoder.block.*.layer.1.EncDecAttention.{key}"] == ("LoRA", "", "", reason)
-    assert by_name["decoder.block.*.layer.2.DenseReluDense.wo"] == ("LoRA", "", "", NOT_FED)
+        assert by_name[f"decoder.block.*.layer.1.EncDecAttention.{key}"] == ("LoRA", "", "", reason, "fused")
+    assert by_name["decoder.block.*.layer.2.DenseReluDense.wo"] == ("LoRA", "", "", NOT_FED, "fused")
     assert summary.startswith("18 of 32 ")
 
 
@@ -140,7 +146,9 @@ def test_plain_adapters_are_plain_whether_lora_config_or_lambda_0():
         SiboLoraConfig(r=2, target_modules=["q_proj"], sibo_lambda=0),
     ):
         _, rows, summary = table(get_peft_model(llama(), config))
-        assert rows == [("model.layers.*.self_attn.q_proj", "3", "default", "LoRA", "", "", "plain LoRA adapter")]
+        assert rows == [
+            ("model.layers.*.self_attn.q_proj", "3", "default", "LoRA", "", "", "plain LoRA adapter", "PEFT")
+        ]
         assert summary == "0 of 3 LoRA layers mix in the initial residual."
 
 
@@ -151,10 +159,10 @@ def test_several_adapters_have_a_row_each_and_deleted_ones_none():
     )
     model.add_adapter("two", SiboLoraConfig(r=2, target_modules=["q_proj"], sibo_lambda=0.2, sibo_source="embedding"))
     stem = "model.layers.*.self_attn."
-    plain = (stem + "q_proj", "3", "default", "LoRA", "", "", "plain LoRA adapter")
-    a = (stem + "q_proj", "3", "one", "SIBO-LoRA", "0.3", "block_input of model.layers", READS)
-    b = (stem + "q_proj", "3", "two", "SIBO-LoRA", "0.2", "embedding of model.layers", READS)
-    unwanted = (stem + "v_proj", "3", "one", "LoRA", "", "", "not among sibo_target_modules")
+    plain = (stem + "q_proj", "3", "default", "LoRA", "", "", "plain LoRA adapter", "PEFT")
+    a = (stem + "q_proj", "3", "one", "SIBO-LoRA", "0.3", "block_input of model.layers", READS, "fused")
+    b = (stem + "q_proj", "3", "two", "SIBO-LoRA", "0.2", "embedding of model.layers", READS, "fused")
+    unwanted = (stem + "v_proj", "3", "one", "LoRA", "", "", "not among sibo_target_modules", "fused")
     assert table(model)[1] == [plain, a, b, unwanted]
     model.delete_adapter("one")
     assert table(model)[1] == [plain, b]

@@ -53,11 +53,15 @@ def forget(layer: LoraLayer, adapter_name: str) -> None:
 
 
 def match_class(layer: LoraLayer) -> None:
-    """Let a dense LoRA layer be ours while a SIBO adapter is on it, and PEFT's otherwise."""
-    if type(layer) not in (LoraLinear, FusedLinear):
-        return
-    fuses = bool(getattr(layer, "sibo_sites", None)) and type(layer.base_layer) is nn.Linear
-    layer.__class__ = FusedLinear if fuses else LoraLinear
+    """Let a dense LoRA layer be ours while a SIBO adapter is on it; without one, leave no trace."""
+    has_sibo = bool(getattr(layer, "sibo_sites", None))
+    if not has_sibo and "sibo_sites" in layer.__dict__:
+        for name in ("sibo_sites", "adapter_layer_names", "other_param_names"):
+            layer.__dict__.pop(name, None)
+        layer._modules.pop(LAMBDA_NAME, None)
+    if type(layer) in (LoraLinear, FusedLinear):
+        fuses = has_sibo and type(layer.base_layer) is nn.Linear
+        layer.__class__ = FusedLinear if fuses else LoraLinear
 
 
 def is_linear(layer: LoraLayer) -> bool:

@@ -1,0 +1,264 @@
+"""By which path a layer runs: each computes the same, the slower ones are named once, and plain LoRA keeps PEFT's."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from adapter_models import (
+    base_model,
+    build,
+    close,
+    different,
+    gradients,
+    oracle_of,
+    output,
+    plain,
+    sibo,
+    without_mixing,
+)
+from peft import get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
+from torch import nn
+
+import sibo_triton.lora.forward as forward_file
+from sibo_triton import SiboLoraConfig, explain
+from sibo_triton.finetune.saved_activations import saved_activation_bytes
+from sibo_triton.lora.forward import FusedLinear
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The operations that layers call, in order."""
+    seen = []
+    for name in ("lora_linear", "add_lora"):
+        original = getattr(forward_file, name)
+        monkeypatch.setattr(
+            forward_file, name, lambda *a, _name=name, _original=original, **k: seen.append(_name) or _original(*a, **k)
+        )
+    return seen
+
+
+def layer_of(model, name="q_proj", block=1):
+    block = model.base_model.model.model.layers[block]
+    return getattr(block.mlp if "up" in name else block.self_attn, name)
+
+
+class LoudLinear(nn.Linear):
+    """Not exactly nn.Linear: its forward does more."""
+
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+def subclass_the_base(layer):
+    base = layer.base_layer
+    layer.base_layer = LoudLinear(base.in_features, base.out_features, bias=False)
+    layer.base_layer.weight = base.weight
+
+
+def patch_the_base(layer):
+    original = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: 2 * original(x)
+
+
+class Subclassed(torch.Tensor):
+    """A weight that may hold anything (DTensor, a quantised one...)."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __deepcopy__(self, memo):
+        return self.detach().clone().as_subclass(Subclassed).requires_grad_()
+
+
+def subclass_a_weight(layer):
+    parameters = layer.lora_A["default"]._parameters
+    parameters["weight"] = parameters["weight"].detach().as_subclass(Subclassed).requires_grad_()
+
+
+HINDRANCES = {
+    "a hook on the base layer": (
+        lambda layer: layer.base_layer.register_forward_hook(lambda module, args, y: 0.5 * y),
+        "adapter",
+        "its base layer has hooks",
+    ),
+    "a subclass of nn.Linear": (subclass_the_base, "adapter", "its base layer is a LoudLinear"),
+    "a forward of its own": (patch_the_base, "adapter", "its base layer has a forward of its own"),
+    "a hook on lora_A": (
+        lambda layer: layer.lora_A["default"].register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+        "modules",
+        "lora_A has hooks",
+    ),
+    "a hook on lora_B": (
+        lambda layer: layer.lora_B["default"].register_forward_hook(lambda module, args, y: y * 2),
+        "modules",
+        "lora_B has hooks",
+    ),
+    "a backward hook on lora_B": (
+        lambda layer: layer.lora_B["default"].register_full_backward_hook(lambda module, given, got: None),
+        "modules",
+        "lora_B has hooks",
+    ),
+    "a hook on lora_dropout": (
+        lambda layer: layer.lora_dropout["default"].register_forward_hook(lambda module, args, y: y * 2),
+        "modules",
+        "lora_dropout has hooks",
+    ),
+    "another dropout": (
+        lambda layer: layer.lora_dropout.update({"default": nn.AlphaDropout(0.5).eval()}),
+        "modules",
+        "lora_dropout is a AlphaDropout",
+    ),
+    "a weight of another class": (subclass_a_weight, "modules", "lora_A has a Subclassed as its weight"),
+}
+
+
+@pytest.mark.parametrize("case", HINDRANCES)
+def test_what_a_layer_cannot_run_fused_it_runs_slower_and_right(case, calls):
+    """And says so once, for the first of the layers."""
+    hinder, path, reason = HINDRANCES[case]
+    config = sibo(0.4)
+    model, inputs = build(default=config), token_inputs()
+    oracle = oracle_of(model, default=config)
+    for block in (1, 2):
+        hinder(layer_of(model, block=block))
+        if case != "another dropout":  # the oracle's holds the hook that mixes
+            hinder(layer_of(oracle, block=block))
+    with pytest.warns(UserWarning, match="modules are called one by one|run apart") as record:
+        found = output(model, inputs)
+    messages = [str(warning.message) for warning in record if "explain(model)" in str(warning.message)]
+    assert len(messages) == 1 and "model.layers.1.self_attn.q_proj" in messages[0] and reason in messages[0]
+    assert calls.count("lora_linear") == 7 and calls.count("add_lora") == (2 if path == "adapter" else 0)
+    close(found, output(oracle, inputs))
+    assert different(found, output(without_mixing(model), inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found, expected = gradients(model, inputs), gradients(oracle, inputs)
+    assert found.keys() == expected.keys()
+    for name in found:
+        close(found[name], expected[name])
+    rows = [row for row in explain(model) if row.runs == path]
+    assert [row.module for row in rows] == [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in (1, 2)]
+    assert all(row.runs_reason.startswith(reason) for row in rows)
+    last = {
+        "adapter": "2 run the adapter fused, beside their frozen layer, in plain",
+        "modules": "2 run module by module",
+    }
+    assert any(line.startswith(f"{last[path]}") for line in str(explain(model)).splitlines())
+
+
+def test_hooks_on_all_modules_are_called(calls):
+    model, inputs = build(default=sibo(0.4)), token_inputs()
+    expected = output(model, inputs)
+    del calls[:]
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.add(module) and None)
+    try:
+        with pytest.warns(UserWarning, match="because hooks are registered on all modules"):
+            close(output(model, inputs), expected)
+    finally:
+        handle.remove()
+    assert layer_of(model).lora_A["default"] in seen and layer_of(model).base_layer in seen and not calls
+
+
+def test_other_base_layers_run_their_own_forward_and_the_adapter_fused(calls):
+    """GPT-2's Conv1D: mixing layers and others."""
+    architecture = ARCHITECTURES["gpt2"]
+    model = get_peft_model(architecture.build(), SiboLoraConfig(r=2, target_modules=list(architecture.targets)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(**token_inputs()).loss.backward()
+    assert calls == ["add_lora"] * 12
+    assert {(row.runs, row.mixes) for row in explain(model)} == {("adapter", True), ("adapter", False)}
+
+
+def test_every_dense_layer_of_a_sibo_adapter_runs_fused(calls):
+    model = build(default=sibo())
+    output(model, token_inputs())
+    assert calls == ["lora_linear"] * 9
+    assert {(row.runs, row.backend) for row in explain(model)} == {("fused", "torch")}
+    assert all("on cpu" in row.runs_reason for row in explain(model))
+
+
+def test_what_peft_handles_goes_to_peft(calls):
+    model, inputs = build(one=sibo(0.4), two=sibo(0.2)), token_inputs()
+    del calls[:]  # those of the trial run when the second was added
+    with model.disable_adapter():
+        output(model, inputs)
+    assert not calls
+    model.base_model.set_adapter(["one", "two"])
+    output(model, inputs)
+    assert calls == ["add_lora"] * 18
+    del calls[:]
+    model.set_adapter("one")
+    output(model, inputs, adapter_names=["one", "two"])
+    assert calls == ["add_lora"] * 18
+
+
+def test_a_plain_adapter_beside_a_sibo_adapter_runs_pefts_forward_bit_for_bit(calls):
+    stock = get_peft_model(base_model(), plain(lora_dropout=0.3))
+    randomise_adapters(stock)
+    model, inputs = copy.deepcopy(stock), token_inputs()
+    model.add_adapter("sibo", sibo())
+    assert type(layer_of(model)) is FusedLinear
+    for training in (False, True):
+        results = []
+        for each in (stock, model):
+            torch.manual_seed(5)
+            results.append(output(each.train(training), inputs))
+        assert torch.equal(*results)
+    assert not calls
+
+
+def test_the_class_is_pefts_when_no_sibo_adapter_is_left():
+    model = build(default=plain())
+    before = repr(model)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    model.add_adapter("sibo", sibo())
+    layer = layer_of(model)
+    assert type(layer) is FusedLinear and repr(layer).startswith("lora.Linear(\n  (base_layer): Linear(")
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert type(layer_of(copied)) is FusedLinear
+    inputs = token_inputs()
+    close(output(copied, inputs), output(model, inputs))
+    model.delete_adapter("sibo")
+    assert repr(model) == before and {name: type(module) for name, module in model.named_modules()} == kinds
+    # and a refused adapter leaves none behind
+    with pytest.raises(ValueError, match="cannot mix"):
+        model.add_adapter("bad", sibo(sibo_target_modules=["o_proj"]))
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert type(layer_of(get_peft_model(llama(), sibo(0.0)))) is LoraLinear
+
+
+# --- What is kept for the backward
+
+
+def test_saved_activations_of_a_model():
+    """2 Llama layers, hidden 1024, 1024 tokens, r = 16, bf16 base, float32 adapters, dropout 0.05: MiB.
+
+    PEFT's LoRA keeps 210.1 and the frozen model 69.3 there.
+    """
+    from peft import LoraConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16}
+    options = {"r": 16, "target_modules": "all-linear", "lora_dropout": 0.05}
+
+    def mebibytes(config):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)).to(torch.bfloat16)
+        if config is None:
+            model.requires_grad_(False)
+            decoder = model.model
+        else:
+            model = get_peft_model(model, config)
+            decoder = model.base_model.model.model
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        model.train()
+        embeddings = torch.randn(1, 1024, 1024, dtype=torch.bfloat16, requires_grad=True)
+        return saved_activation_bytes(model, lambda: decoder(inputs_embeds=embeddings)[0]) / 2**20
+
+    frozen, lora, ours = (mebibytes(config) for config in (None, LoraConfig(**options), SiboLoraConfig(**options)))
+    assert frozen == pytest.approx(69.3, abs=1) and lora == pytest.approx(210.1, abs=1)
+    assert ours <= 92
