@@ -11,7 +11,7 @@ from torch import nn
 
 from sibo_triton import reference
 from sibo_triton.lora.layer import initial_residual_for, lambda_of, site_of
-from sibo_triton.lora.paths import obstacle_to_adapter, obstacle_to_fusing
+from sibo_triton.lora.paths import adapter_modules, obstacle_to_adapter, obstacle_to_fusing
 from sibo_triton.ops import add_lora, lora_linear
 
 
@@ -112,9 +112,9 @@ def refuse_merge(what: str) -> NoReturn:
 
 def _adapter_arguments(layer: LoraLayer, adapter_name: str, x: torch.Tensor) -> dict[str, Any]:
     """What the operations take of an adapter, beside x."""
-    lora_b, dropout = layer.lora_B[adapter_name], layer.lora_dropout[adapter_name]
+    lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)
     arguments: dict[str, Any] = {
-        "lora_a": layer.lora_A[adapter_name].weight,
+        "lora_a": lora_a.weight,
         "lora_b": lora_b.weight,
         "lora_bias": lora_b.bias,
         "scaling": layer.scaling[adapter_name],

@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_module
 from sibo_triton.ops import autocast_dtype
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
+_ADAPTER_MODULES = ("lora_A", "lora_B", "lora_dropout")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -64,10 +65,11 @@ def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str |
         return f"its base layer {obstacle}"
     if x is None:
         return None
-    if base.weight.device != x.device:
-        return f"its base layer is on {base.weight.device} and its input on {x.device}"
-    if base.weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
-        return f"its base layer is {base.weight.dtype} and its input {x.dtype}"
+    weight = base.weight
+    if weight.device != x.device:
+        return f"its base layer is on {weight.device} and its input on {x.device}"
+    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
+        return f"its base layer is {weight.dtype} and its input {x.dtype}"
     return None
 
 
@@ -75,28 +77,37 @@ def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | N
     """Why `lora_dropout`, `lora_A` and `lora_B` must be called as modules (for an input x), or None."""
     if torch_module._has_any_global_hook():
         return "hooks are registered on all modules"
-    lora_a, lora_b, dropout = (modules[adapter_name] for modules in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    for name, module, kind in (
-        ("lora_A", lora_a, nn.Linear),
-        ("lora_B", lora_b, nn.Linear),
-        ("lora_dropout", dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout),
-    ):
-        obstacle = _obstacle_in(module, kind)
-        if obstacle is not None:
-            return f"{name} {obstacle}"
-    if lora_a.weight.dtype != lora_b.weight.dtype or lora_a.weight.dtype not in _DTYPES:
-        return f"its adapter is {lora_a.weight.dtype} and {lora_b.weight.dtype}"
-    if isinstance(dropout, nn.Dropout) and dropout.p >= 1:
+    lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)
+    obstacle = _obstacle_in(lora_a, nn.Linear)
+    if obstacle is not None:
+        return f"lora_A {obstacle}"
+    obstacle = _obstacle_in(lora_b, nn.Linear)
+    if obstacle is not None:
+        return f"lora_B {obstacle}"
+    obstacle = _obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
+    if obstacle is not None:
+        return f"lora_dropout {obstacle}"
+    if type(dropout) is nn.Dropout and dropout.p >= 1:
         return "its rate of dropout is 1"
+    a, b = lora_a.weight, lora_b.weight
+    if a.dtype != b.dtype or a.dtype not in _DTYPES:
+        return f"lora_A is {a.dtype} and lora_B {b.dtype}"
     if x is None:
         return None
     if type(x) not in _PLAIN_TENSORS:
         return f"its input is a {type(x).__name__}"
-    if lora_a.weight.device != x.device:
-        return f"its adapter is on {lora_a.weight.device} and its input on {x.device}"
+    if a.device != x.device:
+        return f"its adapter is on {a.device} and its input on {x.device}"
     if x.dtype not in _DTYPES:
         return f"its input is {x.dtype}"
     return None
+
+
+def adapter_modules(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear, nn.Module]:
+    """`lora_A`, `lora_B` and `lora_dropout`; by torch's dictionaries, as attributes of modules are slow to look up."""
+    modules = layer._modules
+    lora_a, lora_b, dropout = (modules[name]._modules[adapter_name] for name in _ADAPTER_MODULES)
+    return lora_a, lora_b, dropout
 
 
 def _obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -107,8 +118,7 @@ def _obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return "has hooks"
     if "forward" in module.__dict__:
         return "has a forward of its own (a device hook of accelerate, or a patch)"
-    for name in ("weight", "bias"):
-        tensor = getattr(module, name, None)
+    for name, tensor in module._parameters.items():
         if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
             return f"has a {type(tensor).__name__} as its {name}"
     return None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +34,7 @@ class Inputs(NamedTuple):
     seed: Any  # int64, [1], or None
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """What is no tensor with a gradient.
 
     Attributes:
