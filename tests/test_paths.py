@@ -232,6 +232,24 @@ def test_the_class_is_pefts_when_no_sibo_adapter_is_left():
     assert type(layer_of(get_peft_model(llama(), sibo(0.0)))) is LoraLinear
 
 
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"sibo_learnable": True}], ids=["dropout", "learnable"])
+def test_a_model_compiles_into_one_graph_and_computes_the_same(options):
+    model, inputs = build(default=sibo(0.4, **options)).train(), token_inputs()
+    results = []
+    for each in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = each(**inputs).loss
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():  # h0 takes part: another lambda gives another loss
+        for name, tensor in model.state_dict().items():
+            if "sibo_lambda" in name and "gate" not in name:
+                tensor.zero_()
+    assert (model(**inputs).loss - results[0][0]).abs() > 1e-3
+
+
 # --- What is kept for the backward
 
 
