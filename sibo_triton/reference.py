@@ -358,8 +358,8 @@ def dropout_mask(
     row_keys, col_keys = hash_keys(seed)
     first_word, odd = divmod(col_offset, 2)
     words = (odd + cols + 1) // 2
-    row1, row2 = line_hash(row_offset + torch.arange(rows, device=seed.device).view(rows, 1), *row_keys)  # [rows, 1]
-    col1, col2 = line_hash(first_word + torch.arange(words, device=seed.device), *col_keys)  # [words]
+    row1, row2 = _line_hash(row_offset + torch.arange(rows, device=seed.device).view(rows, 1), *row_keys)  # [rows, 1]
+    col1, col2 = _line_hash(first_word + torch.arange(words, device=seed.device), *col_keys)  # [words]
     word = (row1 | 1) * col2  # [rows, words]; in place from here: this is where the time goes
     word += row2
     word ^= _shift_right(word, 15)
@@ -368,17 +368,21 @@ def dropout_mask(
     return word.view(torch.int16).narrow(1, odd, cols) >= threshold - 2**15
 
 
-def line_hash(index: Tensor, key1: Tensor, key2: Tensor) -> tuple[Tensor, Tensor]:
+def _line_hash(index: Tensor, key1: Tensor, key2: Tensor) -> tuple[Tensor, Tensor]:
     """Two int32 hashes of each 64-bit index, a row's or a column pair's. Among 2^32 neighbours no two are alike."""
     hash1 = _mix32(index.to(torch.int32) ^ key1)  # the cast keeps the low 32 bits
     return hash1, _mix32(hash1 ^ key2 ^ _mix32((index >> 32).to(torch.int32)))
+
+
+#: Of :func:`hash_keys`: digits of pi, below 2^31.
+ROUND_CONSTANTS = (0x243F6A88, 0x05A308D3, 0x13198A2E, 0x03707344, 0x24093822, 0x299F31D0)
 
 
 def hash_keys(seed: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Two row keys and two column keys, int32: a Feistel network, so that either pair is a bijection of the seed."""
     left, right = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     keys = []
-    for round_constant in (0x243F6A88, 0x05A308D3, 0x13198A2E, 0x03707344, 0x24093822, 0x299F31D0):  # pi, below 2^31
+    for round_constant in ROUND_CONSTANTS:
         left, right = right, left ^ _mix32(right ^ round_constant)
         keys.append(right)
     return (keys[2], keys[3]), (keys[4], keys[5])
