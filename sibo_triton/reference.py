@@ -358,8 +358,8 @@ def dropout_mask(
     row_keys, col_keys = hash_keys(seed)
     first_word, odd = divmod(col_offset, 2)
     words = (odd + cols + 1) // 2
-    row1, row2 = _line_hash(row_offset + torch.arange(rows, device=seed.device).view(rows, 1), *row_keys)  # [rows, 1]
-    col1, col2 = _line_hash(first_word + torch.arange(words, device=seed.device), *col_keys)  # [words]
+    row1, row2 = line_hash(row_offset + torch.arange(rows, device=seed.device).view(rows, 1), *row_keys)  # [rows, 1]
+    col1, col2 = line_hash(first_word + torch.arange(words, device=seed.device), *col_keys)  # [words]
     word = (row1 | 1) * col2  # [rows, words]; in place from here: this is where the time goes
     word += row2
     word ^= _shift_right(word, 15)
@@ -368,7 +368,7 @@ def dropout_mask(
     return word.view(torch.int16).narrow(1, odd, cols) >= threshold - 2**15
 
 
-def _line_hash(index: Tensor, key1: Tensor, key2: Tensor) -> tuple[Tensor, Tensor]:
+def line_hash(index: Tensor, key1: Tensor, key2: Tensor) -> tuple[Tensor, Tensor]:
     """Two int32 hashes of each 64-bit index, a row's or a column pair's. Among 2^32 neighbours no two are alike."""
     hash1 = _mix32(index.to(torch.int32) ^ key1)  # the cast keeps the low 32 bits
     return hash1, _mix32(hash1 ^ key2 ^ _mix32((index >> 32).to(torch.int32)))
@@ -436,8 +436,11 @@ def checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tenso
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """Raise unless the tensor has this shape; a name stands for any size."""
-    if tensor.dim() != len(expected) or any(
-        isinstance(e, int) and e != n for e, n in zip(expected, tensor.shape, strict=True)
-    ):
-        wanted = ", ".join(map(str, expected))
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, but [{wanted}] fits the other arguments")
+    if len(expected) == tensor.dim():
+        for wanted, size in zip(expected, tensor.shape, strict=True):
+            if wanted.__class__ is not str and wanted != size:
+                break
+        else:
+            return
+    fits = ", ".join(map(str, expected))
+    raise ValueError(f"{name} has shape {list(tensor.shape)}, but [{fits}] fits the other arguments")

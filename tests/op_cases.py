@@ -117,11 +117,10 @@ def assert_as_good_as_the_definition(case: OpCase, device: str = "cpu", margin: 
         error, allowed = (float((each[name].cpu().double() - truth).norm()) for each in (found, by_definition))
         if margin is None:
             margin = {FP64: 1e-12, FP32: 3e-6}.get(case.dtype, 1e-4)
-        assert math.isfinite(error) and error <= 1.2 * allowed + margin * size + 1e-30, (
-            name,
-            error / size,
-            allowed / size,
-        )
+        assert math.isfinite(error), name
+        # One number has no errors that average out: that of one rounding to 16 bits of its terms.
+        factor = 40 if name == "lambda_" and case.dtype.itemsize == 2 else 1
+        assert error <= 1.2 * allowed + factor * margin * size + 1e-30, (name, error, allowed, size)
 
 
 def _size_of_lambda_terms(definition, arguments: dict[str, object], grad_y: torch.Tensor) -> float:
@@ -129,7 +128,7 @@ def _size_of_lambda_terms(definition, arguments: dict[str, object], grad_y: torc
     wide = in_dtype(arguments, FP64)
     wide["initial_residual"].requires_grad_()
     dh0 = output_and_gradients(definition, wide, grad_y)["initial_residual"]
-    return float((dh0 / float(wide["lambda_"]) * (wide["initial_residual"] - wide["x"])).norm())
+    return float((dh0 / float(wide["lambda_"].detach()) * (wide["initial_residual"] - wide["x"])).norm())
 
 
 def to_cpu(arguments: dict[str, object]) -> dict[str, object]:

@@ -343,12 +343,6 @@ def test_tensors_without_data(mode, dropout_p):
     assert [result.dtype for result in results] == [FP32, FP32, FP32, FP32, BF16, FP32, BF16, FP32]
 
 
-def test_gradients_are_not_recorded():
-    a = arguments()
-    t, _ = plain.down(a.x.requires_grad_(), a.lora_a.requires_grad_(), a.h0, torch.tensor([0.3], requires_grad=True))
-    assert not t.requires_grad and not plain.up(t, a.lora_b.requires_grad_(), 2.0, FP32).requires_grad
-
-
 # --- Errors
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -21,7 +21,6 @@ from torch.nn.modules import module as torch_module
 from sibo_triton.ops import autocast_dtype
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
-_ADAPTER_MODULES = ("lora_A", "lora_B", "lora_dropout")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -105,9 +104,12 @@ def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | N
 
 def adapter_modules(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear, nn.Module]:
     """`lora_A`, `lora_B` and `lora_dropout`; by torch's dictionaries, as attributes of modules are slow to look up."""
-    modules = layer._modules
-    lora_a, lora_b, dropout = (modules[name]._modules[adapter_name] for name in _ADAPTER_MODULES)
-    return lora_a, lora_b, dropout
+    modules: Any = layer._modules
+    return (
+        modules["lora_A"]._modules[adapter_name],
+        modules["lora_B"]._modules[adapter_name],
+        modules["lora_dropout"]._modules[adapter_name],
+    )
 
 
 def _obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:

@@ -86,7 +86,8 @@ def forward(settings: Settings, inputs: Inputs, wants_difference: bool) -> tuple
             y = ops.up(t, b, settings.scaling, settings.dtype, inputs.lora_bias, inputs.bias)
             y.addmm_(x.to(settings.dtype), inputs.weight.to(settings.dtype).t())
     # Not a view to autograd, which forbids writing into a view that a Function returns: q.mul_(...) is common.
-    return torch.ops.aten._unsafe_view.default(y, (*inputs.x.shape[:-1], y.shape[1])), t, difference
+    shape = inputs.x.shape
+    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[1])), t, difference
 
 
 def saved_for(inputs: Inputs, wants: Inputs, t: Tensor, difference: Tensor | None) -> Saved:
@@ -121,15 +122,14 @@ def backward(settings: Settings, saved: Saved, grad_y: Tensor, wants: Inputs) ->
         if wants_u or wants.lora_b:
             b = saved.lora_b.to(settings.adapter_dtype)
             u, grad_b = ops.up_backward(g, saved.t, b, s, wants_u, wants.lora_b)
-        if wants.lora_a:
+        if wants.lora_a or wants_input:
+            x = _as_matrix(saved.x) if wants.lora_a else None
             h0 = None if saved.initial_residual is None else _as_matrix(saved.initial_residual)
-            x = _as_matrix(saved.x)
-            grad_a = ops.down_weight_gradient(u, x, h0, lambda_, p, seed, adapter_dtype=settings.adapter_dtype)
-        if wants_input:
-            a = saved.lora_a.to(settings.adapter_dtype)
-            x_dtype = None if not wants.x else settings.x_dtype if saved.weight is None else settings.dtype
+            a = saved.lora_a.to(settings.adapter_dtype) if wants_input else None
+            dx_dtype = None if not wants.x else settings.x_dtype if saved.weight is None else settings.dtype
             residual_dtype = settings.residual_dtype if wants.initial_residual else None
-            dx, dh = ops.down_input_gradient(u, a, lambda_, p, seed, dtype=x_dtype, residual_dtype=residual_dtype)
+            outputs = (settings.adapter_dtype, dx_dtype, residual_dtype)
+            grad_a, dx, dh = ops.down_backward(u, a, x, h0, lambda_, p, seed, *outputs)
         if wants.x:
             if saved.weight is not None:
                 dx.addmm_(g, saved.weight.to(settings.dtype))
@@ -163,10 +163,11 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         wants, saved = Inputs(*ctx.needs_input_grad[1:]), ctx.saved_tensors
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
+            return None, *backward(ctx.settings, Saved(*saved), grad_y, wants)
+        with torch.no_grad():  # create_graph=True
             gradients = backward(ctx.settings, Saved(*saved), grad_y, wants)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = Inputs(*_RefuseSecondDerivative.apply(len(gradients), *gradients, grad_y, *saved))
+        gradients = Inputs(*_RefuseSecondDerivative.apply(len(gradients), *gradients, grad_y, *saved))
         return None, *gradients
 
 
@@ -193,12 +194,14 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Autocast's dtype where it is on."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if autocast_dtype(device_type) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return _AS_IT_IS if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)

@@ -44,7 +44,9 @@ class Choice:
 
 
 _TRANSFORM = Choice("reference", "inside a torch.func transform, which hand-written gradients do not take part in")
-_KERNELS = Choice("triton", "on a GPU")
+_DEFINITION = Choice("reference", f"{BACKEND_VARIABLE}=reference")
+_PLAIN = Choice("torch", f"{BACKEND_VARIABLE}=torch")
+_COMPILED = Choice("compiled", "chosen when the compiled code runs")
 
 
 def requested_backend() -> str:
@@ -68,20 +70,25 @@ def backend_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> Choice:
     """
     requested = requested_backend()
     if requested == "reference":
-        return Choice("reference", f"{BACKEND_VARIABLE}=reference")
+        return _DEFINITION
     if torch._C._are_functorch_transforms_active():
         return _TRANSFORM
     if requested == "torch":
-        return Choice("torch", f"{BACKEND_VARIABLE}=torch")
+        return _PLAIN
     if torch.compiler.is_compiling():
-        return Choice("compiled", "chosen when the compiled code runs")
+        return _COMPILED
+    return _choose(requested, device, tuple(dtypes))
+
+
+@cache
+def _choose(requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Choice:
     obstacle = _obstacle(device) or _dtype_obstacle(dtypes)
     if requested == "triton":
         if obstacle is not None:
             raise RuntimeError(f"{BACKEND_VARIABLE}=triton, but {obstacle}. Unset it, or set it to torch.")
         return Choice("triton", f"{BACKEND_VARIABLE}=triton")
     if obstacle is None:
-        return _KERNELS
+        return Choice("triton", f"on {device}")
     return Choice("torch", obstacle, fell_off=device.type == "cuda")
 
 
@@ -92,7 +99,6 @@ def _dtype_obstacle(dtypes: Iterable[torch.dtype]) -> str | None:
     return None
 
 
-@cache
 def _obstacle(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None."""
     if importlib.util.find_spec("triton") is None:

@@ -22,7 +22,6 @@ from ..reference import check_shape, checked_seed, dropout_threshold
 from .tiles import KeepTiles, add_product, read_tiles, write_product
 
 
-@torch.no_grad()
 def down(
     x: Tensor,  # [M, K]
     lora_a: Tensor,  # [r, K]
@@ -55,11 +54,13 @@ def down(
     check_shape("lora_a", lora_a, ("r", cols))
     h0 = _checked_residual(initial_residual, x, lambda_, difference)
     mask = _mask(rows, cols, dropout_p, dropout_seed, x.device)
-    dtype = _product_dtype(lora_a.dtype, x, h0, mask=mask)
+    dtype, rank_dtype = _product_dtype(lora_a.dtype, x, h0, mask=mask), _rank_dtype(lora_a.dtype)
     a = lora_a.to(dtype)
 
     def project(v: Tensor, residual: Tensor | None = None) -> Tensor:
-        out = torch.zeros((rows, a.shape[0]), dtype=_rank_dtype(lora_a.dtype), device=x.device)
+        if mask is None and v.dtype == dtype == rank_dtype:
+            return torch.mm(v, a.t())
+        out = torch.zeros((rows, a.shape[0]), dtype=rank_dtype, device=x.device)
         for m, k, tile in read_tiles(v, dtype, mask, residual, lambda_):
             add_product(out[m], tile, a[:, k].T)
         return out if mask is None else out.mul_(mask.scale)
@@ -71,13 +72,9 @@ def down(
         return t, None
     t_h = project(h0)
     d = t_h - t if difference else None
-    if _mixes(lambda_):
-        of_x, of_h = _shares(lambda_, t.dtype)
-        t = t.mul_(of_x).add_(t_h.mul_(of_h))
-    return t, d
+    return t.lerp_(t_h, _scalar(lambda_, t.dtype)) if _mixes(lambda_) else t, d
 
 
-@torch.no_grad()
 def up(
     t: Tensor,  # [M, r]
     lora_b: Tensor,  # [N, r]
@@ -99,13 +96,14 @@ def up(
         ValueError: a shape that does not fit.
     """
     check_shape("lora_b", lora_b, ("N", t.shape[1]))
+    if t.dtype == lora_b.dtype == dtype and lora_bias is None and base_bias is None:
+        return torch.mm(t * _scalar(scaling, dtype), lora_b.t())
     y = torch.empty((t.shape[0], lora_b.shape[0]), dtype=dtype, device=t.device)
     product_dtype = _product_dtype(lora_b.dtype, y)
     write_product(y, *_up_operands(t, lora_b, scaling, product_dtype, lora_bias, base_bias))
     return y
 
 
-@torch.no_grad()
 def add_up(
     base: Tensor,  # [M, N]
     t: Tensor,  # [M, r]
@@ -132,7 +130,6 @@ def add_up(
     return y
 
 
-@torch.no_grad()
 def up_backward(
     grad_y: Tensor,  # [M, N]
     t: Tensor | None,  # [M, r]
@@ -166,6 +163,9 @@ def up_backward(
     dtype, rank_dtype = _product_dtype(lora_b.dtype, grad_y), _rank_dtype(lora_b.dtype)
     s = _scalar(scaling, rank_dtype)
     b = lora_b.to(dtype)
+    if grad_y.dtype == dtype == rank_dtype:
+        u = torch.mm(grad_y, b).mul_(s) if wants_u else None
+        return u, torch.mm(grad_y.t(), t.to(dtype) * s) if wants_grad_b and t is not None else None
     u = torch.zeros((rows, rank), dtype=rank_dtype, device=grad_y.device) if wants_u else None
     grad_b = scaled_t = None
     if wants_grad_b and t is not None:
@@ -179,7 +179,6 @@ def up_backward(
     return None if u is None else u.mul_(s), None if grad_b is None else grad_b.T.contiguous()
 
 
-@torch.no_grad()
 def down_weight_gradient(
     u: Tensor,  # [M, r]
     x: Tensor,  # [M, K]
@@ -203,32 +202,10 @@ def down_weight_gradient(
     Raises:
         TypeError, ValueError: as :func:`down`.
     """
-    rows, cols = x.shape
-    check_shape("u", u, (rows, "r"))
-    h0 = _checked_residual(initial_residual, x, lambda_)
-    mask = _mask(rows, cols, dropout_p, dropout_seed, x.device)
-    rank_dtype = _rank_dtype(adapter_dtype)
-    dtype = _product_dtype(adapter_dtype, x, h0, mask=mask)
-    u = u.to(rank_dtype)
-    grad_a = torch.zeros((u.shape[1], cols), dtype=rank_dtype, device=x.device)
-
-    def add(u: Tensor, v: Tensor, residual: Tensor | None = None) -> None:
-        u = u.to(dtype)
-        for m, k, tile in read_tiles(v, dtype, mask, residual, lambda_):
-            add_product(grad_a[:, k], u[m].T, tile)
-
-    if mask is not None:
-        add(u * mask.scale, x, h0)
-    elif h0 is None:
-        add(u, x)
-    else:
-        of_x, of_h = _shares(lambda_, rank_dtype)
-        add(u * of_x, x)
-        add(u * of_h, h0)
-    return grad_a
+    mask = _mask(x.shape[0], x.shape[1], dropout_p, dropout_seed, x.device)
+    return _weight_gradient(u, x, initial_residual, lambda_, mask, adapter_dtype)
 
 
-@torch.no_grad()
 def down_input_gradient(
     u: Tensor,  # [M, r]
     lora_a: Tensor,  # [r, K]
@@ -258,6 +235,81 @@ def down_input_gradient(
         TypeError, ValueError: as :func:`down`; ValueError for both ``dtype`` and ``accumulate_into``, an expanded
             ``accumulate_into``, or dh0 wanted of what does not mix.
     """
+    mask = _mask(u.shape[0], lora_a.shape[1], dropout_p, dropout_seed, u.device)
+    return _input_gradient(u, lora_a, lambda_, mask, dtype, accumulate_into, residual_dtype)
+
+
+def down_backward(
+    u: Tensor,  # [M, r]
+    lora_a: Tensor | None,  # [r, K]
+    x: Tensor | None,  # [M, K]
+    initial_residual: Tensor | None,  # [M, K]
+    lambda_: float | Tensor,
+    dropout_p: float,
+    dropout_seed: Tensor | None,  # [1]
+    adapter_dtype: torch.dtype,
+    dx_dtype: torch.dtype | None,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # [r, K], [M, K], [M, K]
+    """dA, if x is given, and dx and dh0, if their dtypes are: the two functions above, of one mask."""
+    like = lora_a if x is None else x
+    assert like is not None
+    mask = _mask(u.shape[0], like.shape[1], dropout_p, dropout_seed, u.device)
+    grad_a = dx = dh0 = None
+    if x is not None:
+        grad_a = _weight_gradient(u, x, initial_residual, lambda_, mask, adapter_dtype)
+    if lora_a is not None and (dx_dtype is not None or residual_dtype is not None):
+        dx, dh0 = _input_gradient(u, lora_a, lambda_, mask, dx_dtype, None, residual_dtype)
+    return grad_a, dx, dh0
+
+
+def _weight_gradient(
+    u: Tensor,
+    x: Tensor,
+    initial_residual: Tensor | None,
+    lambda_: float | Tensor,
+    mask: KeepTiles | None,
+    adapter_dtype: torch.dtype,
+) -> Tensor:
+    rows, cols = x.shape
+    check_shape("u", u, (rows, "r"))
+    h0 = _checked_residual(initial_residual, x, lambda_)
+    rank_dtype = _rank_dtype(adapter_dtype)
+    dtype = _product_dtype(adapter_dtype, x, h0, mask=mask)
+    u = u.to(rank_dtype)
+    if mask is None and x.dtype == dtype == rank_dtype:
+        if h0 is None:
+            return torch.mm(u.t(), x)
+        if h0.dtype == dtype:
+            of_x, of_h = _shares(lambda_, rank_dtype)
+            return torch.mm((u * of_x).t(), x).addmm_((u * of_h).t(), h0)
+    grad_a = torch.zeros((u.shape[1], cols), dtype=rank_dtype, device=x.device)
+
+    def add(u: Tensor, v: Tensor, residual: Tensor | None = None) -> None:
+        u = u.to(dtype)
+        for m, k, tile in read_tiles(v, dtype, mask, residual, lambda_):
+            add_product(grad_a[:, k], u[m].T, tile)
+
+    if mask is not None:
+        add(u * mask.scale, x, h0)
+    elif h0 is None:
+        add(u, x)
+    else:
+        of_x, of_h = _shares(lambda_, rank_dtype)
+        add(u * of_x, x)
+        add(u * of_h, h0)
+    return grad_a
+
+
+def _input_gradient(
+    u: Tensor,
+    lora_a: Tensor,
+    lambda_: float | Tensor,
+    mask: KeepTiles | None,
+    dtype: torch.dtype | None,
+    accumulate_into: Tensor | None,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
     check_shape("lora_a", lora_a, (u.shape[1], "K"))
     shape = (u.shape[0], lora_a.shape[1])
     if residual_dtype is not None and not _mixes(lambda_):
@@ -268,10 +320,11 @@ def down_input_gradient(
         check_shape("accumulate_into", accumulate_into, shape)
         if any(stride == 0 and size > 1 for stride, size in zip(accumulate_into.stride(), shape, strict=True)):
             raise ValueError("accumulate_into is expanded, its elements share memory: clone it first")
-    mask = _mask(*shape, dropout_p, dropout_seed, u.device)
     u = u.to(_rank_dtype(lora_a.dtype))
     if mask is not None:
         u = u * mask.scale
+    elif residual_dtype is None and dtype == lora_a.dtype == u.dtype:
+        return torch.mm(u * _shares(lambda_, dtype)[0] if _mixes(lambda_) else u, lora_a), None
     of_x, of_h = _shares(lambda_, u.dtype) if _mixes(lambda_) else (1.0, 0.0)
 
     def write(out: Tensor, u: Tensor, add: Tensor | None = None) -> Tensor:
@@ -321,6 +374,8 @@ def _rank_dtype(adapter_dtype: torch.dtype) -> torch.dtype:
 
 def _product_dtype(adapter_dtype: torch.dtype, *data: Tensor | None, mask: KeepTiles | None = None) -> torch.dtype:
     """In which to multiply: a 16-bit dtype if there is no other and the device is fast at it, else a wider one."""
+    if adapter_dtype.itemsize > 2:
+        return _rank_dtype(adapter_dtype)
     tensors = [tensor for tensor in data if tensor is not None]
     if mask is None and all(tensor.dtype == adapter_dtype for tensor in tensors):
         if _multiplies(adapter_dtype, tensors[0].device.type):
@@ -372,9 +427,9 @@ def _checked_residual(
 
 def _mask(rows: int, cols: int, p: float, seed: Tensor | None, device: torch.device) -> KeepTiles | None:
     """The mask to draw, or None where p is 0."""
-    dropout_threshold(p)  # raises for what is no rate
     if p == 0:
         return None
+    dropout_threshold(p)  # raises for what is no rate
     if seed is None:
         raise ValueError(f"dropout_p is {p}, but no seed was given: pass draw_seed(device), or dropout_p=0.0")
     return KeepTiles(rows, cols, p, checked_seed(seed, device))

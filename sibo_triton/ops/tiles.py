@@ -6,13 +6,15 @@ several times that.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..reference import ROUND_CONSTANTS, dropout_threshold, hash_keys
+from ..reference import ROUND_CONSTANTS, dropout_threshold, hash_keys, line_hash
 
 #: Elements of a tile: on a CPU for each thread, so that a tile and what it takes to mask it stay in the cache.
 CPU_TILE = 2**18
+SMALL = 2**13  # words of a mask below which its passes are overhead
 DEVICE_TILE = 2**24  # where a launch costs more than memory does
 TILE_COLS = 4096  # at most; even, as two neighbours share a word of the mask
 
@@ -21,7 +23,7 @@ class KeepTiles:
     """The mask of :func:`~sibo_triton.reference.dropout_mask`, bit for bit, one tile at a time.
 
     Rows and columns are hashed once, here; a tile then takes seven passes over its words, in place: about 0.5 ns an
-    element on one CPU core, a tenth of what torch's dropout takes to draw.
+    element on one CPU core, a tenth of what torch's dropout takes to draw. A small mask is drawn at once.
     """
 
     def __init__(self, rows: int, cols: int, p: float, seed: Tensor) -> None:
@@ -29,73 +31,104 @@ class KeepTiles:
         threshold = dropout_threshold(p)
         self.scale = 1 / (1 - threshold / 2**16)  # what is kept is to be multiplied by it
         self._keep_from = threshold - 2**15
-        hash1, hash2 = _hash_lines(rows, (cols + 1) // 2, seed)
-        hash1.bitwise_or_(1)
-        self._row1, self._row2 = hash1[:rows].view(rows, 1), hash2[:rows].view(rows, 1)
-        self._col1, self._col2 = hash1[rows:], hash2[rows:]
+        self._whole = (slice(0, rows), slice(0, cols))
+        self._drawn: tuple[slice, slice] | None = None  # the tile that `_keep` is
+        words = (cols + 1) // 2
+        # A fake tensor holds no number; a GPU would make us wait for it.
+        if type(seed) is Tensor and seed.device.type == "cpu":
+            lines = _hash_lines_in_numpy(rows, words, int(seed))
+            if rows * words <= SMALL:
+                self._keep, self._drawn = self._draw_whole(cols, *lines), self._whole
+                return
+            row1, row2, col1, col2 = (torch.from_numpy(line.view(np.int32)) for line in lines)
+        else:
+            row_keys, col_keys = hash_keys(seed)
+            row1, row2 = line_hash(torch.arange(rows, device=seed.device), *row_keys)
+            col1, col2 = line_hash(torch.arange(words, device=seed.device), *col_keys)
+            row1, col1 = row1 | 1, col1 | 1
+        self._row1, self._row2, self._col1, self._col2 = row1[:, None], row2[:, None], col1, col2
         self._words = Buffer(torch.int32, seed.device)
         self._shifted = Buffer(torch.int32, seed.device)
+
+    def _draw_whole(self, cols: int, row1: np.ndarray, row2: np.ndarray, col1: np.ndarray, col2: np.ndarray) -> Tensor:
+        word = row1[:, None] * col2
+        word += row2[:, None]
+        word ^= word >> _15
+        word *= col1
+        return torch.from_numpy((word.view(np.int16) >= self._keep_from).view(np.int8))[:, :cols]
 
     def tile(self, m: slice, k: slice) -> Tensor:
         """1 where an element is kept, else 0, to multiply with; ``k`` starts at an even column.
 
         Returns:
-            int16, a view of a buffer that the next tile overwrites.
+            An integer dtype; a view of a buffer that the next tile overwrites.
         """
+        if self._drawn == (m, k):
+            return self._keep
+        if self._drawn == self._whole:
+            return self._keep[m, k]
         words = slice(k.start // 2, (k.stop + 1) // 2)
-        shape = m.stop - m.start, words.stop - words.start
+        row1, row2, col1, col2 = self._row1, self._row2, self._col1, self._col2
+        if m.stop - m.start < row1.shape[0]:
+            row1, row2 = row1[m], row2[m]
+        if words.stop - words.start < col1.shape[0]:
+            col1, col2 = col1[words], col2[words]
+        shape = row1.shape[0], col1.shape[0]
         word, shifted = self._words.view(*shape), self._shifted.view(*shape)
-        torch.mul(self._row1[m], self._col2[words], out=word)
-        word.add_(self._row2[m])
-        _xor_shifted_(word, 15, shifted)
-        word.mul_(self._col1[words])
+        torch.mul(row1, col2, out=word)
+        word.add_(row2)
+        torch.bitwise_right_shift(word, 15, out=shifted)  # arithmetic
+        word.bitwise_xor_(shifted.bitwise_and_(2**17 - 1))
+        word.mul_(col1)
         # In place, and a number: torch takes seven times as long to write bool, and five to multiply by it.
-        return word.view(torch.int16).ge_(self._keep_from)[:, : k.stop - k.start]
+        self._keep = word.view(torch.int16).ge_(self._keep_from)[:, : k.stop - k.start]
+        self._drawn = m, k
+        return self._keep
 
 
-def _hash_lines(rows: int, words: int, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """``reference.line_hash`` of the rows and, behind them, of the column pairs: int32, ``[rows + words]``.
+def _hash_lines_in_numpy(rows: int, words: int, seed: int) -> tuple[np.ndarray, ...]:
+    """``reference.line_hash`` of rows and column pairs, uint32; the first of each pair is odd, as words need it.
 
-    In a quarter of its operations, for numbers below 2^31: on small layers its overhead would outweigh the mask.
+    In NumPy, whose small operations take a third of torch's: on a small layer those would outweigh the mask.
     """
-    (row_key1, row_key2), (col_key1, col_key2) = _keys(seed)
-    hash1 = torch.cat([torch.arange(n, dtype=torch.int32, device=seed.device) for n in (rows, words)])
-    hash1[:rows].bitwise_xor_(row_key1)
-    hash1[rows:].bitwise_xor_(col_key1)
-    shifted = torch.empty_like(hash1)
-    hash2 = _mix32_(hash1, shifted).clone()
-    hash2[:rows].bitwise_xor_(row_key2)
-    hash2[rows:].bitwise_xor_(col_key2)
-    return hash1, _mix32_(hash2, shifted)
+    row_key1, row_key2, col_key1, col_key2 = _keys(seed)
+    hash1 = np.empty(rows + words, dtype=np.uint32)
+    hash1[:rows] = np.arange(rows, dtype=np.uint32)
+    hash1[rows:] = np.arange(words, dtype=np.uint32)
+    hash1[:rows] ^= np.uint32(row_key1)
+    hash1[rows:] ^= np.uint32(col_key1)
+    _mix32_(hash1)
+    hash2 = hash1.copy()
+    hash2[:rows] ^= np.uint32(row_key2)
+    hash2[rows:] ^= np.uint32(col_key2)
+    _mix32_(hash2)
+    hash1 |= _1
+    return hash1[:rows], hash2[:rows], hash1[rows:], hash2[rows:]
 
 
-def _mix32_(h: Tensor, shifted: Tensor) -> Tensor:
-    """mix32 of the definition, in place."""
-    _xor_shifted_(h, 16, shifted).mul_(0x7FEB352D)
-    _xor_shifted_(h, 15, shifted).mul_(0x846CA68B - 2**32)  # as an int32
-    return _xor_shifted_(h, 16, shifted)
+def _mix32_(h: np.ndarray) -> None:
+    """mix32 of the definition, in place, on uint32."""
+    h ^= h >> _16
+    h *= _MULTIPLIER1
+    h ^= h >> _15
+    h *= _MULTIPLIER2
+    h ^= h >> _16
 
 
-def _xor_shifted_(h: Tensor, bits: int, shifted: Tensor) -> Tensor:
-    """``h ^= h >> bits``, where torch's own shift of an int32 is arithmetic."""
-    torch.bitwise_right_shift(h, bits, out=shifted)
-    return h.bitwise_xor_(shifted.bitwise_and_(2 ** (32 - bits) - 1))
+_1, _15, _16, _MULTIPLIER1, _MULTIPLIER2 = (np.uint32(n) for n in (1, 15, 16, 0x7FEB352D, 0x846CA68B))
 
 
-def _keys(seed: Tensor) -> tuple[tuple[int | Tensor, int | Tensor], tuple[int | Tensor, int | Tensor]]:
-    """``reference.hash_keys``; in Python's integers where the seed can be read, which saves 70 tiny operations."""
-    if type(seed) is not Tensor or seed.device.type != "cpu":  # a fake tensor holds no number; a GPU would make us wait
-        return hash_keys(seed)
-    number = int(seed)
-    left, right = number % 2**32, (number >> 32) % 2**32
+def _keys(seed: int) -> tuple[int, int, int, int]:
+    """``reference.hash_keys`` in Python's integers: two row keys and two column keys, below 2^32."""
+    left, right = seed % 2**32, (seed >> 32) % 2**32
     keys = []
     for constant in ROUND_CONSTANTS:
         h = right ^ constant
         h = (h ^ h >> 16) * 0x7FEB352D % 2**32
         h = (h ^ h >> 15) * 0x846CA68B % 2**32
         left, right = right, left ^ h ^ h >> 16
-        keys.append((right + 2**31) % 2**32 - 2**31)  # as an int32
-    return (keys[2], keys[3]), (keys[4], keys[5])
+        keys.append(right)
+    return keys[2], keys[3], keys[4], keys[5]
 
 
 class Buffer:
@@ -108,6 +141,7 @@ class Buffer:
         """``[rows, cols]``, contiguous, not initialised."""
         if self._flat.numel() < rows * cols:
             self._flat = self._flat.new_empty(rows * cols)
+            return self._flat.view(rows, cols)
         return self._flat[: rows * cols].view(rows, cols)
 
 
