@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sibo_triton import SiboLoraConfig
+from sibo_triton.lora.checkpoints import with_guard
 
 pytestmark = pytest.mark.oldest
 
@@ -260,6 +261,7 @@ OPTIONS = {
     "embeddings": {"target_modules": [*TARGETS, "embed_tokens"]},
     "trainable tokens": {"trainable_token_indices": [1, 2]},
     "another source": {"sibo_source": "embedding"},
+    "one block": {"sibo_target_modules": r".*\.1\..*q_proj"},
 }
 
 
@@ -283,11 +285,41 @@ def test_the_guard_names_a_parameter_that_no_other_tensor_of_the_file_is(saved, 
     model.eval().save_pretrained(tmp_path)
     tensors = read_weights(tmp_path)
     (guard,) = guards_in(tensors)
-    assert guard in model.state_dict() and guard.startswith("base_model.model.model.layers.0.")
+    plain_lora = get_peft_model(base(), LoraConfig(target_modules=list(TARGETS)))
+    assert guard in plain_lora.state_dict()
+    assert guard.startswith(f"base_model.model.model.layers.{1 if options == 'one block' else 0}.")
     if "norms" in options:
-        assert guard != GUARD
+        assert not guard.endswith("input_layernorm.weight")
     loaded = PeftModel.from_pretrained(base(), tmp_path)
     assert torch.equal(logits_of(loaded, case.input_ids), logits_of(model, case.input_ids))
+
+
+def test_the_guard_takes_the_name_of_no_tensor_that_is_saved(saved):
+    model = PeftModel.from_pretrained(saved["fixed"].base(), saved["fixed"].folder)
+    tensors = get_peft_model_state_dict(model)
+    drop_guard(tensors)
+    norm = model.state_dict()[GUARD]
+    guarded = with_guard(model, "default", {**tensors, GUARD: norm})
+    assert guarded.keys() > tensors.keys() and guarded[GUARD] is norm
+    assert guards_in(guarded) == [GUARD.replace("input_", "post_attention_")]
+
+
+def test_the_guard_is_not_taken_from_the_flat_shard_of_a_wrapped_weight(saved):
+    model = PeftModel.from_pretrained(saved["fixed"].base(), saved["fixed"].folder)
+    shards = {name: tensor.flatten() for name, tensor in model.state_dict().items() if "base_layer" in name}
+    (guard,) = guards_in(get_peft_model_state_dict(model, state_dict={**model.state_dict(), **shards}))
+    assert guard == GUARD
+
+
+def test_the_guard_names_no_parameter_of_another_adapter(saved):
+    """A norm's copy, trained with an adapter, is nearer to the mixing layer than the norms of plain LoRA models."""
+    base = saved["fixed"].base()
+    for block in base.model.layers:
+        del block.self_attn._modules["k_proj"]
+        block.self_attn.k_proj = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.LayerNorm(WIDTH))
+    model = get_peft_model(base, sibo_config("fixed"))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["k_proj"]))
+    assert guards_in(get_peft_model_state_dict(model)) == [GUARD]
 
 
 # --- what is loaded here

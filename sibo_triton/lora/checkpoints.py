@@ -76,7 +76,7 @@ def _guarded_name(
         if name.endswith(".weight")
         and getattr(tensor, "ndim", None) == 1
         and name not in saved
-        and not any(mark in name for mark in ("lora_", "bias", ".base_layer.", ".original_module."))
+        and not any(mark in name for mark in (".base_layer.", ".original_module."))
         and adapters.isdisjoint(name.split("."))
     ]
     if norms:
