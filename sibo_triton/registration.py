@@ -191,7 +191,7 @@ def _get_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     tensors = original(model, *args, **kwargs)
     given = _arguments(original, model, *args, **kwargs)
     model = getattr(model, "_orig_mod", model) if given.get("unwrap_compiled") else model
-    return checkpoints.with_guard(model, given.get("adapter_name", "default"), tensors, given.get("state_dict"))
+    return checkpoints.with_guard(model, tensors, given.get("state_dict"))
 
 
 def _set_state_dict(original: Callable, model: nn.Module, peft_model_state_dict: Any, *args: Any, **kwargs: Any) -> Any:

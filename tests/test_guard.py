@@ -299,9 +299,16 @@ def test_the_guard_takes_the_name_of_no_tensor_that_is_saved(saved):
     tensors = get_peft_model_state_dict(model)
     drop_guard(tensors)
     norm = model.state_dict()[GUARD]
-    guarded = with_guard(model, "default", {**tensors, GUARD: norm})
+    guarded = with_guard(model, {**tensors, GUARD: norm})
     assert guarded.keys() > tensors.keys() and guarded[GUARD] is norm
     assert guards_in(guarded) == [GUARD.replace("input_", "post_attention_")]
+
+
+def test_the_guard_of_a_compiled_model_has_the_prefix_that_its_tensors_have(saved):
+    tensors = get_peft_model_state_dict(
+        torch.compile(PeftModel.from_pretrained(saved["fixed"].base(), saved["fixed"].folder))
+    )
+    assert guards_in(tensors) == [f"_orig_mod.{GUARD}"] and all(name.startswith("_orig_mod.") for name in tensors)
 
 
 def test_the_guard_is_not_taken_from_the_flat_shard_of_a_wrapped_weight(saved):

@@ -22,10 +22,7 @@ _GUARD_SHAPE = (0, 0)
 
 
 def with_guard(
-    model: nn.Module,
-    adapter_name: str,
-    tensors: dict[str, torch.Tensor],
-    state_dict: Mapping[str, torch.Tensor] | None = None,
+    model: nn.Module, tensors: dict[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """Add the guard to the weights of a SIBO adapter that are going to be saved; return those of others as they are.
 
@@ -35,13 +32,11 @@ def with_guard(
 
     Args:
         model: what the adapter is in.
-        adapter_name: the adapter.
-        tensors: its weights by their names in a file, without the adapter's name.
+        tensors: the adapter's weights by their names in a file, without the adapter's name.
         state_dict: that of the whole model, where the weights were taken from one.
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
     mixing = next((key.partition(f".{LAMBDA_NAME}.")[0] for key in tensors if _is_lambda(key)), None)
-    if mixing is None or not isinstance(config, SiboLoraConfig) or not config.mixes:
+    if mixing is None:
         return tensors
     own = {name: tensor for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named}
     tensors_of_model = {**{_as_in_state_dict(name): tensor for name, tensor in own.items()}, **(state_dict or {})}
