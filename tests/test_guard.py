@@ -379,6 +379,19 @@ def test_the_output_of_get_peft_model_state_dict_is_not_changed_by_loading_it(sa
     assert guards_in(get_peft_model_state_dict(model=model, adapter_name="default")) == [GUARD]
 
 
+class WithEmpty(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.empty = nn.Parameter(torch.zeros(0, 0))
+
+
+def test_a_base_model_keeps_an_empty_tensor_of_its_own(saved, tmp_path):
+    WithEmpty(saved["fixed"].base().config).save_pretrained(tmp_path)
+    assert guards_in(load_file(tmp_path / "model.safetensors")) == ["empty"]
+    _, report = WithEmpty.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+
+
 def plain(case):
     return get_peft_model(case.base(), LoraConfig(r=4, target_modules=list(TARGETS)))
 
