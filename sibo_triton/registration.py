@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +23,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.mixed import MixedModel
 from peft.tuners.xlora import XLoraModel
-from peft.utils import hotswap
+from peft.utils import hotswap, save_and_load
 from torch import nn
+from transformers import modeling_utils
 from transformers.integrations.peft import PeftAdapterMixin
 
 from sibo_triton.lora import checkpoints, refusals
@@ -47,6 +51,10 @@ def register() -> None:
     _wrap(MixedModel, "inject_adapter", _refuse_mixed_model)
     _wrap(XLoraModel, "__init__", _x_lora)
     _wrap(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
+    _wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap)
+    _wrap_everywhere_in_peft(save_and_load, "get_peft_model_state_dict", _get_state_dict)
+    _wrap_everywhere_in_peft(save_and_load, "set_peft_model_state_dict", _set_state_dict)
+    _wrap(modeling_utils, "convert_and_load_state_dict_in_model", _transformers_load)
     _wrap(PeftModel, "from_pretrained", _from_pretrained)
     _wrap(PeftModel, "load_adapter", _load_adapter)
     _wrap(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
@@ -61,11 +69,20 @@ def _wrap(owner: type | ModuleType, name: str, wrapper: Callable) -> None:
         return
 
     @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
 
     setattr(wrapped, _REGISTERED, original)
     setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def _wrap_everywhere_in_peft(owner: ModuleType, name: str, wrapper: Callable) -> None:
+    """Wrap a function also where PEFT's other modules have imported it by name."""
+    original = getattr(owner, name)
+    _wrap(owner, name, wrapper)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").partition(".")[0] == "peft" and vars(module).get(name) is original:
+            setattr(module, name, getattr(owner, name))
 
 
 def _wrap_layer_class(layer_class: type) -> None:
@@ -167,6 +184,49 @@ def _check_hotswap(original: Callable, old: PeftConfig, new: PeftConfig) -> None
     checkpoints.check_same_source(old, new)
 
 
+def _hotswap(original: Callable, model: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    return original(model, checkpoints.without_guard(state_dict), *args, **kwargs)
+
+
+def _get_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    tensors = original(model, *args, **kwargs)
+    given = _arguments(original, model, *args, **kwargs)
+    model = getattr(model, "_orig_mod", model) if given.get("unwrap_compiled") else model
+    return checkpoints.with_guard(model, tensors, given.get("state_dict"))
+
+
+def _set_state_dict(original: Callable, model: nn.Module, peft_model_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    adapter_name = _arguments(original, model, peft_model_state_dict, *args, **kwargs).get("adapter_name", "default")
+    checkpoints.check_adapter_mixes(model, adapter_name, peft_model_state_dict)
+    result = original(model, checkpoints.without_guard(peft_model_state_dict), *args, **kwargs)
+    checkpoints.check_all_lambdas_taken(adapter_name, result.unexpected_keys)
+    return result
+
+
+def _arguments(function: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    return inspect.signature(function).bind(*args, **kwargs).arguments
+
+
+_loaded_by_transformers: ContextVar[str | None] = ContextVar("adapter that transformers loads", default=None)
+
+
+@contextmanager
+def _loading_by_transformers(adapter_name: str) -> Iterator[None]:
+    token = _loaded_by_transformers.set(adapter_name)
+    try:
+        yield
+    finally:
+        _loaded_by_transformers.reset(token)
+
+
+def _transformers_load(original: Callable, model: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    adapter_name = _loaded_by_transformers.get()
+    if adapter_name is None:  # a base model's weights
+        return original(model, state_dict, *args, **kwargs)
+    checkpoints.check_adapter_mixes(model, adapter_name, state_dict)
+    return original(model, checkpoints.without_guard(state_dict), *args, **kwargs)
+
+
 def _from_pretrained(original: Callable, cls: type[PeftModel], *args: Any, **kwargs: Any) -> Any:
     with loading():  # injects before it calls load_adapter
         return original(cls, *args, **kwargs)
@@ -179,7 +239,6 @@ def _load_adapter(
     saved = _config_of_weights(peft_model, adapter_name, model_id, hub_kwargs)
     with loading():
         result = original(peft_model, model_id, adapter_name, *args, **kwargs)
-        checkpoints.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
     if isinstance(saved, SiboLoraConfig) and saved.mixes:
         peft_model.peft_config[adapter_name].sibo_lambda = saved.sibo_lambda  # as the tensors have it now
     return result
@@ -190,7 +249,7 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
     hub_kwargs: dict[str, Any] = {name: kwargs[name] for name in ("token", "revision", "subfolder") if name in kwargs}
     hub_kwargs |= kwargs.get("adapter_kwargs") or {}
     _config_of_weights(model, adapter_name, kwargs.get("peft_model_id", args[0] if args else None), hub_kwargs)
-    with loading():
+    with loading(), _loading_by_transformers(adapter_name):
         result = original(model, *args, **kwargs)
         if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SiboLoraConfig):
             without_value = [*result.missing_keys, *(key for key, *_ in result.mismatched_keys)]

@@ -26,14 +26,28 @@ from sibo_triton.initial_residual.routes import any_requires_grad, needs_gradien
 class Frame:
     """One run of a stack: the slot that h0 lies in while it lasts."""
 
-    __slots__ = ("call", "embedding", "first_block", "last_output", "value")
+    __slots__ = ("call", "copies", "embedding", "first_block", "last_output", "value")
 
     def __init__(self, value: torch.Tensor | None = None) -> None:
         self.value = value
+        self.copies: dict[tuple[torch.device, bool, bool], torch.Tensor] = {}  # on other devices
         self.embedding: torch.Tensor | None = None
         self.first_block: nn.Module | None = None  # the one that filled the frame
         self.last_output: torch.Tensor | None = None  # of the block that ended last
         self.call: FrameType | None = None  # the Python frame that runs the stack's owner
+
+    def value_on(self, device: torch.device) -> torch.Tensor:
+        """The value on `device`: one copy for all modules there, which autograd would else keep one by one."""
+        assert self.value is not None
+        if self.value.device == device:
+            return self.value
+        if torch.compiler.is_compiling():  # the compiler sees that copies are alike
+            return self.value.to(device)
+        # a copy made without a graph is not for a module that trains, nor one of inference mode for any other
+        key = (device, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if key not in self.copies:
+            self.copies[key] = self.value.to(device)
+        return self.copies[key]
 
     def has_ended(self) -> bool:
         """Whether its forward was left by Ctrl-C or the like, for which torch calls no hooks."""
@@ -139,8 +153,8 @@ class InitialResidual:
         frame.value = value
         return value
 
-    def get(self, module_name: str) -> torch.Tensor:
-        """h0 of the forward that runs now: [..., hidden size], in the model's dtype.
+    def get(self, module_name: str, device: torch.device | None = None) -> torch.Tensor:
+        """h0 of the forward that runs now: [..., hidden size], in the model's dtype, on `device` (default: its own).
 
         Raises:
             RuntimeError: no forward of the stack runs in this thread: the module, or its block, was called alone.
@@ -159,7 +173,7 @@ class InitialResidual:
                     "if the model runs its blocks in another way, name their list in sibo_blocks."
                 )
             )
-        return frame.value
+        return frame.value if device is None else frame.value_on(device)
 
 
 def first_hidden_state(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -1,9 +1,13 @@
-"""An adapter's weights and its lambda belong together: refuse the ones without the other."""
+"""An adapter's weights and its lambda belong together: refuse the ones without the other.
+
+Where this package is imported it is checked here. Where it is not, a guard in the saved weights makes the loading fail.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -11,6 +15,87 @@ from torch import nn
 
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.layer import LAMBDA_NAME, lora_layers, sibo_adapters
+
+# Of no parameter: load_state_dict refuses another shape even with strict=False. Two dimensions, because a shard of a
+# one-dimensional parameter may be empty.
+_GUARD_SHAPE = (0, 0)
+
+
+def with_guard(
+    model: nn.Module, tensors: dict[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Add the guard to the weights of a SIBO adapter that are going to be saved; return those of others as they are.
+
+    Stock PEFT reads no config when it loads weights onto an adapter that is there. It would copy A and B to a plain
+    LoRA adapter and drop the lambdas, which have no place in it. The guard is an empty tensor with the name of a base
+    parameter: now it stops with "size mismatch for ...".
+
+    Args:
+        model: what the adapter is in.
+        tensors: the adapter's weights by their names in a file, without the adapter's name.
+        state_dict: that of the whole model, where the weights were taken from one.
+    """
+    mixing = next((key.partition(f".{LAMBDA_NAME}.")[0] for key in tensors if _is_lambda(key)), None)
+    if mixing is None:
+        return tensors
+    own = {name: tensor for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named}
+    tensors_of_model = {**{_as_in_state_dict(name): tensor for name, tensor in own.items()}, **(state_dict or {})}
+    name = _guarded_name(mixing, tensors_of_model, {*tensors}, {*getattr(model, "peft_config", {})})
+    return {**tensors, name: torch.zeros(_GUARD_SHAPE)}
+
+
+def without_guard(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights of a SIBO adapter as they are loaded; values may be slices of a safetensors file."""
+    guards = _guards(tensors)
+    return {key: value for key, value in tensors.items() if key not in guards} if guards else tensors
+
+
+def _guarded_name(
+    mixing: str, tensors_of_model: Mapping[str, torch.Tensor], saved: set[str], adapters: set[str]
+) -> str:
+    """The name of a base parameter near the layer `mixing` that every LoRA model of this base has under this name.
+
+    A norm's weight: LoRA does not wrap it (a wrapped module's parameters have other names), nor is it quantised.
+    """
+    layer = mixing.split(".")
+
+    def shared_parts(name: str) -> int:
+        parts = name.split(".")
+        return next(
+            (i for i, (a, b) in enumerate(zip(layer, parts, strict=False)) if a != b), min(len(layer), len(parts))
+        )
+
+    norms = [
+        name
+        for name, tensor in tensors_of_model.items()
+        if name.endswith(".weight")
+        and getattr(tensor, "ndim", None) == 1
+        and name not in saved
+        and not any(mark in name for mark in (".base_layer.", ".original_module."))
+        and adapters.isdisjoint(name.split("."))
+    ]
+    if norms:
+        return max(norms, key=shared_parts)
+    base = [name for name in tensors_of_model if name.startswith(f"{mixing}.base_layer.") and name not in saved]
+    return max(base, key=lambda name: name.endswith(".weight"), default=f"{mixing}.base_layer.weight")
+
+
+def _as_in_state_dict(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _guards(tensors: Mapping[str, Any]) -> list[str]:
+    shapes = {
+        key: value.get_shape() if hasattr(value, "get_shape") else getattr(value, "shape", ())
+        for key, value in tensors.items()
+    }
+    return [key for key, shape in shapes.items() if tuple(shape) == _GUARD_SHAPE]
+
+
+def _is_lambda(key: str, adapter_name: str | None = None) -> bool:
+    # PEFT 0.19 writes the parameters of all adapters whose name holds "bias" into the file of each: not this one's
+    optional = "" if adapter_name is None else rf"({re.escape(adapter_name)}\.)?"
+    return re.search(rf"\.{LAMBDA_NAME}\.{optional}[^.]+$", key) is not None
 
 
 def check_checkpoint(
@@ -23,11 +108,13 @@ def check_checkpoint(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Refuse weights of a SIBO adapter that come without their lambda, before anything is loaded.
+    """Refuse weights of a SIBO adapter that come without their lambda, before anything is loaded; drop their guard.
 
     Raises:
         ValueError: a lambda tensor is missing, not finite, outside of [0, 1], or of another shape.
     """
+    for key in _guards(state_dict):
+        del state_dict[key]
     for name, layer in lora_layers(model):
         for adapter_name in sibo_adapters(layer):
             stem = f"{prefix}{name}."
@@ -55,15 +142,23 @@ def check_loaded_lambdas(model: nn.Module, adapter_name: str, missing: Sequence[
                 _refuse_checkpoint(f"{name}.{LAMBDA_NAME}.{entry}", problem)
 
 
+def check_adapter_mixes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]) -> None:
+    """Raise a ValueError if weights of a SIBO adapter are going to be loaded onto an adapter that mixes nowhere."""
+    exists = adapter_name in getattr(model, "peft_config", {})
+    if exists and not any(adapter_name in sibo_adapters(layer) for _, layer in lora_layers(model)):
+        lambdas = sorted(key for key in tensors if _is_lambda(key, adapter_name))
+        _refuse_without_place(adapter_name, lambdas or _guards(tensors))
+
+
 def check_all_lambdas_taken(adapter_name: str, unexpected: Iterable[str]) -> None:
     """Raise a ValueError if the weights that were loaded held a lambda for which the adapter had no place."""
-    # PEFT 0.19 writes the parameters of all adapters whose name holds "bias" into the file of each: not this one's
-    left_out = sorted(
-        key for key in unexpected if re.search(rf"\.{LAMBDA_NAME}\.({re.escape(adapter_name)}\.)?[^.]+$", key)
-    )
-    if left_out:
+    _refuse_without_place(adapter_name, sorted(key for key in unexpected if _is_lambda(key, adapter_name)))
+
+
+def _refuse_without_place(adapter_name: str, keys: Sequence[str]) -> None:
+    if keys:
         raise ValueError(
-            f"The weights hold {left_out[0]}{' and others' if len(left_out) > 1 else ''}, but adapter {adapter_name!r} "
+            f"The weights hold {keys[0]}{' and others' if len(keys) > 1 else ''}, but adapter {adapter_name!r} "
             "computes plain LoRA there, which is not what was trained. Load the folder as an adapter of another name, "
             "or make this one with the SiboLoraConfig that was saved with the weights."
         )

@@ -71,7 +71,7 @@ def initial_residual_for(module: LoraLayer, adapter_name: str, x: torch.Tensor) 
     """
     site = site_of(module, adapter_name)
     assert site.residual is not None
-    initial_residual = site.residual.get(site.name)
+    initial_residual = site.residual.get(site.name, x.device)
     names = _mixed_batch.adapter_names
     if names is not None:
         if initial_residual.shape[0] != len(names):
@@ -80,7 +80,6 @@ def initial_residual_for(module: LoraLayer, adapter_name: str, x: torch.Tensor) 
                 f"{initial_residual.shape[0]}."
             )
         initial_residual = initial_residual[[row for row, name in enumerate(names) if name == adapter_name]]
-    initial_residual = initial_residual.to(x.device)
     if initial_residual.shape == x.shape:
         return initial_residual
     if x.dim() == 2 and initial_residual.shape[-1] == x.shape[-1] and initial_residual.numel() == x.numel():
