@@ -25,11 +25,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import targets
+from .autotune import tuned
 from .checks import check_dropout, check_matrix, check_mix
 from .dropout import drawn, dropout_rows, keep_tile
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, operands, split_dot
-from .targets import Target
+from .targets import Target, cdiv
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -201,16 +202,19 @@ def plan(
         whole = operands(torch.float32, a_dtype)  # the mixed tile is not to be rounded to 16 bits
     if whole.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
-        tiles = {"BM": 64, "BK": 16, "BR": min(BR, 32 if difference else 64)}
-        return Plan(whole, mix_first, tiles | {"num_warps": 4, "num_stages": 3})
-    if whole.split_a or whole.split_b:
+        BK, BR, num_warps = 16, min(BR, 32 if difference else 64), 4
+    elif whole.split_a or whole.split_b:
         # At rank 64 the parts of 32 columns of x would overflow sm_120's registers.
-        tiles = {"BM": 64, "BK": 16 if whole.split_a and BR == 64 else 32, "BR": min(BR, 128)}
+        BK, BR, num_warps = 16 if whole.split_a and BR == 64 else 32, min(BR, 128), 4 if BR <= 64 else 8
     elif BR <= 64:
-        tiles = {"BM": 64, "BK": 64, "BR": BR}
+        BK, num_warps = 64, 4
     else:
-        tiles = {"BM": 64, "BK": 32, "BR": min(BR, 128 if difference else 256)}
-    return Plan(whole, mix_first, tiles | {"num_warps": 4 if BR <= 64 else 8, "num_stages": 3})
+        BK, BR, num_warps = 32, min(BR, 128 if difference else 256), 8
+    BM = 64  # what Hopper's tensor cores take at once; few rows (8192) are one program for a multiprocessor
+    bytes_of_stage = BK * (BM * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + BR * a_dtype.itemsize)
+    num_stages = target.stages(3, bytes_of_stage, programs=1)
+    config = {"BM": BM, "BK": BK, "BR": BR, "num_warps": num_warps, "num_stages": num_stages}
+    return Plan(whole, mix_first, config)
 
 
 @dataclass(frozen=True)
@@ -221,24 +225,22 @@ class Cut:
     first_tile: tuple[int, ...]
     programs: int
     k_steps: int
-    splits: int  # 0: there is nothing to sum
+    splits: int
     t_start: tuple[int, ...]
     size: int
 
 
 @lru_cache(maxsize=1024)
 def cut(M: int, K: int, ranks: tuple[int, ...], results: int, BM: int, BK: int, BR: int, multiprocessors: int) -> Cut:
-    """How a launch is cut for siblings of these ranks, each with so many results."""
-    tiles_of = [triton.cdiv(r, BR) for r in ranks]
+    """How a launch is cut for siblings of these ranks, each with so many results; there is something to sum."""
+    tiles_of = [cdiv(r, BR) for r in ranks]
     first_tile = tuple(sum(tiles_of[:i]) for i in range(len(ranks)))
-    programs = triton.cdiv(M, BM) * sum(tiles_of)
+    programs = cdiv(M, BM) * sum(tiles_of)
     # As aligned as Triton asks before it uses vectors.
-    sizes = [triton.cdiv(results * M * r, 16) * 16 for r in ranks]
+    sizes = [cdiv(results * M * r, 16) * 16 for r in ranks]
     t_start = tuple(sum(sizes[:i]) for i in range(len(ranks)))
-    if programs == 0 or K == 0:
-        return Cut(sum(tiles_of), first_tile, programs, 1, 0, t_start, sum(sizes))
-    k_steps = steps_of_split(programs, triton.cdiv(K, BK), multiprocessors)
-    splits = triton.cdiv(triton.cdiv(K, BK), k_steps)
+    k_steps = steps_of_split(programs, cdiv(K, BK), multiprocessors)
+    splits = cdiv(cdiv(K, BK), k_steps)
     return Cut(sum(tiles_of), first_tile, programs, k_steps, splits, t_start, sum(sizes))
 
 
@@ -250,7 +252,7 @@ def steps_of_split(programs: int, steps: int, multiprocessors: int) -> int:
     """
     if programs >= multiprocessors:
         return steps
-    of_split = max(4, triton.next_power_of_2(triton.cdiv(steps * programs, 2 * multiprocessors)))
+    of_split = max(4, triton.next_power_of_2(cdiv(steps * programs, 2 * multiprocessors)))
     return min(steps, of_split)
 
 
@@ -323,13 +325,16 @@ def _launch(
     target = targets.target_of(x.device)
     h0_dtype = None if h0 is None else h0.dtype
     chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact())
-    config, product = chosen.config, chosen.operands
-    how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], target.multiprocessors)
+    product = chosen.operands
+    if M == 0 or K == 0 or max(ranks) == 0:
+        zeros = [torch.zeros((1 + difference, M, r), dtype=torch.float32, device=x.device) for r in ranks]
+        return [(of[0], of[1] if difference else None) for of in zeros]
+    rates = [drawn(sibling.dropout_p) for sibling in siblings]
+    lambdas = [sibling.lambda_ for sibling in siblings]
 
-    if how.splits:
+    def launch(config: dict[str, int]) -> tuple[Tensor, tuple[int, ...]]:
+        how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], target.multiprocessors)
         parts = torch.empty((how.splits, how.size), dtype=torch.float32, device=x.device)
-        rates = [drawn(sibling.dropout_p) for sibling in siblings]
-        lambdas = [sibling.lambda_ for sibling in siblings]
         with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
             down_kernel[(how.programs, how.splits)](
                 p_x=x,
@@ -365,11 +370,13 @@ def _launch(
                 DOT_DTYPE=product.tl_dtype,
                 **config,
             )
-        (flat,) = sum_parts(parts)
-    else:
-        flat = torch.zeros(how.size, dtype=torch.float32, device=x.device)
+        return parts, how.t_start
+
+    key = ("down", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
+    parts, t_start = launch(tuned(key, chosen.config, launch, "BM"))
+    (flat,) = sum_parts(parts)
     results = []
-    for r, start in zip(ranks, how.t_start, strict=True):
+    for r, start in zip(ranks, t_start, strict=True):
         t = flat.as_strided((M, r), (r, 1), start)
         results.append((t, flat.as_strided((M, r), (r, 1), start + M * r) if difference else None))
     return results

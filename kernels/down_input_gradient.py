@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import targets
+from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_one_value
 from .dropout import drawn, dropout_rows, keep_tile
 from .precision import Operands, float32_is_exact, operands, split_dot
-from .targets import Target
+from .targets import Target, cdiv
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -178,34 +179,44 @@ def down_input_gradient(
 
     written_dtypes = frozenset(tensor.dtype for tensor in written)
     chosen = plan(r, lora_a.dtype, written_dtypes, targets.target_of(u.device), float32_is_exact())
-    config, product = chosen.config, chosen.operands
+    product = chosen.operands
     keep_from, scale = drawn(dropout_p)
-    with torch.cuda.device_of(u):
-        down_input_gradient_kernel[(triton.cdiv(M, config["BM"]) * triton.cdiv(K, config["BK"]),)](
-            p_u=u,
-            p_lora_a=lora_a,
-            p_seed=dropout_seed if dropout_p else None,
-            p_dx=dx,
-            p_dh=dh,
-            lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
-            keep_from=keep_from,
-            scale=scale,
-            M=M,
-            K=K,
-            stride_a_r=lora_a.stride(0),
-            stride_a_k=lora_a.stride(1),
-            stride_dx_m=0 if dx is None else dx.stride(0),
-            stride_dx_k=0 if dx is None else dx.stride(1),
-            R=r,
-            MIXES=mixes,
-            LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
-            HAS_DROPOUT=dropout_p != 0,
-            HAS_DX=dx is not None,
-            ACCUMULATE=accumulate_into is not None,
-            HAS_DH=dh is not None,
-            SPLIT_U=product.split_a,
-            SPLIT_A=product.split_b,
-            DOT_DTYPE=product.tl_dtype,
-            **config,
-        )
+
+    def launch(config: dict[str, int], dx: Tensor | None = dx) -> None:
+        grid = (cdiv(M, config["BM"]) * cdiv(K, config["BK"]),)
+        with torch.cuda.device_of(u):  # Triton launches on the current device; does nothing for a CPU tensor
+            down_input_gradient_kernel[grid](
+                p_u=u,
+                p_lora_a=lora_a,
+                p_seed=dropout_seed if dropout_p else None,
+                p_dx=dx,
+                p_dh=dh,
+                lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
+                keep_from=keep_from,
+                scale=scale,
+                M=M,
+                K=K,
+                stride_a_r=lora_a.stride(0),
+                stride_a_k=lora_a.stride(1),
+                stride_dx_m=0 if dx is None else dx.stride(0),
+                stride_dx_k=0 if dx is None else dx.stride(1),
+                R=r,
+                MIXES=mixes,
+                LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
+                HAS_DROPOUT=dropout_p != 0,
+                HAS_DX=dx is not None,
+                ACCUMULATE=accumulate_into is not None,
+                HAS_DH=dh is not None,
+                SPLIT_U=product.split_a,
+                SPLIT_A=product.split_b,
+                DOT_DTYPE=product.tl_dtype,
+                **config,
+            )
+
+    def trial(config: dict[str, int]) -> None:
+        launch(config, dx if accumulate_into is None else dx.clone())  # to which only the launch itself may add
+
+    key = ("input gradient", M.bit_length(), K, r, lora_a.dtype, written_dtypes, dx is None, dh is None)
+    key += (product, mixes, dropout_p != 0, accumulate_into is not None, u.device)
+    launch(tuned(key, chosen.config, trial, "BM"))
     return dx, dh

@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import targets
+from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_mix
 from .dropout import drawn, keep_tile, row_hashes, seed_keys
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, operands, split_dot
-from .targets import Target
+from .targets import Target, cdiv
 
 #: About how many programs compute dA, for each multiprocessor.
 PROGRAMS = 4
@@ -158,28 +159,33 @@ def plan(
     mix_first = mixes and (throughout or rank > 64)
     product = operands(x_dtype if len(dtypes) == 1 or not mix_first else torch.float32, adapter_dtype, exact)
     product_h = operands(h0_dtype, adapter_dtype, exact) if mixes and not mix_first else product
-    return Plan(mix_first, product, product_h, _config(rank, product, product_h))
 
-
-def _config(rank: int, *products: Operands) -> dict[str, int]:
     BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
-    if any(product.dtype == torch.float32 for product in products):
+    if product.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
-        return {"BM": 16, "BK": 64, "BR": min(BR, 64), "num_warps": 4, "num_stages": 3}
-    if any(product.split_a or product.split_b for product in products):
-        return {"BM": 32, "BK": 64, "BR": min(BR, 64), "num_warps": 4 if BR <= 32 else 8, "num_stages": 3}
-    if BR <= 32:
-        return {"BM": 64, "BK": 64, "BR": BR, "num_warps": 4, "num_stages": 3}
-    return {"BM": 32, "BK": 64, "BR": min(BR, 128), "num_warps": 4, "num_stages": 3}
+        BM, BR, num_warps = 16, min(BR, 64), 4
+    elif any(of.split_a or of.split_b for of in (product, product_h)):
+        # Where all is split, the parts of more rows would overflow sm_120's registers.
+        BM = 16 if BR >= 64 and product.split_a and product.split_b else 32
+        BR, num_warps = min(BR, 64), 4 if BR <= 32 else 8
+    elif BR <= 32:
+        BM, num_warps = 64, 4
+    else:
+        BM, BR, num_warps = 32, min(BR, 128), 4
+    BK = 64
+    bytes_of_stage = BM * (BK * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + 4 * BR)
+    num_stages = target.stages(3, bytes_of_stage, programs=2)
+    config = {"BM": BM, "BK": BK, "BR": BR, "num_warps": num_warps, "num_stages": num_stages}
+    return Plan(mix_first, product, product_h, config)
 
 
 @lru_cache(maxsize=1024)
 def cut(M: int, K: int, r: int, BM: int, BK: int, BR: int, multiprocessors: int) -> tuple[int, int, int]:
     """Tiles of dA, parts of each, and the tiles of rows in a part: a power of two."""
-    tiles = triton.cdiv(K, BK) * triton.cdiv(r, BR)
-    m_tiles = triton.cdiv(M, BM)
+    tiles = cdiv(K, BK) * cdiv(r, BR)
+    m_tiles = cdiv(M, BM)
     steps = 1 << max(0, (m_tiles * tiles // (PROGRAMS * multiprocessors)).bit_length() - 1)
-    return tiles, triton.cdiv(m_tiles, steps), steps
+    return tiles, cdiv(m_tiles, steps), steps
 
 
 def down_weight_gradient(
@@ -230,38 +236,44 @@ def down_weight_gradient(
     target = targets.target_of(x.device)
     h0 = initial_residual if mixes else None
     chosen = plan(r, x.dtype, None if h0 is None else h0.dtype, adapter_dtype, target, float32_is_exact())
-    config, product, product_h = chosen.config, chosen.product, chosen.product_h
-    tiles, parts, steps = cut(M, K, r, config["BM"], config["BK"], config["BR"], target.multiprocessors)
-    partial = torch.empty((parts, r, K), dtype=torch.float32, device=x.device)
+    product, product_h = chosen.product, chosen.product_h
     keep_from, scale = drawn(dropout_p)
-    with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
-        down_weight_gradient_kernel[(tiles * parts,)](
-            p_u=u,
-            p_x=x,
-            p_initial_residual=h0,
-            p_seed=dropout_seed if dropout_p else None,
-            p_partial=partial,
-            lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
-            keep_from=keep_from,
-            scale=scale,
-            M=M,
-            r=r,
-            stride_x_m=x.stride(0),
-            stride_x_k=x.stride(1),
-            stride_h_m=0 if h0 is None else h0.stride(0),
-            stride_h_k=0 if h0 is None else h0.stride(1),
-            K=K,
-            STEPS=steps,
-            HAS_INITIAL_RESIDUAL=mixes,
-            LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
-            HAS_DROPOUT=dropout_p != 0,
-            MIX_FIRST=chosen.mix_first,
-            SPLIT_X=product.split_a,
-            SPLIT_U=product.split_b,
-            DOT_DTYPE=product.tl_dtype,
-            SPLIT_H=product_h.split_a,
-            SPLIT_U_H=product_h.split_b,
-            DOT_DTYPE_H=product_h.tl_dtype,
-            **config,
-        )
-    return sum_parts(partial)[0]
+
+    def launch(config: dict[str, int]) -> Tensor:
+        tiles, parts, steps = cut(M, K, r, config["BM"], config["BK"], config["BR"], target.multiprocessors)
+        partial = torch.empty((parts, r, K), dtype=torch.float32, device=x.device)
+        with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
+            down_weight_gradient_kernel[(tiles * parts,)](
+                p_u=u,
+                p_x=x,
+                p_initial_residual=h0,
+                p_seed=dropout_seed if dropout_p else None,
+                p_partial=partial,
+                lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
+                keep_from=keep_from,
+                scale=scale,
+                M=M,
+                r=r,
+                stride_x_m=x.stride(0),
+                stride_x_k=x.stride(1),
+                stride_h_m=0 if h0 is None else h0.stride(0),
+                stride_h_k=0 if h0 is None else h0.stride(1),
+                K=K,
+                STEPS=steps,
+                HAS_INITIAL_RESIDUAL=mixes,
+                LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
+                HAS_DROPOUT=dropout_p != 0,
+                MIX_FIRST=chosen.mix_first,
+                SPLIT_X=product.split_a,
+                SPLIT_U=product.split_b,
+                DOT_DTYPE=product.tl_dtype,
+                SPLIT_H=product_h.split_a,
+                SPLIT_U_H=product_h.split_b,
+                DOT_DTYPE_H=product_h.tl_dtype,
+                **config,
+            )
+        return partial
+
+    dtypes = x.dtype, None if h0 is None else h0.dtype, adapter_dtype
+    key = ("weight gradient", M.bit_length(), K, r, dtypes, product, dropout_p != 0, x.device)
+    return sum_parts(launch(tuned(key, chosen.config, launch, "BM")))[0]

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .targets import cdiv
+
 BLOCK = 256  # elements to a program
 BP = 8  # parts to a step
 
@@ -62,7 +64,7 @@ def sum_parts(*parts: Tensor | None) -> list[Tensor | None]:
     sums = [i for i, of in enumerate(parts) if of is not None and len(of) > 1]
     if sums:
         numels = [totals[i].numel() for i in sums]
-        blocks = [triton.cdiv(numel, BLOCK) for numel in numels]
+        blocks = [cdiv(numel, BLOCK) for numel in numels]
         with torch.cuda.device_of(parts[sums[0]]):  # Triton launches on the current device; nothing for a CPU tensor
             sum_parts_kernel[(sum(blocks),)](
                 p_parts=tuple(parts[i] for i in sums),

@@ -6,6 +6,13 @@ from functools import cache
 import torch
 from triton.runtime import driver
 
+KIB = 1024
+
+
+#: Bytes that a multiprocessor should have under way: what an H200 moves in its latency of about a microsecond. By
+#: count, not measured.
+IN_FLIGHT = 40 * KIB
+
 
 @dataclass(frozen=True)
 class Target:
@@ -20,8 +27,19 @@ class Target:
     def hip(self) -> bool:
         return self.backend == "hip"
 
+    def stages(self, least: int, bytes_of_stage: int, programs: int) -> int:
+        """num_stages of a loop: deep enough that all but one stage of so many programs come to IN_FLIGHT.
 
-KIB = 1024
+        No deeper than leaves shared memory for two programs, and not below ``least``. Depth costs no registers on CUDA,
+        where stages go straight to shared memory; gfx942's 64 KiB have no room for more than the least.
+        """
+        stages = least
+        while (stages - 1) * programs * bytes_of_stage < IN_FLIGHT:
+            if self.hip or 2 * (stages + 1) * bytes_of_stage > self.shared_memory:
+                break
+            stages += 1
+        return stages
+
 
 #: One GPU of each kind that the kernels are compiled for in tests, by the name that its compiler gives the kind.
 KNOWN = {
@@ -55,3 +73,8 @@ def _of_gpu(index: int) -> Target:
         shared_memory=properties["max_shared_mem"],
         multiprocessors=properties["multiprocessor_count"],
     )
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up: ``triton.cdiv`` takes microseconds, as it also serves inside kernels."""
+    return -(-a // b)

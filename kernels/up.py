@@ -22,9 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import targets
+from .autotune import tuned
 from .checks import check_bias, check_dtype, check_low_rank, check_matrix, check_one_value
 from .precision import Operands, float32_is_exact, operands, split_dot
-from .targets import Target
+from .targets import Target, cdiv
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -191,33 +192,39 @@ def _launch(
     if M == 0 or N == 0:
         return y
     chosen = plan(r, lora_b.dtype, dtype, targets.target_of(t.device), float32_is_exact())
-    config, dot = chosen.config, chosen.operands
-    grid = (triton.cdiv(M, config["BM"]) * triton.cdiv(N, config["BN"]),)
-    with torch.cuda.device_of(t):  # Triton launches on the current device; does nothing for a CPU tensor
-        up_kernel[grid](
-            p_t=t,
-            p_lora_b=lora_b,
-            p_lora_bias=lora_bias,
-            p_base_bias=base_bias,
-            p_base=base,
-            p_y=y,
-            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
-            M=M,
-            N=N,
-            stride_b_n=lora_b.stride(0),
-            stride_b_r=lora_b.stride(1),
-            stride_lora_bias_n=0 if lora_bias is None else lora_bias.stride(0),
-            stride_base_bias_n=0 if base_bias is None else base_bias.stride(0),
-            stride_base_m=0 if base is None else base.stride(0),
-            stride_base_n=0 if base is None else base.stride(1),
-            R=r,
-            HAS_LORA_BIAS=lora_bias is not None,
-            HAS_BASE_BIAS=base_bias is not None,
-            HAS_BASE=base is not None,
-            SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-            SPLIT_T=dot.split_a,
-            SPLIT_B=dot.split_b,
-            DOT_DTYPE=dot.tl_dtype,
-            **config,
-        )
+    dot = chosen.operands
+
+    def launch(config: dict[str, int]) -> None:
+        grid = (cdiv(M, config["BM"]) * cdiv(N, config["BN"]),)
+        with torch.cuda.device_of(t):  # Triton launches on the current device; does nothing for a CPU tensor
+            up_kernel[grid](
+                p_t=t,
+                p_lora_b=lora_b,
+                p_lora_bias=lora_bias,
+                p_base_bias=base_bias,
+                p_base=base,
+                p_y=y,
+                scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+                M=M,
+                N=N,
+                stride_b_n=lora_b.stride(0),
+                stride_b_r=lora_b.stride(1),
+                stride_lora_bias_n=0 if lora_bias is None else lora_bias.stride(0),
+                stride_base_bias_n=0 if base_bias is None else base_bias.stride(0),
+                stride_base_m=0 if base is None else base.stride(0),
+                stride_base_n=0 if base is None else base.stride(1),
+                R=r,
+                HAS_LORA_BIAS=lora_bias is not None,
+                HAS_BASE_BIAS=base_bias is not None,
+                HAS_BASE=base is not None,
+                SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+                SPLIT_T=dot.split_a,
+                SPLIT_B=dot.split_b,
+                DOT_DTYPE=dot.tl_dtype,
+                **config,
+            )
+
+    added = lora_bias is not None, base_bias is not None, base is not None
+    key = ("up", M.bit_length(), N, r, lora_b.dtype, dtype, dot, added, t.device)
+    launch(tuned(key, chosen.config, launch, "BM"))
     return y

@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import targets
+from .autotune import tuned
 from .checks import check_low_rank, check_matrix, check_one_value
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, operands, split_dot
-from .targets import Target
+from .targets import Target, cdiv
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -167,17 +168,21 @@ def plan(
     exact = exact and grad_y_dtype == lora_b_dtype == torch.float32
     t_dtype = grad_y_dtype if grad_y_dtype == lora_b_dtype else torch.float32  # t counts as 16-bit where both are
     dots = operands(grad_y_dtype, lora_b_dtype, exact), operands(grad_y_dtype, t_dtype, exact)
-    both = launch_of_both(M, N, r, *dots, target)
-    u, grad_b = launch_of_product(M, N, r, dots[0], target), launch_of_product(N, M, r, dots[1], target)
+    itemsize = grad_y_dtype.itemsize
+    both = launch_of_both(M, N, r, *dots, itemsize, target)
+    u = launch_of_product(M, N, r, dots[0], itemsize, target)
+    grad_b = launch_of_product(N, M, r, dots[1], itemsize, target)
     if both is not None:
-        sizes = (M, N, r, grad_y_dtype.itemsize, lora_b_dtype.itemsize)
+        sizes = (M, N, r, itemsize, lora_b_dtype.itemsize)
         one = bytes_moved(*sizes, 1, both.parts, both.grad_b_parts)
         if one >= bytes_moved(*sizes, 2, u.parts, grad_b.parts):
             both = None
     return Plan(*dots, both, u, grad_b)
 
 
-def launch_of_both(M: int, N: int, r: int, dot_u: Operands, dot_grad_b: Operands, target: Target) -> Launch | None:
+def launch_of_both(
+    M: int, N: int, r: int, dot_u: Operands, dot_grad_b: Operands, itemsize: int, target: Target
+) -> Launch | None:
     """One pass over dY for u and dB; None where the two sums do not fit into registers.
 
     The wider a tile, the fewer the parts of u; its height costs nothing, as a program walks down a strip of rows.
@@ -191,15 +196,16 @@ def launch_of_both(M: int, N: int, r: int, dot_u: Operands, dot_grad_b: Operands
     elif dot_u.split_a or dot_grad_b.split_a:
         BN, num_stages = 128, 1  # the parts of dY take the registers
     else:
-        BN, num_stages = 256, 1 if target.hip else 2  # one stage ahead spills on gfx942
+        # One stage ahead spills on gfx942; where B or t is split, registers leave room for one program.
+        BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), 1 if split else 2)
     BM = 64
-    u_parts = triton.cdiv(N, BN)
-    steps, grad_b_parts = _cut(triton.cdiv(M, BM), u_parts, target)
+    u_parts = cdiv(N, BN)
+    steps, grad_b_parts = _cut(cdiv(M, BM), u_parts, target)
     config = {"BM": BM, "BN": BN, "BR": BR, "STEPS": steps, "num_warps": 8, "num_stages": num_stages}
     return Launch(config, u_parts * grad_b_parts, u_parts, grad_b_parts)
 
 
-def launch_of_product(Q: int, J: int, r: int, dot: Operands, target: Target) -> Launch:
+def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, target: Target) -> Launch:
     """One pass over dY, ``[Q, J]`` or transposed, for one of the two."""
     BR = max(16, triton.next_power_of_2(r))
     if dot.dtype == torch.float32:
@@ -209,9 +215,10 @@ def launch_of_product(Q: int, J: int, r: int, dot: Operands, target: Target) -> 
     else:
         BJ, BR, num_warps = 64, min(BR, 128), 4 if BR <= 64 else 8
     BQ = 64
-    tiles = triton.cdiv(Q, BQ) * triton.cdiv(r, BR)
-    steps, parts = _cut(triton.cdiv(J, BJ), tiles, target)
-    config = {"BQ": BQ, "BJ": BJ, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": 2}
+    tiles = cdiv(Q, BQ) * cdiv(r, BR)
+    steps, parts = _cut(cdiv(J, BJ), tiles, target)
+    num_stages = target.stages(2, BJ * (BQ * itemsize + BR * 4), PROGRAMS)
+    config = {"BQ": BQ, "BJ": BJ, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
     return Launch(config, tiles * parts, parts)
 
 
@@ -222,7 +229,7 @@ def _cut(tiles: int, programs: int, target: Target) -> tuple[int, int]:
     """
     wanted = max(1, PROGRAMS * target.multiprocessors // programs)
     steps = 1 << max(1, tiles // wanted).bit_length() - 1
-    return steps, triton.cdiv(tiles, steps)
+    return steps, cdiv(tiles, steps)
 
 
 def bytes_moved(
@@ -301,29 +308,34 @@ def _launch_both(
     (M, N), r = grad_y.shape, lora_b.shape[1]
     u_parts = torch.empty((launch.parts, M, r), dtype=torch.float32, device=grad_y.device)
     grad_b_parts = torch.empty((launch.grad_b_parts, N, r), dtype=torch.float32, device=grad_y.device)
-    both_kernel[(launch.programs,)](
-        p_grad_y=grad_y,
-        p_lora_b=lora_b,
-        p_t=t,
-        p_u=u_parts,
-        p_grad_b=grad_b_parts,
-        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
-        M=M,
-        N=N,
-        stride_g_m=grad_y.stride(0),
-        stride_g_n=grad_y.stride(1),
-        stride_b_n=lora_b.stride(0),
-        stride_b_r=lora_b.stride(1),
-        R=r,
-        SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-        SPLIT_G_U=dot_u.split_a,
-        SPLIT_B=dot_u.split_b,
-        DOT_DTYPE_U=dot_u.tl_dtype,
-        SPLIT_G_B=dot_grad_b.split_a,
-        SPLIT_T=dot_grad_b.split_b,
-        DOT_DTYPE_B=dot_grad_b.tl_dtype,
-        **launch.config,
-    )
+
+    def run(config: dict[str, int]) -> None:
+        both_kernel[(launch.programs,)](
+            p_grad_y=grad_y,
+            p_lora_b=lora_b,
+            p_t=t,
+            p_u=u_parts,
+            p_grad_b=grad_b_parts,
+            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+            M=M,
+            N=N,
+            stride_g_m=grad_y.stride(0),
+            stride_g_n=grad_y.stride(1),
+            stride_b_n=lora_b.stride(0),
+            stride_b_r=lora_b.stride(1),
+            R=r,
+            SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+            SPLIT_G_U=dot_u.split_a,
+            SPLIT_B=dot_u.split_b,
+            DOT_DTYPE_U=dot_u.tl_dtype,
+            SPLIT_G_B=dot_grad_b.split_a,
+            SPLIT_T=dot_grad_b.split_b,
+            DOT_DTYPE_B=dot_grad_b.tl_dtype,
+            **config,
+        )
+
+    key = ("both gradients of up", M.bit_length(), N, r, grad_y.dtype, lora_b.dtype, dot_u, grad_y.device)
+    run(tuned((*key, launch.config["STEPS"]), launch.config, run))
     return u_parts, grad_b_parts
 
 
@@ -331,22 +343,27 @@ def _launch_product(launch: Launch, g: Tensor, w: Tensor, scaling: float | Tenso
     """The parts of ``s g w``, ``[parts, Q, r]``; g is ``[Q, J]``, w ``[J, r]``."""
     (Q, J), r = g.shape, w.shape[1]
     out = torch.empty((launch.parts, Q, r), dtype=torch.float32, device=g.device)
-    product_kernel[(launch.programs,)](
-        p_g=g,
-        p_w=w,
-        p_out=out,
-        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
-        Q=Q,
-        J=J,
-        stride_g_q=g.stride(0),
-        stride_g_j=g.stride(1),
-        stride_w_j=w.stride(0),
-        stride_w_r=w.stride(1),
-        R=r,
-        SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-        SPLIT_G=dot.split_a,
-        SPLIT_W=dot.split_b,
-        DOT_DTYPE=dot.tl_dtype,
-        **launch.config,
-    )
+
+    def run(config: dict[str, int]) -> None:
+        product_kernel[(launch.programs,)](
+            p_g=g,
+            p_w=w,
+            p_out=out,
+            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+            Q=Q,
+            J=J,
+            stride_g_q=g.stride(0),
+            stride_g_j=g.stride(1),
+            stride_w_j=w.stride(0),
+            stride_w_r=w.stride(1),
+            R=r,
+            SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+            SPLIT_G=dot.split_a,
+            SPLIT_W=dot.split_b,
+            DOT_DTYPE=dot.tl_dtype,
+            **config,
+        )
+
+    key = ("a gradient of up", Q.bit_length(), J.bit_length(), r, g.dtype, w.dtype, dot, g.stride(1) == 1, g.device)
+    run(tuned((*key, launch.config["STEPS"]), launch.config, run))
     return out

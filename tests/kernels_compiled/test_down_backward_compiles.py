@@ -116,6 +116,7 @@ def assert_fits(binary, target, x_dtype, tensor_cores):
 
 WEIGHT_CASES = [
     ("sm_80", 64, FP16, FP32, True),
+    ("sm_120", 64, FP16, FP32, True),  # the most registers
     ("sm_90", 16, BF16, FP32, True),
     ("sm_90", 16, BF16, BF16, False),
     ("sm_90", 512, BF16, BF16, True),

@@ -66,7 +66,7 @@ def compile_up(target, rank, b_dtype, y_dtype, has_base, has_biases=False):
 def compile_both(target, rank, g_dtype, b_dtype, m=8192, n=4096):
     chosen = up_backward.plan(m, n, rank, g_dtype, b_dtype, KNOWN[target])
     dot_u, dot_grad_b = chosen.dot_u, chosen.dot_grad_b
-    launch = launch_of_both(m, n, rank, dot_u, dot_grad_b, KNOWN[target])
+    launch = launch_of_both(m, n, rank, dot_u, dot_grad_b, g_dtype.itemsize, KNOWN[target])
     arguments = {
         "p_grad_y": POINTER[g_dtype],
         "p_lora_b": POINTER[b_dtype],

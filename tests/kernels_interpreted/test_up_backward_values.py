@@ -24,7 +24,7 @@ def passes(request, monkeypatch):
 
     def forced(M, N, r, g_dtype, b_dtype, target, exact):
         chosen = plan(M, N, r, g_dtype, b_dtype, target, exact)
-        both = launch_of_both(M, N, r, chosen.dot_u, chosen.dot_grad_b, target)
+        both = launch_of_both(M, N, r, chosen.dot_u, chosen.dot_grad_b, g_dtype.itemsize, target)
         return dataclasses.replace(chosen, both=both if request.param == "one pass" else None)
 
     monkeypatch.setattr(module, "plan", forced)
