@@ -8,38 +8,47 @@ nothing is rounded to 16 bits. Elsewhere the second product would cost more than
 first, in float32; unless ``d = drop(h0 - x) A^T`` is wanted too, which comes from the two products. The mask takes both
 tiles alike, and the sum is divided by the rate of keeping at the end.
 
-Few rows are split along K, and torch adds the parts in an order that depends on the shape and the GPU alone. Siblings
-(q, k, v) that share x share a launch; neighbouring programs, of one sibling each, find x in the cache.
+Few rows are split along K, and the parts added in fixed order. Siblings (q, k, v) that share x share a launch;
+neighbouring programs, of one sibling each, find x in the cache.
+
+Compiled once for every K, dtypes, kind and number of siblings, and plan; whatever M, but for the splits along K, whose
+steps are powers of two.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import targets
+from .autotune import tuned
+from .checks import check_dropout, check_matrix, check_mix
 from .dropout import drawn, dropout_rows, keep_tile
-from .precision import TL_DTYPES, Operands, operands, split_dot
+from .partial_sums import sum_parts
+from .precision import Operands, float32_is_exact, operands, split_dot
+from .targets import Target, cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def down_kernel(
     p_x,  # [M, K]
     p_initial_residual,  # [M, K], or None
-    p_lora_a,  # tuples, with one element for each sibling: [r, K]
-    p_t,  # [splits of K, 1 or 2, M, r]: t and, if HAS_DIFFERENCE, A drop(h0 - x)
+    p_t,  # [splits of K, all results], of which each sibling has [1 or 2, M, r]: t and, if HAS_DIFFERENCE, d
+    p_lora_a,  # tuples from here, with one element for each sibling: [r, K]
     p_seed,  # int64, [1]
     lambda_,  # numbers, or pointers to one
     keep_from,  # these two from dropout.drawn
     dropout_scale,
     r,
     first_tile,  # of the sibling's tiles along its rank, among those of all siblings
+    t_start,  # of the sibling's results, among those of all
     stride_a_r,
     stride_a_k,
-    M,
+    M,  # numbers again
     r_tiles,  # of all siblings
     stride_x_m,
     stride_x_k,
@@ -65,16 +74,16 @@ def down_kernel(
     i_r = tl.program_id(0) % r_tiles
     i_k_split = tl.program_id(1)
 
-    p_a_own, p_t_own, r_own, first_own = p_lora_a[0], p_t[0], r[0], first_tile[0]
-    stride_r_own, stride_k_own = stride_a_r[0], stride_a_k[0]
+    p_a_own, stride_r_own, stride_k_own = p_lora_a[0], stride_a_r[0], stride_a_k[0]
+    r_own, first_own, start_own = r[0], first_tile[0], t_start[0]
     for i in tl.static_range(1, SIBLINGS):
         is_own = i_r >= first_tile[i]
         p_a_own = tl.where(is_own, p_lora_a[i], p_a_own)
-        p_t_own = tl.where(is_own, p_t[i], p_t_own)
-        r_own = tl.where(is_own, r[i], r_own)
-        first_own = tl.where(is_own, first_tile[i], first_own)
         stride_r_own = tl.where(is_own, stride_a_r[i], stride_r_own)
         stride_k_own = tl.where(is_own, stride_a_k[i], stride_k_own)
+        r_own = tl.where(is_own, r[i], r_own)
+        first_own = tl.where(is_own, first_tile[i], first_own)
+        start_own = tl.where(is_own, t_start[i], start_own)
 
     o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     o_r = (i_r - first_own) * BR + tl.arange(0, BR)  # [BR]
@@ -134,7 +143,8 @@ def down_kernel(
         b_p_x += step_x
         b_p_a += step_a
 
-    b_p_t = p_t_own + i_k_split.to(tl.int64) * stride_t_split + o_m[:, None] * r_own + o_r[None, :]  # [BM, BR]
+    p_t_own = p_t + i_k_split.to(tl.int64) * stride_t_split + start_own
+    b_p_t = p_t_own + o_m[:, None] * r_own + o_r[None, :]  # [BM, BR]
     m_t = m_m[:, None] & m_r[None, :]
     if HAS_DIFFERENCE:
         b_d = b_t_h - b_t  # [BM, BR]
@@ -170,47 +180,80 @@ class DownProjection:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one launch multiplies, and its tiles: one choice for all GPUs, by gfx942's 64 KiB of shared memory."""
+    """How a launch multiplies, and its tiles."""
 
     operands: Operands
     mix_first: bool
-    tiles: dict[str, int]  # BM, BK, BR
-    options: dict[str, int]  # num_warps, num_stages
+    config: dict[str, int]  # BM, BK, BR, num_warps, num_stages
 
 
-def plan(rank: int, x_dtype: torch.dtype, kind: tuple, h0_dtype: torch.dtype | None = None) -> Plan:
-    """The plan for the largest rank of a launch; ``kind`` is :attr:`DownProjection.kind`."""
+@lru_cache(maxsize=1024)
+def plan(
+    rank: int, x_dtype: torch.dtype, h0_dtype: torch.dtype | None, kind: tuple, target: Target, exact: bool = True
+) -> Plan:
+    """The plan for the largest rank of a launch; ``kind`` is :attr:`DownProjection.kind`, ``exact`` float32's."""
     a_dtype, mixes, _, difference = kind
     BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
     alike = not mixes or x_dtype == h0_dtype
     throughout = alike and x_dtype == a_dtype == torch.float32
-    whole = operands(x_dtype if alike else torch.float32, a_dtype, throughout)
+    whole = operands(x_dtype if alike else torch.float32, a_dtype, throughout and exact)
     mix_first = mixes and not difference and (BR > 64 or whole.split_a or whole.dtype == torch.float32)
     if mix_first and not (alike and x_dtype == a_dtype):
         whole = operands(torch.float32, a_dtype)  # the mixed tile is not to be rounded to 16 bits
     if whole.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
-        tiles = {"BM": 64, "BK": 16, "BR": min(BR, 32 if difference else 64)}
-        return Plan(whole, mix_first, tiles, {"num_warps": 4, "num_stages": 3})
-    if whole.split_a or whole.split_b:
+        BK, BR, num_warps = 16, min(BR, 32 if difference else 64), 4
+    elif whole.split_a or whole.split_b:
         # At rank 64 the parts of 32 columns of x would overflow sm_120's registers.
-        tiles = {"BM": 64, "BK": 16 if whole.split_a and BR == 64 else 32, "BR": min(BR, 128)}
+        BK, BR, num_warps = 16 if whole.split_a and BR == 64 else 32, min(BR, 128), 4 if BR <= 64 else 8
     elif BR <= 64:
-        tiles = {"BM": 64, "BK": 64, "BR": BR}
+        BK, num_warps = 64, 4
     else:
-        tiles = {"BM": 64, "BK": 32, "BR": min(BR, 128 if difference else 256)}
-    return Plan(whole, mix_first, tiles, {"num_warps": 4 if BR <= 64 else 8, "num_stages": 3})
+        BK, BR, num_warps = 32, min(BR, 128 if difference else 256), 8
+    BM = 64  # what Hopper's tensor cores take at once; few rows (8192) are one program for a multiprocessor
+    bytes_of_stage = BK * (BM * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + BR * a_dtype.itemsize)
+    num_stages = target.stages(3, bytes_of_stage, programs=1)
+    config = {"BM": BM, "BK": BK, "BR": BR, "num_warps": num_warps, "num_stages": num_stages}
+    return Plan(whole, mix_first, config)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The programs of a launch, and where its siblings' results lie in one buffer."""
+
+    r_tiles: int
+    first_tile: tuple[int, ...]
+    programs: int
+    k_steps: int
+    splits: int
+    t_start: tuple[int, ...]
+    size: int
+
+
+@lru_cache(maxsize=1024)
+def cut(M: int, K: int, ranks: tuple[int, ...], results: int, BM: int, BK: int, BR: int, multiprocessors: int) -> Cut:
+    """How a launch is cut for siblings of these ranks, each with so many results; there is something to sum."""
+    tiles_of = [cdiv(r, BR) for r in ranks]
+    first_tile = tuple(sum(tiles_of[:i]) for i in range(len(ranks)))
+    programs = cdiv(M, BM) * sum(tiles_of)
+    # As aligned as Triton asks before it uses vectors.
+    sizes = [cdiv(results * M * r, 16) * 16 for r in ranks]
+    t_start = tuple(sum(sizes[:i]) for i in range(len(ranks)))
+    k_steps = steps_of_split(programs, cdiv(K, BK), multiprocessors)
+    splits = cdiv(cdiv(K, BK), k_steps)
+    return Cut(sum(tiles_of), first_tile, programs, k_steps, splits, t_start, sum(sizes))
 
 
 def steps_of_split(programs: int, steps: int, multiprocessors: int) -> int:
-    """Steps along K for each program: all, or fewer where rows are too few to fill the GPU; 4 are worth a program."""
-    splits = max(1, min(multiprocessors // programs, steps // 4))
-    return triton.cdiv(steps, splits)
+    """Steps along K for each program: all, or fewer where rows are too few to fill the GPU.
 
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    Then they are a power of two, as a kernel is compiled for each number of steps, and the programs one to two for each
+    multiprocessor; 4 steps are worth a program.
+    """
+    if programs >= multiprocessors:
+        return steps
+    of_split = max(4, triton.next_power_of_2(cdiv(steps * programs, 2 * multiprocessors)))
+    return min(steps, of_split)
 
 
 def down(
@@ -255,22 +298,17 @@ def down_siblings(
         TypeError: a dtype that the kernel does not take.
         ValueError: a shape that does not fit, h0 or a seed missing, or a rate of dropout outside [0, 1).
     """
-    _check("x", x, x.shape)
-    for sibling in siblings:
-        _check("lora_a", sibling.lora_a, (sibling.lora_a.shape[0], x.shape[1]))
-        if sibling.mixes and initial_residual is None:
-            found = f"initial_residual is None, but lambda_ is {sibling.lambda_}"
-            raise ValueError(f"{found}: pass h0, or lambda_=0.0 for no mixing")
-        if not 0 <= sibling.dropout_p < 1:
-            raise ValueError(f"dropout_p is {sibling.dropout_p}: it must lie in [0, 1); 0.0 turns dropout off")
-        seed = sibling.dropout_seed
-        if sibling.dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-            raise ValueError(f"dropout_p is {sibling.dropout_p}, and the seed {seed}: pass one int64 value in a tensor")
-    if any(sibling.mixes for sibling in siblings):
-        _check("initial_residual", initial_residual, x.shape)
+    check_matrix("x", x, "M", "K")
+    M, K = x.shape
+    kinds = [sibling.kind for sibling in siblings]
+    for sibling, (_, mixes, _, _) in zip(siblings, kinds, strict=True):
+        check_matrix("lora_a", sibling.lora_a, "r", K, "x")
+        check_mix(sibling.lambda_, mixes, initial_residual)
+        check_dropout(sibling.dropout_p, sibling.dropout_seed)
+    if any(mixes for _, mixes, _, _ in kinds):
+        check_matrix("initial_residual", initial_residual, M, K, "x")
 
     results: dict[int, tuple[Tensor, Tensor | None]] = {}
-    kinds = [sibling.kind for sibling in siblings]
     for kind in dict.fromkeys(kinds):
         of_kind = [i for i, other in enumerate(kinds) if other == kind]
         h0 = initial_residual if kind[1] else None
@@ -278,72 +316,67 @@ def down_siblings(
     return [results[i] for i in range(len(siblings))]
 
 
-def _check(name: str, tensor: Tensor, expected: Iterable[int]) -> None:
-    if tensor.dtype not in TL_DTYPES:
-        raise TypeError(f"{name} is {tensor.dtype}: the kernel takes {', '.join(map(str, TL_DTYPES))}")
-    if tensor.dim() != 2 or tensor.shape != tuple(expected):
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; x is [M, K] as is h0, and lora_a [r, K]")
-
-
 def _launch(
     x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None, kind: tuple
 ) -> list[tuple[Tensor, Tensor | None]]:
     """:func:`down_siblings` for siblings of one kind."""
-    (M, K), ranks = x.shape, [sibling.lora_a.shape[0] for sibling in siblings]
+    (M, K), ranks = x.shape, tuple(sibling.lora_a.shape[0] for sibling in siblings)
     _, _, drops, difference = kind
-    chosen = plan(max(ranks), x.dtype, kind, h0.dtype if h0 is not None else None)
-    tiles, multiply = chosen.tiles, chosen.operands
-    tiles_of = [triton.cdiv(r, tiles["BR"]) for r in ranks]
-    programs = triton.cdiv(M, tiles["BM"]) * sum(tiles_of)
-    empty = programs == 0 or K == 0
-    k_steps = 1 if empty else steps_of_split(programs, triton.cdiv(K, tiles["BK"]), multiprocessors(x.device))
-    splits = 1 if empty else triton.cdiv(K, k_steps * tiles["BK"])
+    target = targets.target_of(x.device)
+    h0_dtype = None if h0 is None else h0.dtype
+    chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact())
+    product = chosen.operands
+    if M == 0 or K == 0 or max(ranks) == 0:
+        zeros = [torch.zeros((1 + difference, M, r), dtype=torch.float32, device=x.device) for r in ranks]
+        return [(of[0], of[1] if difference else None) for of in zeros]
+    rates = [drawn(sibling.dropout_p) for sibling in siblings]
+    lambdas = [sibling.lambda_ for sibling in siblings]
 
-    # One buffer for all results, each of them aligned as the vectors of 4 that stores may use.
-    sizes = [(1 + difference) * M * r for r in ranks]
-    starts = [sum(triton.cdiv(size, 4) * 4 for size in sizes[:i]) for i in range(len(sizes) + 1)]
-    parts = (torch.zeros if empty else torch.empty)((splits, starts[-1]), dtype=torch.float32, device=x.device)
-    if not empty:
-        rates = [drawn(sibling.dropout_p) for sibling in siblings]
-        lambdas = [sibling.lambda_ for sibling in siblings]
+    def launch(config: dict[str, int]) -> tuple[Tensor, tuple[int, ...]]:
+        how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], target.multiprocessors)
+        parts = torch.empty((how.splits, how.size), dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
-            down_kernel[(programs, splits)](
+            down_kernel[(how.programs, how.splits)](
                 p_x=x,
                 p_initial_residual=h0,
+                p_t=parts,
                 p_lora_a=tuple(sibling.lora_a for sibling in siblings),
-                p_t=tuple(parts[0, start:] for start in starts[:-1]),
                 p_seed=tuple(sibling.dropout_seed for sibling in siblings) if drops else None,
                 lambda_=tuple(value if isinstance(value, Tensor) else float(value) for value in lambdas),
                 keep_from=tuple(keep_from for keep_from, _ in rates) if drops else None,
                 dropout_scale=tuple(scale for _, scale in rates) if drops else None,
-                r=tuple(ranks),
-                first_tile=tuple(sum(tiles_of[:i]) for i in range(len(ranks))),
+                r=ranks,
+                first_tile=how.first_tile,
+                t_start=how.t_start,
                 stride_a_r=tuple(sibling.lora_a.stride(0) for sibling in siblings),
                 stride_a_k=tuple(sibling.lora_a.stride(1) for sibling in siblings),
                 M=M,
-                r_tiles=sum(tiles_of),
+                r_tiles=how.r_tiles,
                 stride_x_m=x.stride(0),
                 stride_x_k=x.stride(1),
-                stride_h_m=h0.stride(0) if h0 is not None else 0,
-                stride_h_k=h0.stride(1) if h0 is not None else 0,
-                stride_t_split=parts.stride(0),
+                stride_h_m=0 if h0 is None else h0.stride(0),
+                stride_h_k=0 if h0 is None else h0.stride(1),
+                stride_t_split=how.size,
                 K=K,
-                K_STEPS=k_steps,
+                K_STEPS=how.k_steps,
                 SIBLINGS=len(siblings),
                 HAS_INITIAL_RESIDUAL=h0 is not None,
                 HAS_DROPOUT=drops,
                 HAS_DIFFERENCE=difference,
                 LAMBDA_IS_TENSOR=tuple(isinstance(value, Tensor) for value in lambdas),
                 MIX_FIRST=chosen.mix_first,
-                SPLIT_X=multiply.split_a,
-                SPLIT_A=multiply.split_b,
-                DOT_DTYPE=multiply.tl_dtype,
-                **tiles,
-                **chosen.options,
+                SPLIT_X=product.split_a,
+                SPLIT_A=product.split_b,
+                DOT_DTYPE=product.tl_dtype,
+                **config,
             )
-    flat = parts[0] if splits == 1 else parts.sum(0)
+        return parts, how.t_start
+
+    key = ("down", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
+    parts, t_start = launch(tuned(key, chosen.config, launch, "BM"))
+    (flat,) = sum_parts(parts)
     results = []
-    for r, start, size in zip(ranks, starts, sizes, strict=False):
-        outputs = flat[start : start + size].view(-1, M, r) if size else flat.new_empty((1 + difference, M, r))
-        results.append((outputs[0], outputs[1] if difference else None))
+    for r, start in zip(ranks, t_start, strict=True):
+        t = flat.as_strided((M, r), (r, 1), start)
+        results.append((t, flat.as_strided((M, r), (r, 1), start + M * r) if difference else None))
     return results

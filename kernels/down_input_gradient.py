@@ -3,19 +3,27 @@
     dx~ = drop'(u A)        dx = (1 - lambda) dx~        dh0 = lambda dx~
 
 The gradient of lambda is taken in the rank space, elsewhere. Called by ``sibo_triton.ops``.
+
+Compiled once for every rank, dtypes and what is wanted; whatever M, and K but for what divides it.
 """
+
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_dropout, check_dtype, check_u
+from . import targets
+from .autotune import tuned
+from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_one_value
 from .dropout import drawn, dropout_rows, keep_tile
-from .precision import Operands, operands, split_dot
+from .precision import Operands, float32_is_exact, operands, split_dot
+from .targets import Target, cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def down_input_gradient_kernel(
     p_u,  # [M, r], contiguous
     p_lora_a,  # [r, K]
@@ -87,19 +95,26 @@ def down_input_gradient_kernel(
         tl.store(b_p_dh, (b_lambda * b_g).to(p_dh.dtype.element_ty), mask=m_g)
 
 
-def input_tiles(rank: int, product: Operands) -> dict[str, int]:
-    """Tile sizes and launch options of :func:`down_input_gradient`, by the rank and its dot's dtypes."""
-    BR = max(16, triton.next_power_of_2(rank))
+@dataclass(frozen=True)
+class Plan:
+    """How a launch multiplies, and its tiles."""
+
+    operands: Operands
+    config: dict[str, int]  # BM, BK, BR, num_warps, num_stages
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    rank: int, lora_a_dtype: torch.dtype, output_dtypes: frozenset[torch.dtype], target: Target, exact: bool = True
+) -> Plan:
+    """The plan of a launch; ``exact``: float32 is multiplied as float32."""
+    throughout = output_dtypes | {lora_a_dtype} == {torch.float32}
+    product = operands(lora_a_dtype, lora_a_dtype, throughout and exact)  # u counts as A's dtype
+    BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
     if product.dtype == torch.float32:
-        return {"BM": 64, "BK": 64, "BR": 16, "num_warps": 4, "num_stages": 2}
-    if product.split_a or product.split_b:
-        return {"BM": 64, "BK": 128, "BR": min(BR, 32), "num_warps": 4, "num_stages": 2}
-    return {"BM": 64, "BK": 128, "BR": min(BR, 64), "num_warps": 4, "num_stages": 2}
-
-
-def input_product(lora_a_dtype: torch.dtype, output_dtypes: set[torch.dtype]) -> Operands:
-    """How u and A are multiplied; u counts as A's dtype."""
-    return operands(lora_a_dtype, lora_a_dtype, {lora_a_dtype} | output_dtypes == {torch.float32})
+        return Plan(product, {"BM": 64, "BK": 64, "BR": 16, "num_warps": 4, "num_stages": 2})
+    BR = min(BR, 32 if product.split_a or product.split_b else 64)
+    return Plan(product, {"BM": 64, "BK": 128, "BR": BR, "num_warps": 4, "num_stages": 2})
 
 
 def down_input_gradient(
@@ -137,21 +152,17 @@ def down_input_gradient(
             outside [0, 1), both ``dtype`` and ``accumulate_into``, or dh0 wanted of what does not mix.
     """
     mixes = isinstance(lambda_, Tensor) or lambda_ != 0
-    check_u(u)
+    check_low_rank("u", u)
+    check_one_value("lambda_", lambda_)
     check_dropout(dropout_p, dropout_seed)
-    check_dtype("lora_a", lora_a.dtype)
-    if lora_a.dim() != 2 or lora_a.shape[0] != u.shape[1]:
-        raise ValueError(f"lora_a has shape {list(lora_a.shape)}, but [{u.shape[1]}, K] fits u")
+    check_matrix("lora_a", lora_a, u.shape[1], "K", "u")
     (M, r), K = u.shape, lora_a.shape[1]
     if residual_dtype is not None and not mixes:
         raise ValueError("residual_dtype asks for the gradient of h0, but lambda_ is the number 0: it has none")
     if accumulate_into is not None:
         if dtype is not None:
             raise ValueError("both dtype and accumulate_into: a fresh dx or a sum, not both")
-        if accumulate_into.shape != (M, K):
-            raise ValueError(
-                f"accumulate_into has shape {list(accumulate_into.shape)}, but [{M}, {K}] fits u and lora_a"
-            )
+        check_matrix("accumulate_into", accumulate_into, M, K, "u and lora_a")
         if any(stride == 0 and size > 1 for stride, size in zip(accumulate_into.stride(), (M, K), strict=True)):
             raise ValueError("accumulate_into is expanded, its elements share memory: clone it first")
         dx = accumulate_into
@@ -166,35 +177,46 @@ def down_input_gradient(
     if r == 0:
         return dx if dx is None or accumulate_into is not None else dx.zero_(), None if dh is None else dh.zero_()
 
-    product = input_product(lora_a.dtype, {tensor.dtype for tensor in written})
-    config = input_tiles(r, product)
+    written_dtypes = frozenset(tensor.dtype for tensor in written)
+    chosen = plan(r, lora_a.dtype, written_dtypes, targets.target_of(u.device), float32_is_exact())
+    product = chosen.operands
     keep_from, scale = drawn(dropout_p)
-    with torch.cuda.device_of(u):
-        down_input_gradient_kernel[(triton.cdiv(M, config["BM"]) * triton.cdiv(K, config["BK"]),)](
-            p_u=u,
-            p_lora_a=lora_a,
-            p_seed=dropout_seed if dropout_p else None,
-            p_dx=dx,
-            p_dh=dh,
-            lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
-            keep_from=keep_from,
-            scale=scale,
-            M=M,
-            K=K,
-            stride_a_r=lora_a.stride(0),
-            stride_a_k=lora_a.stride(1),
-            stride_dx_m=0 if dx is None else dx.stride(0),
-            stride_dx_k=0 if dx is None else dx.stride(1),
-            R=r,
-            MIXES=mixes,
-            LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
-            HAS_DROPOUT=dropout_p != 0,
-            HAS_DX=dx is not None,
-            ACCUMULATE=accumulate_into is not None,
-            HAS_DH=dh is not None,
-            SPLIT_U=product.split_a,
-            SPLIT_A=product.split_b,
-            DOT_DTYPE=product.tl_dtype,
-            **config,
-        )
+
+    def launch(config: dict[str, int], dx: Tensor | None = dx) -> None:
+        grid = (cdiv(M, config["BM"]) * cdiv(K, config["BK"]),)
+        with torch.cuda.device_of(u):  # Triton launches on the current device; does nothing for a CPU tensor
+            down_input_gradient_kernel[grid](
+                p_u=u,
+                p_lora_a=lora_a,
+                p_seed=dropout_seed if dropout_p else None,
+                p_dx=dx,
+                p_dh=dh,
+                lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
+                keep_from=keep_from,
+                scale=scale,
+                M=M,
+                K=K,
+                stride_a_r=lora_a.stride(0),
+                stride_a_k=lora_a.stride(1),
+                stride_dx_m=0 if dx is None else dx.stride(0),
+                stride_dx_k=0 if dx is None else dx.stride(1),
+                R=r,
+                MIXES=mixes,
+                LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
+                HAS_DROPOUT=dropout_p != 0,
+                HAS_DX=dx is not None,
+                ACCUMULATE=accumulate_into is not None,
+                HAS_DH=dh is not None,
+                SPLIT_U=product.split_a,
+                SPLIT_A=product.split_b,
+                DOT_DTYPE=product.tl_dtype,
+                **config,
+            )
+
+    def trial(config: dict[str, int]) -> None:
+        launch(config, dx if accumulate_into is None else dx.clone())  # to which only the launch itself may add
+
+    key = ("input gradient", M.bit_length(), K, r, lora_a.dtype, written_dtypes, dx is None, dh is None)
+    key += (product, mixes, dropout_p != 0, accumulate_into is not None, u.device)
+    launch(tuned(key, chosen.config, trial, "BM"))
     return dx, dh

@@ -2,22 +2,31 @@
 
 One pass over x and h0. No atomics: dA is summed over parts of the rows, and the parts in a second stage, always in the
 same order. Called by ``sibo_triton.ops``.
+
+Compiled once for every K, dtypes, rank's tile and plan; whatever M, but for the length of the parts, a power of two.
 """
+
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_dropout, check_dtype, check_u
+from . import targets
+from .autotune import tuned
+from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_mix
 from .dropout import drawn, keep_tile, row_hashes, seed_keys
-from .precision import Operands, operands, split_dot
+from .partial_sums import sum_parts
+from .precision import Operands, float32_is_exact, operands, split_dot
+from .targets import Target, cdiv
 
-#: About how many programs compute dA: a few for each processor of a large GPU.
-PROGRAMS = 512
+#: About how many programs compute dA, for each multiprocessor.
+PROGRAMS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def down_weight_gradient_kernel(
     p_u,  # [M, r], contiguous
     p_x,  # [M, K]
@@ -122,36 +131,61 @@ def _drop(b, b_keep, SPLIT: tl.constexpr, DOT_DTYPE: tl.constexpr):
         return b.to(DOT_DTYPE) * b_keep.to(DOT_DTYPE)
 
 
-def weight_tiles(rank: int, products: list[Operands]) -> dict[str, int]:
-    """Tile sizes and launch options of :func:`down_weight_gradient`, by the rank and the dtypes of its dots' operands.
+@dataclass(frozen=True)
+class Plan:
+    """How a launch multiplies, and its tiles."""
 
-    One choice for every GPU, by the smallest shared memory among the targets (64 KiB on gfx942).
-    """
-    BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
-    if any(product.dtype == torch.float32 for product in products):
-        # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
-        return {"BM": 16, "BK": 64, "BR": min(BR, 64), "num_warps": 4, "num_stages": 3}
-    if any(product.split_a or product.split_b for product in products):
-        return {"BM": 32, "BK": 64, "BR": min(BR, 64), "num_warps": 4 if BR <= 32 else 8, "num_stages": 3}
-    if BR <= 32:
-        return {"BM": 64, "BK": 64, "BR": BR, "num_warps": 4, "num_stages": 3}
-    return {"BM": 32, "BK": 64, "BR": min(BR, 128), "num_warps": 4, "num_stages": 3}
+    mix_first: bool
+    product: Operands  # of x, or of the mixed tile, and u
+    product_h: Operands  # of h0 and u
+    config: dict[str, int]  # BM, BK, BR, num_warps, num_stages
 
 
-def weight_products(
-    x_dtype: torch.dtype, residual_dtype: torch.dtype | None, adapter_dtype: torch.dtype, rank: int
-) -> tuple[bool, Operands, Operands]:
-    """MIX_FIRST, the product of x (or of the mixed tile) and u, and that of h0 and u."""
-    mixes = residual_dtype is not None
-    dtypes = {x_dtype, adapter_dtype} | ({residual_dtype} if mixes else set())
-    float32_throughout = dtypes == {torch.float32}
+@lru_cache(maxsize=1024)
+def plan(
+    rank: int,
+    x_dtype: torch.dtype,
+    h0_dtype: torch.dtype | None,
+    adapter_dtype: torch.dtype,
+    target: Target,
+    exact: bool = True,
+) -> Plan:
+    """The plan of a launch; ``h0_dtype`` is None where nothing mixes; ``exact``: float32 is multiplied as float32."""
+    mixes = h0_dtype is not None
+    dtypes = {x_dtype, adapter_dtype} | ({h0_dtype} if mixes else set())
+    throughout = dtypes == {torch.float32}
+    exact = exact and throughout
     # Where the second product would cost more than mixing the tiles, and where nothing is lost by mixing them first.
-    mix_first = mixes and (float32_throughout or rank > 64)
-    mixed_dtype = x_dtype if len(dtypes) == 1 or not mix_first else torch.float32
-    product = operands(mixed_dtype, adapter_dtype, float32_throughout)
-    if mixes and not mix_first:
-        return mix_first, product, operands(residual_dtype, adapter_dtype, float32_throughout)
-    return mix_first, product, product
+    mix_first = mixes and (throughout or rank > 64)
+    product = operands(x_dtype if len(dtypes) == 1 or not mix_first else torch.float32, adapter_dtype, exact)
+    product_h = operands(h0_dtype, adapter_dtype, exact) if mixes and not mix_first else product
+
+    BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
+    if product.dtype == torch.float32:
+        # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
+        BM, BR, num_warps = 16, min(BR, 64), 4
+    elif any(of.split_a or of.split_b for of in (product, product_h)):
+        # Where all is split, the parts of more rows would overflow sm_120's registers.
+        BM = 16 if BR >= 64 and product.split_a and product.split_b else 32
+        BR, num_warps = min(BR, 64), 4 if BR <= 32 else 8
+    elif BR <= 32:
+        BM, num_warps = 64, 4
+    else:
+        BM, BR, num_warps = 32, min(BR, 128), 4
+    BK = 64
+    bytes_of_stage = BM * (BK * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + 4 * BR)
+    num_stages = target.stages(3, bytes_of_stage, programs=2)
+    config = {"BM": BM, "BK": BK, "BR": BR, "num_warps": num_warps, "num_stages": num_stages}
+    return Plan(mix_first, product, product_h, config)
+
+
+@lru_cache(maxsize=1024)
+def cut(M: int, K: int, r: int, BM: int, BK: int, BR: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Tiles of dA, parts of each, and the tiles of rows in a part: a power of two."""
+    tiles = cdiv(K, BK) * cdiv(r, BR)
+    m_tiles = cdiv(M, BM)
+    steps = 1 << max(0, (m_tiles * tiles // (PROGRAMS * multiprocessors)).bit_length() - 1)
+    return tiles, cdiv(m_tiles, steps), steps
 
 
 def down_weight_gradient(
@@ -188,60 +222,58 @@ def down_weight_gradient(
             a rate of dropout outside [0, 1).
     """
     mixes = isinstance(lambda_, Tensor) or lambda_ != 0
-    if mixes and initial_residual is None:
-        raise ValueError(f"initial_residual is None, but lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing")
-    check_u(u)
+    check_mix(lambda_, mixes, initial_residual)
+    check_low_rank("u", u)
     check_dropout(dropout_p, dropout_seed)
     check_dtype("adapter_dtype", adapter_dtype)
-    inputs = {"x": x} | ({"initial_residual": initial_residual} if mixes else {})
-    for name, tensor in inputs.items():
-        check_dtype(name, tensor.dtype)
-        if tensor.dim() != 2 or tensor.shape[0] != u.shape[0] or tensor.shape != x.shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; x is [{u.shape[0]}, K] as is h0, by the rows of u"
-            )
+    check_matrix("x", x, u.shape[0], "K", "u")
     (M, K), r = x.shape, u.shape[1]
+    if mixes:
+        check_matrix("initial_residual", initial_residual, M, K, "x")
     if M == 0 or K == 0 or r == 0:
         return torch.zeros((r, K), dtype=torch.float32, device=x.device)
 
-    residual_dtype = initial_residual.dtype if mixes else None
-    mix_first, product, product_h = weight_products(x.dtype, residual_dtype, adapter_dtype, r)
-    config = weight_tiles(r, [product, product_h])
-    tiles = triton.cdiv(K, config["BK"]) * triton.cdiv(r, config["BR"])
-    m_tiles = triton.cdiv(M, config["BM"])
-    # A power of two, so that batches of many lengths share a few compiled kernels.
-    steps = 1 << max(0, (m_tiles * tiles // PROGRAMS).bit_length() - 1)
-    parts = triton.cdiv(m_tiles, steps)
-    partial = torch.empty((parts, r, K), dtype=torch.float32, device=x.device)
+    target = targets.target_of(x.device)
+    h0 = initial_residual if mixes else None
+    chosen = plan(r, x.dtype, None if h0 is None else h0.dtype, adapter_dtype, target, float32_is_exact())
+    product, product_h = chosen.product, chosen.product_h
     keep_from, scale = drawn(dropout_p)
-    with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
-        down_weight_gradient_kernel[(tiles * parts,)](
-            p_u=u,
-            p_x=x,
-            p_initial_residual=initial_residual if mixes else None,
-            p_seed=dropout_seed if dropout_p else None,
-            p_partial=partial,
-            lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
-            keep_from=keep_from,
-            scale=scale,
-            M=M,
-            r=r,
-            stride_x_m=x.stride(0),
-            stride_x_k=x.stride(1),
-            stride_h_m=initial_residual.stride(0) if mixes else 0,
-            stride_h_k=initial_residual.stride(1) if mixes else 0,
-            K=K,
-            STEPS=steps,
-            HAS_INITIAL_RESIDUAL=mixes,
-            LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
-            HAS_DROPOUT=dropout_p != 0,
-            MIX_FIRST=mix_first,
-            SPLIT_X=product.split_a,
-            SPLIT_U=product.split_b,
-            DOT_DTYPE=product.tl_dtype,
-            SPLIT_H=product_h.split_a,
-            SPLIT_U_H=product_h.split_b,
-            DOT_DTYPE_H=product_h.tl_dtype,
-            **config,
-        )
-    return partial[0] if parts == 1 else partial.sum(0)
+
+    def launch(config: dict[str, int]) -> Tensor:
+        tiles, parts, steps = cut(M, K, r, config["BM"], config["BK"], config["BR"], target.multiprocessors)
+        partial = torch.empty((parts, r, K), dtype=torch.float32, device=x.device)
+        with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
+            down_weight_gradient_kernel[(tiles * parts,)](
+                p_u=u,
+                p_x=x,
+                p_initial_residual=h0,
+                p_seed=dropout_seed if dropout_p else None,
+                p_partial=partial,
+                lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
+                keep_from=keep_from,
+                scale=scale,
+                M=M,
+                r=r,
+                stride_x_m=x.stride(0),
+                stride_x_k=x.stride(1),
+                stride_h_m=0 if h0 is None else h0.stride(0),
+                stride_h_k=0 if h0 is None else h0.stride(1),
+                K=K,
+                STEPS=steps,
+                HAS_INITIAL_RESIDUAL=mixes,
+                LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
+                HAS_DROPOUT=dropout_p != 0,
+                MIX_FIRST=chosen.mix_first,
+                SPLIT_X=product.split_a,
+                SPLIT_U=product.split_b,
+                DOT_DTYPE=product.tl_dtype,
+                SPLIT_H=product_h.split_a,
+                SPLIT_U_H=product_h.split_b,
+                DOT_DTYPE_H=product_h.tl_dtype,
+                **config,
+            )
+        return partial
+
+    dtypes = x.dtype, None if h0 is None else h0.dtype, adapter_dtype
+    key = ("weight gradient", M.bit_length(), K, r, dtypes, product, dropout_p != 0, x.device)
+    return sum_parts(launch(tuned(key, chosen.config, launch, "BM")))[0]

@@ -11,11 +11,13 @@ in DOT_DTYPE because the interpreter multiplies the raw bits of bfloat16.
 """
 
 import math
+from functools import cache
 
 import triton
 import triton.language as tl
 
 
+@cache
 def drawn(p: float) -> tuple[int, float]:
     """What a kernel needs of the rate ``p``, in [0, 1): ``keep_from``, an int32, and ``scale``, ``1 / (1 - p')``.
 

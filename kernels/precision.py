@@ -74,16 +74,21 @@ class Operands:
         return tl.float32 if INTERPRETED else TL_DTYPES[self.dtype]
 
 
-def operands(a: torch.dtype, b: torch.dtype, float32_throughout: bool = False) -> Operands:
+def float32_is_exact() -> bool:
+    """Whether torch multiplies float32 matrices as float32: ``torch.set_float32_matmul_precision`` may allow less."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def operands(a: torch.dtype, b: torch.dtype, exact: bool = False) -> Operands:
     """How to multiply tiles that are to count as ``a`` and ``b``.
 
     Args:
         a, b: float16, bfloat16 or float32. Pass a 16-bit dtype for a float32 tile that may be rounded to it.
-        float32_throughout: everything that the kernel reads and writes is float32. It then multiplies as float32,
-            without tensor cores, as torch does unless ``torch.set_float32_matmul_precision`` allowed less.
+        exact: multiply float32 tiles as float32, without tensor cores: where all that the kernel reads and writes is
+            float32 and :func:`float32_is_exact`.
     """
     if a == b != torch.float32:
         return Operands(False, False, a)
-    if float32_throughout and torch.get_float32_matmul_precision() == "highest":
+    if exact:
         return Operands(False, False, torch.float32)
     return Operands(a != torch.bfloat16, b != torch.bfloat16, torch.bfloat16)

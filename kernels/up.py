@@ -9,18 +9,26 @@ fresh y:
 
 With B in 16 bits, t is rounded to B's dtype, as the definition does. With B in float32 (PEFT's default, also on a
 16-bit model) the product before its last rounding is within 1e-4 of float32's, by ``precision.split_dot``.
+
+Compiled once for every rank, dtypes and what there is to add; whatever M, and N but for what divides it.
 """
+
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_dtype
-from .precision import Operands, operands, split_dot
+from . import targets
+from .autotune import tuned
+from .checks import check_bias, check_dtype, check_low_rank, check_matrix, check_one_value
+from .precision import Operands, float32_is_exact, operands, split_dot
+from .targets import Target, cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def up_kernel(
     p_t,  # [M, r], contiguous
     p_lora_b,  # [N, r]
@@ -85,15 +93,27 @@ def up_kernel(
     tl.store(p_y + o_m[:, None] * N + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
-def tiles(rank: int, dot: Operands) -> dict[str, int]:
-    """Tile sizes and launch options, by the rank and how tiles are multiplied; one choice for every GPU."""
+@dataclass(frozen=True)
+class Plan:
+    """How a launch multiplies, and its tiles."""
+
+    operands: Operands
+    config: dict[str, int]  # BM, BN, BR, num_warps, num_stages
+
+
+@lru_cache(maxsize=1024)
+def plan(rank: int, lora_b_dtype: torch.dtype, y_dtype: torch.dtype, target: Target, exact: bool = True) -> Plan:
+    """The plan of a launch; ``exact``: float32 is multiplied as float32."""
+    if lora_b_dtype == torch.float32:
+        dot = operands(torch.float32, torch.float32, exact=exact and y_dtype == torch.float32)
+    else:
+        dot = operands(lora_b_dtype, lora_b_dtype)  # t counts as B's dtype
     BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
     if dot.dtype == torch.float32:
         # Multiplied without tensor cores, from registers: larger tiles spill.
-        return {"BM": 64, "BN": 64, "BR": 16, "num_warps": 8, "num_stages": 2}
-    if dot.split_a or dot.split_b:
-        return {"BM": 64, "BN": 128, "BR": min(BR, 32), "num_warps": 4, "num_stages": 2}
-    return {"BM": 64, "BN": 128, "BR": min(BR, 64), "num_warps": 4, "num_stages": 2}
+        return Plan(dot, {"BM": 64, "BN": 64, "BR": 16, "num_warps": 8, "num_stages": 2})
+    BR = min(BR, 32 if dot.split_a or dot.split_b else 64)
+    return Plan(dot, {"BM": 64, "BN": 128, "BR": BR, "num_warps": 4, "num_stages": 2})
 
 
 def up(
@@ -122,7 +142,8 @@ def up(
         ValueError: a shape that does not fit, or t not contiguous.
     """
     check_dtype("y", dtype)
-    check_up_operands(t, lora_b, scaling, lora_bias=lora_bias, base_bias=base_bias)
+    _check(t, lora_b, scaling, lora_bias)
+    check_bias("base_bias", base_bias, lora_b.shape[0])
     return _launch(t, lora_b, scaling, dtype, lora_bias, base_bias, None)
 
 
@@ -145,38 +166,16 @@ def add_up(
     Raises:
         TypeError, ValueError: as :func:`up`.
     """
-    check_dtype("base", base.dtype)
-    check_up_operands(t, lora_b, scaling, lora_bias=lora_bias)
-    if base.dim() != 2 or base.shape != (t.shape[0], lora_b.shape[0]):
-        raise ValueError(f"base has shape {list(base.shape)}, but [{t.shape[0]}, {lora_b.shape[0]}] fits t and lora_b")
+    _check(t, lora_b, scaling, lora_bias)
+    check_matrix("base", base, t.shape[0], lora_b.shape[0], "t and lora_b")
     return _launch(t, lora_b, scaling, base.dtype, lora_bias, None, base)
 
 
-def check_up_operands(t: Tensor | None, lora_b: Tensor, scaling: float | Tensor, **biases: Tensor | None) -> None:
-    """Raise unless t, B, s and the biases, where given, fit each other and the kernels."""
-    check_dtype("lora_b", lora_b.dtype)
-    if t is not None and t.dtype != torch.float32:
-        raise TypeError(f"t is {t.dtype}: the kernels keep it in torch.float32")
-    if t is not None and (t.dim() != 2 or not t.is_contiguous()):
-        raise ValueError(f"t has shape {list(t.shape)} and strides {t.stride()}: it must be [M, r], contiguous")
-    if lora_b.dim() != 2 or (t is not None and lora_b.shape[1] != t.shape[1]):
-        rank = "r" if t is None else t.shape[1]
-        raise ValueError(f"lora_b has shape {list(lora_b.shape)}, but [N, {rank}] fits t")
-    for name, bias in biases.items():
-        if bias is not None:
-            check_dtype(name, bias.dtype)
-            if bias.shape != lora_b.shape[:1]:
-                raise ValueError(f"{name} has shape {list(bias.shape)}, but [{lora_b.shape[0]}] fits lora_b")
-    if isinstance(scaling, Tensor) and (scaling.numel() != 1 or not scaling.is_floating_point()):
-        found = f"a {scaling.dtype} tensor of shape {list(scaling.shape)}"
-        raise ValueError(f"scaling is {found}: pass a number or one floating point value")
-
-
-def dot_of_up(lora_b_dtype: torch.dtype, y_dtype: torch.dtype) -> Operands:
-    """How t and B are multiplied."""
-    if lora_b_dtype != torch.float32:
-        return operands(lora_b_dtype, lora_b_dtype)  # t counts as B's dtype
-    return operands(torch.float32, torch.float32, float32_throughout=y_dtype == torch.float32)
+def _check(t: Tensor, lora_b: Tensor, scaling: float | Tensor, lora_bias: Tensor | None) -> None:
+    check_low_rank("t", t)
+    check_matrix("lora_b", lora_b, "N", t.shape[1], "t")
+    check_bias("lora_bias", lora_bias, lora_b.shape[0])
+    check_one_value("scaling", scaling)
 
 
 def _launch(
@@ -192,34 +191,40 @@ def _launch(
     y = torch.empty((M, N), dtype=dtype, device=t.device)
     if M == 0 or N == 0:
         return y
-    dot = dot_of_up(lora_b.dtype, dtype)
-    config = tiles(r, dot)
-    grid = (triton.cdiv(M, config["BM"]) * triton.cdiv(N, config["BN"]),)
-    with torch.cuda.device_of(t):  # Triton launches on the current device; does nothing for a CPU tensor
-        up_kernel[grid](
-            p_t=t,
-            p_lora_b=lora_b,
-            p_lora_bias=lora_bias,
-            p_base_bias=base_bias,
-            p_base=base,
-            p_y=y,
-            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
-            M=M,
-            N=N,
-            stride_b_n=lora_b.stride(0),
-            stride_b_r=lora_b.stride(1),
-            stride_lora_bias_n=0 if lora_bias is None else lora_bias.stride(0),
-            stride_base_bias_n=0 if base_bias is None else base_bias.stride(0),
-            stride_base_m=0 if base is None else base.stride(0),
-            stride_base_n=0 if base is None else base.stride(1),
-            R=r,
-            HAS_LORA_BIAS=lora_bias is not None,
-            HAS_BASE_BIAS=base_bias is not None,
-            HAS_BASE=base is not None,
-            SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-            SPLIT_T=dot.split_a,
-            SPLIT_B=dot.split_b,
-            DOT_DTYPE=dot.tl_dtype,
-            **config,
-        )
+    chosen = plan(r, lora_b.dtype, dtype, targets.target_of(t.device), float32_is_exact())
+    dot = chosen.operands
+
+    def launch(config: dict[str, int]) -> None:
+        grid = (cdiv(M, config["BM"]) * cdiv(N, config["BN"]),)
+        with torch.cuda.device_of(t):  # Triton launches on the current device; does nothing for a CPU tensor
+            up_kernel[grid](
+                p_t=t,
+                p_lora_b=lora_b,
+                p_lora_bias=lora_bias,
+                p_base_bias=base_bias,
+                p_base=base,
+                p_y=y,
+                scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+                M=M,
+                N=N,
+                stride_b_n=lora_b.stride(0),
+                stride_b_r=lora_b.stride(1),
+                stride_lora_bias_n=0 if lora_bias is None else lora_bias.stride(0),
+                stride_base_bias_n=0 if base_bias is None else base_bias.stride(0),
+                stride_base_m=0 if base is None else base.stride(0),
+                stride_base_n=0 if base is None else base.stride(1),
+                R=r,
+                HAS_LORA_BIAS=lora_bias is not None,
+                HAS_BASE_BIAS=base_bias is not None,
+                HAS_BASE=base is not None,
+                SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+                SPLIT_T=dot.split_a,
+                SPLIT_B=dot.split_b,
+                DOT_DTYPE=dot.tl_dtype,
+                **config,
+            )
+
+    added = lora_bias is not None, base_bias is not None, base is not None
+    key = ("up", M.bit_length(), N, r, lora_b.dtype, dtype, dot, added, t.device)
+    launch(tuned(key, chosen.config, launch, "BM"))
     return y

@@ -6,21 +6,27 @@ and one for dB, move fewer bytes: :func:`plan` counts them and chooses. Either w
 gradients are bitwise the same from run to run.
 
 Called by ``sibo_triton.ops``.
+
+Compiled once for every rank, dtypes and plan; whatever M and N, but for what divides N and for STEPS, a power of two.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import targets
+from .autotune import tuned
+from .checks import check_low_rank, check_matrix, check_one_value
 from .partial_sums import sum_parts
-from .precision import TL_DTYPES, Operands, operands, split_dot
-from .up import check_up_operands
+from .precision import Operands, float32_is_exact, operands, split_dot
+from .targets import Target, cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def both_kernel(
     p_grad_y,  # [M, N]
     p_lora_b,  # [N, r]
@@ -135,22 +141,49 @@ class Launch:
 
     config: dict[str, int]  # tile sizes, STEPS, num_warps, num_stages
     programs: int
-    u_parts: int = 1
+    parts: int  # of the sum; of u where dB is another
     grad_b_parts: int = 1
 
 
-PROGRAMS = 256  # at the least, where there is work for so many: twice the multiprocessors of an A100 or H200
+@dataclass(frozen=True)
+class Plan:
+    """How the two products are taken: in one pass over dY, or each in its own."""
+
+    dot_u: Operands  # of dY and B
+    dot_grad_b: Operands  # of dY and t
+    both: Launch | None
+    u: Launch
+    grad_b: Launch
 
 
-def dots_of_up_backward(grad_y_dtype: torch.dtype, lora_b_dtype: torch.dtype) -> tuple[Operands, Operands]:
-    """How dY and B are multiplied for u, and dY and t for dB: t counts as 16-bit where dY and B agree on 16 bits."""
-    throughout = grad_y_dtype == lora_b_dtype == torch.float32
-    t_dtype = grad_y_dtype if grad_y_dtype == lora_b_dtype else torch.float32
-    return operands(grad_y_dtype, lora_b_dtype, throughout), operands(grad_y_dtype, t_dtype, throughout)
+#: About how many programs a launch has for each multiprocessor, or up to twice as many, where there is work for them.
+PROGRAMS = 2
 
 
-def launch_of_both(M: int, N: int, r: int, dot_u: Operands, dot_grad_b: Operands, hip: bool = False) -> Launch | None:
-    """One pass over dY for u and dB; None where the two sums do not fit into registers. Sizes are at least 1.
+@lru_cache(maxsize=1024)
+def plan(
+    M: int, N: int, r: int, grad_y_dtype: torch.dtype, lora_b_dtype: torch.dtype, target: Target, exact: bool = True
+) -> Plan:
+    """The plan for sizes of at least 1: one pass where that moves fewer bytes than two."""
+    exact = exact and grad_y_dtype == lora_b_dtype == torch.float32
+    t_dtype = grad_y_dtype if grad_y_dtype == lora_b_dtype else torch.float32  # t counts as 16-bit where both are
+    dots = operands(grad_y_dtype, lora_b_dtype, exact), operands(grad_y_dtype, t_dtype, exact)
+    itemsize = grad_y_dtype.itemsize
+    both = launch_of_both(M, N, r, *dots, itemsize, target)
+    u = launch_of_product(M, N, r, dots[0], itemsize, target)
+    grad_b = launch_of_product(N, M, r, dots[1], itemsize, target)
+    if both is not None:
+        sizes = (M, N, r, itemsize, lora_b_dtype.itemsize)
+        one = bytes_moved(*sizes, 1, both.parts, both.grad_b_parts)
+        if one >= bytes_moved(*sizes, 2, u.parts, grad_b.parts):
+            both = None
+    return Plan(*dots, both, u, grad_b)
+
+
+def launch_of_both(
+    M: int, N: int, r: int, dot_u: Operands, dot_grad_b: Operands, itemsize: int, target: Target
+) -> Launch | None:
+    """One pass over dY for u and dB; None where the two sums do not fit into registers.
 
     The wider a tile, the fewer the parts of u; its height costs nothing, as a program walks down a strip of rows.
     """
@@ -163,16 +196,17 @@ def launch_of_both(M: int, N: int, r: int, dot_u: Operands, dot_grad_b: Operands
     elif dot_u.split_a or dot_grad_b.split_a:
         BN, num_stages = 128, 1  # the parts of dY take the registers
     else:
-        BN, num_stages = 256, 1 if hip else 2  # one stage ahead spills on gfx942
+        # One stage ahead spills on gfx942; where B or t is split, registers leave room for one program.
+        BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), 1 if split else 2)
     BM = 64
-    u_parts = triton.cdiv(N, BN)
-    steps, grad_b_parts = _cut(triton.cdiv(M, BM), triton.cdiv(PROGRAMS, u_parts))
+    u_parts = cdiv(N, BN)
+    steps, grad_b_parts = _cut(cdiv(M, BM), u_parts, target)
     config = {"BM": BM, "BN": BN, "BR": BR, "STEPS": steps, "num_warps": 8, "num_stages": num_stages}
     return Launch(config, u_parts * grad_b_parts, u_parts, grad_b_parts)
 
 
-def launch_of_product(Q: int, J: int, r: int, dot: Operands) -> tuple[Launch, int]:
-    """One pass over dY, ``[Q, J]`` or transposed, for one of the two; with the number of parts of its sum."""
+def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, target: Target) -> Launch:
+    """One pass over dY, ``[Q, J]`` or transposed, for one of the two."""
     BR = max(16, triton.next_power_of_2(r))
     if dot.dtype == torch.float32:
         BJ, BR, num_warps = 16, min(BR, 64), 4  # multiplied without tensor cores, from registers: larger tiles spill
@@ -181,16 +215,21 @@ def launch_of_product(Q: int, J: int, r: int, dot: Operands) -> tuple[Launch, in
     else:
         BJ, BR, num_warps = 64, min(BR, 128), 4 if BR <= 64 else 8
     BQ = 64
-    tiles = triton.cdiv(Q, BQ) * triton.cdiv(r, BR)
-    steps, parts = _cut(triton.cdiv(J, BJ), triton.cdiv(PROGRAMS, tiles))
-    config = {"BQ": BQ, "BJ": BJ, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": 2}
-    return Launch(config, tiles * parts), parts
+    tiles = cdiv(Q, BQ) * cdiv(r, BR)
+    steps, parts = _cut(cdiv(J, BJ), tiles, target)
+    num_stages = target.stages(2, BJ * (BQ * itemsize + BR * 4), PROGRAMS)
+    config = {"BQ": BQ, "BJ": BJ, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
+    return Launch(config, tiles * parts, parts)
 
 
-def _cut(tiles: int, wanted: int) -> tuple[int, int]:
-    """Steps, a power of two (a kernel is compiled for each), and parts: at least as many as wanted, if there are."""
+def _cut(tiles: int, programs: int, target: Target) -> tuple[int, int]:
+    """Steps, a power of two (a kernel is compiled for each), and parts of a sum that goes over so many tiles.
+
+    As many parts, if there are tiles for them, as make PROGRAMS for each multiprocessor of the programs for one part.
+    """
+    wanted = max(1, PROGRAMS * target.multiprocessors // programs)
     steps = 1 << max(1, tiles // wanted).bit_length() - 1
-    return steps, triton.cdiv(tiles, steps)
+    return steps, cdiv(tiles, steps)
 
 
 def bytes_moved(
@@ -206,20 +245,6 @@ def bytes_moved(
 
     inputs = passes * M * N * grad_y_itemsize + N * r * lora_b_itemsize + M * r * 4
     return inputs + of_sum(u_parts, M * r) + of_sum(grad_b_parts, N * r)
-
-
-def plan(
-    M: int, N: int, r: int, grad_y_dtype: torch.dtype, lora_b_dtype: torch.dtype, hip: bool = False
-) -> Launch | None:
-    """The launch of the single pass if that moves fewer bytes than two, else None."""
-    dot_u, dot_grad_b = dots_of_up_backward(grad_y_dtype, lora_b_dtype)
-    both = launch_of_both(M, N, r, dot_u, dot_grad_b, hip)
-    if both is None:
-        return None
-    parts = launch_of_product(M, N, r, dot_u)[1], launch_of_product(N, M, r, dot_grad_b)[1]
-    sizes = (M, N, r, grad_y_dtype.itemsize, lora_b_dtype.itemsize)
-    one, two = bytes_moved(*sizes, 1, both.u_parts, both.grad_b_parts), bytes_moved(*sizes, 2, *parts)
-    return both if one < two else None
 
 
 def up_backward(
@@ -249,94 +274,96 @@ def up_backward(
         TypeError: a dtype that the kernels do not take.
         ValueError: a shape that does not fit, t missing or not contiguous.
     """
-    if grad_y.dtype not in TL_DTYPES:
-        raise TypeError(f"grad_y is {grad_y.dtype}: the kernel takes {', '.join(map(str, TL_DTYPES))}")
-    if wants_grad_b and t is None:
-        raise ValueError("t is None, but dB is wanted: pass t, or wants_grad_b=False")
-    if not wants_grad_b:
-        t = None
-    check_up_operands(t, lora_b, scaling)
-    if grad_y.dim() != 2 or grad_y.shape[1] != lora_b.shape[0] or (t is not None and t.shape[0] != grad_y.shape[0]):
-        rows = "M" if t is None else t.shape[0]
-        raise ValueError(f"grad_y has shape {list(grad_y.shape)}, but [{rows}, {lora_b.shape[0]}] fits t and lora_b")
+    check_matrix("lora_b", lora_b, "N", "r")
+    if wants_grad_b:
+        if t is None:
+            raise ValueError("t is None, but dB is wanted: pass t, or wants_grad_b=False")
+        check_low_rank("t", t)
+        check_matrix("lora_b", lora_b, "N", t.shape[1], "t")
+    check_one_value("scaling", scaling)
+    check_matrix("grad_y", grad_y, t.shape[0] if wants_grad_b else "M", lora_b.shape[0], "t and lora_b")
     (M, N), r = grad_y.shape, lora_b.shape[1]
     if M == 0 or N == 0 or r == 0:
         u = torch.zeros((M, r), dtype=torch.float32, device=grad_y.device) if wants_u else None
         return u, torch.zeros((N, r), dtype=torch.float32, device=grad_y.device) if wants_grad_b else None
 
-    both = None
-    if wants_u and wants_grad_b:
-        both = plan(M, N, r, grad_y.dtype, lora_b.dtype, hip=torch.version.hip is not None)
-    dot_u, dot_grad_b = dots_of_up_backward(grad_y.dtype, lora_b.dtype)
+    chosen = plan(M, N, r, grad_y.dtype, lora_b.dtype, targets.target_of(grad_y.device), float32_is_exact())
     with torch.cuda.device_of(grad_y):  # Triton launches on the current device; does nothing for a CPU tensor
-        if both is not None:
-            u_parts, grad_b_parts = _launch_both(both, grad_y, t, lora_b, scaling, dot_u, dot_grad_b)
+        if chosen.both is not None and wants_u and wants_grad_b:
+            parts = _launch_both(chosen, grad_y, t, lora_b, scaling)
         else:
-            u_parts = _launch_product(grad_y, lora_b, scaling, dot_u) if wants_u else None
-            grad_b_parts = _launch_product(grad_y.T, t, scaling, dot_grad_b) if wants_grad_b else None
-    return sum_parts(u_parts, grad_b_parts)
+            parts = (
+                _launch_product(chosen.u, grad_y, lora_b, scaling, chosen.dot_u) if wants_u else None,
+                _launch_product(chosen.grad_b, grad_y.T, t, scaling, chosen.dot_grad_b) if wants_grad_b else None,
+            )
+    u, grad_b = sum_parts(*parts)
+    return u, grad_b
 
 
 def _launch_both(
-    launch: Launch,
-    grad_y: Tensor,
-    t: Tensor,
-    lora_b: Tensor,
-    scaling: float | Tensor,
-    dot_u: Operands,
-    dot_grad_b: Operands,
+    chosen: Plan, grad_y: Tensor, t: Tensor, lora_b: Tensor, scaling: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The parts of u, ``[parts, M, r]``, and of dB, ``[parts, N, r]``."""
+    launch, dot_u, dot_grad_b = chosen.both, chosen.dot_u, chosen.dot_grad_b
     (M, N), r = grad_y.shape, lora_b.shape[1]
-    u_parts = torch.empty((launch.u_parts, M, r), dtype=torch.float32, device=grad_y.device)
+    u_parts = torch.empty((launch.parts, M, r), dtype=torch.float32, device=grad_y.device)
     grad_b_parts = torch.empty((launch.grad_b_parts, N, r), dtype=torch.float32, device=grad_y.device)
-    both_kernel[(launch.programs,)](
-        p_grad_y=grad_y,
-        p_lora_b=lora_b,
-        p_t=t,
-        p_u=u_parts,
-        p_grad_b=grad_b_parts,
-        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
-        M=M,
-        N=N,
-        stride_g_m=grad_y.stride(0),
-        stride_g_n=grad_y.stride(1),
-        stride_b_n=lora_b.stride(0),
-        stride_b_r=lora_b.stride(1),
-        R=r,
-        SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-        SPLIT_G_U=dot_u.split_a,
-        SPLIT_B=dot_u.split_b,
-        DOT_DTYPE_U=dot_u.tl_dtype,
-        SPLIT_G_B=dot_grad_b.split_a,
-        SPLIT_T=dot_grad_b.split_b,
-        DOT_DTYPE_B=dot_grad_b.tl_dtype,
-        **launch.config,
-    )
+
+    def run(config: dict[str, int]) -> None:
+        both_kernel[(launch.programs,)](
+            p_grad_y=grad_y,
+            p_lora_b=lora_b,
+            p_t=t,
+            p_u=u_parts,
+            p_grad_b=grad_b_parts,
+            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+            M=M,
+            N=N,
+            stride_g_m=grad_y.stride(0),
+            stride_g_n=grad_y.stride(1),
+            stride_b_n=lora_b.stride(0),
+            stride_b_r=lora_b.stride(1),
+            R=r,
+            SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+            SPLIT_G_U=dot_u.split_a,
+            SPLIT_B=dot_u.split_b,
+            DOT_DTYPE_U=dot_u.tl_dtype,
+            SPLIT_G_B=dot_grad_b.split_a,
+            SPLIT_T=dot_grad_b.split_b,
+            DOT_DTYPE_B=dot_grad_b.tl_dtype,
+            **config,
+        )
+
+    key = ("both gradients of up", M.bit_length(), N, r, grad_y.dtype, lora_b.dtype, dot_u, grad_y.device)
+    run(tuned((*key, launch.config["STEPS"]), launch.config, run))
     return u_parts, grad_b_parts
 
 
-def _launch_product(g: Tensor, w: Tensor, scaling: float | Tensor, dot: Operands) -> Tensor:
+def _launch_product(launch: Launch, g: Tensor, w: Tensor, scaling: float | Tensor, dot: Operands) -> Tensor:
     """The parts of ``s g w``, ``[parts, Q, r]``; g is ``[Q, J]``, w ``[J, r]``."""
     (Q, J), r = g.shape, w.shape[1]
-    launch, parts = launch_of_product(Q, J, r, dot)
-    out = torch.empty((parts, Q, r), dtype=torch.float32, device=g.device)
-    product_kernel[(launch.programs,)](
-        p_g=g,
-        p_w=w,
-        p_out=out,
-        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
-        Q=Q,
-        J=J,
-        stride_g_q=g.stride(0),
-        stride_g_j=g.stride(1),
-        stride_w_j=w.stride(0),
-        stride_w_r=w.stride(1),
-        R=r,
-        SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-        SPLIT_G=dot.split_a,
-        SPLIT_W=dot.split_b,
-        DOT_DTYPE=dot.tl_dtype,
-        **launch.config,
-    )
+    out = torch.empty((launch.parts, Q, r), dtype=torch.float32, device=g.device)
+
+    def run(config: dict[str, int]) -> None:
+        product_kernel[(launch.programs,)](
+            p_g=g,
+            p_w=w,
+            p_out=out,
+            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+            Q=Q,
+            J=J,
+            stride_g_q=g.stride(0),
+            stride_g_j=g.stride(1),
+            stride_w_j=w.stride(0),
+            stride_w_r=w.stride(1),
+            R=r,
+            SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+            SPLIT_G=dot.split_a,
+            SPLIT_W=dot.split_b,
+            DOT_DTYPE=dot.tl_dtype,
+            **config,
+        )
+
+    key = ("a gradient of up", Q.bit_length(), J.bit_length(), r, g.dtype, w.dtype, dot, g.stride(1) == 1, g.device)
+    run(tuned((*key, launch.config["STEPS"]), launch.config, run))
     return out

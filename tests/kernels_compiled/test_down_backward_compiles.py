@@ -10,8 +10,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from ahead_of_time import POINTER, TARGETS, TENSOR_CORE, compile_for
 
-from sibo_triton.kernels.down_input_gradient import down_input_gradient_kernel, input_product, input_tiles
-from sibo_triton.kernels.down_weight_gradient import down_weight_gradient_kernel, weight_products, weight_tiles
+from sibo_triton.kernels import down_input_gradient, down_weight_gradient
+from sibo_triton.kernels.down_input_gradient import down_input_gradient_kernel
+from sibo_triton.kernels.down_weight_gradient import down_weight_gradient_kernel
+from sibo_triton.kernels.targets import KNOWN
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def compile_kernel(target, kernel, rank, config, arguments, constants):
+    config = dict(config)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     aligned = {name for name in arguments if name.startswith(("p_", "stride_", "keep")) or name == "K"}
     aligned |= {"r"} & set(arguments) if rank % 16 == 0 else set()
@@ -30,7 +33,8 @@ def compile_kernel(target, kernel, rank, config, arguments, constants):
 
 def compile_weight_gradient(target, rank, dtype, a_dtype, dropout, mixes=True, k=4096):
     """A launch on contiguous activations of a usual width, with lambda a tensor."""
-    mix_first, product, product_h = weight_products(dtype, dtype if mixes else None, a_dtype, rank)
+    chosen = down_weight_gradient.plan(rank, dtype, dtype if mixes else None, a_dtype, KNOWN[target])
+    product, product_h = chosen.product, chosen.product_h
     arguments = {
         "p_u": POINTER[FP32],
         "p_x": POINTER[dtype],
@@ -50,7 +54,7 @@ def compile_weight_gradient(target, rank, dtype, a_dtype, dropout, mixes=True, k
         "HAS_INITIAL_RESIDUAL": mixes,
         "LAMBDA_IS_TENSOR": mixes,
         "HAS_DROPOUT": dropout,
-        "MIX_FIRST": mix_first,
+        "MIX_FIRST": chosen.mix_first,
         "SPLIT_X": product.split_a,
         "SPLIT_U": product.split_b,
         "DOT_DTYPE": product.tl_dtype,
@@ -60,12 +64,12 @@ def compile_weight_gradient(target, rank, dtype, a_dtype, dropout, mixes=True, k
     }
     constants |= {} if mixes else {"p_initial_residual": None, "stride_h_m": 0}
     constants |= {} if dropout else {"p_seed": None}
-    config = weight_tiles(rank, [product, product_h])
-    return compile_kernel(target, down_weight_gradient_kernel, rank, config, arguments, constants)
+    return compile_kernel(target, down_weight_gradient_kernel, rank, chosen.config, arguments, constants)
 
 
 def compile_input_gradient(target, rank, dtype, a_dtype, dropout, accumulate=True, wants_dh=False):
-    product = input_product(a_dtype, {dtype})
+    chosen = down_input_gradient.plan(rank, a_dtype, frozenset([dtype]), KNOWN[target])
+    product = chosen.operands
     arguments = {
         "p_u": POINTER[FP32],
         "p_lora_a": POINTER[a_dtype],
@@ -93,8 +97,7 @@ def compile_input_gradient(target, rank, dtype, a_dtype, dropout, accumulate=Tru
     }
     constants |= {} if dropout else {"p_seed": None}
     constants |= {} if wants_dh else {"p_dh": None}
-    config = input_tiles(rank, product)
-    return compile_kernel(target, down_input_gradient_kernel, rank, config, arguments, constants)
+    return compile_kernel(target, down_input_gradient_kernel, rank, chosen.config, arguments, constants)
 
 
 def assert_fits(binary, target, x_dtype, tensor_cores):
@@ -113,6 +116,7 @@ def assert_fits(binary, target, x_dtype, tensor_cores):
 
 WEIGHT_CASES = [
     ("sm_80", 64, FP16, FP32, True),
+    ("sm_120", 64, FP16, FP32, True),  # the most registers
     ("sm_90", 16, BF16, FP32, True),
     ("sm_90", 16, BF16, BF16, False),
     ("sm_90", 512, BF16, BF16, True),

@@ -10,16 +10,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from ahead_of_time import POINTER, TARGETS, TENSOR_CORE, compile_for
 
-from sibo_triton.kernels import up as up_module
+from sibo_triton.kernels import up, up_backward
 from sibo_triton.kernels.partial_sums import BLOCK, BP, sum_parts_kernel
-from sibo_triton.kernels.up import dot_of_up, up_kernel
-from sibo_triton.kernels.up_backward import (
-    both_kernel,
-    dots_of_up_backward,
-    launch_of_both,
-    launch_of_product,
-    product_kernel,
-)
+from sibo_triton.kernels.targets import KNOWN
+from sibo_triton.kernels.up import up_kernel
+from sibo_triton.kernels.up_backward import both_kernel, launch_of_both, product_kernel
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -37,7 +32,8 @@ def compile_at(target, kernel, config, arguments, constants, also_divisible=()):
 
 def compile_up(target, rank, b_dtype, y_dtype, has_base, has_biases=False):
     """A launch on contiguous matrices, with the scaling a number."""
-    dot = dot_of_up(b_dtype, y_dtype)
+    chosen = up.plan(rank, b_dtype, y_dtype, KNOWN[target])
+    dot = chosen.operands
     arguments = {
         "p_t": POINTER[FP32],
         "p_lora_b": POINTER[b_dtype],
@@ -64,12 +60,13 @@ def compile_up(target, rank, b_dtype, y_dtype, has_base, has_biases=False):
         constants["stride_base_n"] = 1
     else:
         constants |= {"p_base": None, "stride_base_m": 0, "stride_base_n": 0}
-    return compile_at(target, up_kernel, up_module.tiles(rank, dot), arguments, constants, ["N"])
+    return compile_at(target, up_kernel, chosen.config, arguments, constants, ["N"])
 
 
 def compile_both(target, rank, g_dtype, b_dtype, m=8192, n=4096):
-    dot_u, dot_grad_b = dots_of_up_backward(g_dtype, b_dtype)
-    launch = launch_of_both(m, n, rank, dot_u, dot_grad_b, hip=target.startswith("gfx"))
+    chosen = up_backward.plan(m, n, rank, g_dtype, b_dtype, KNOWN[target])
+    dot_u, dot_grad_b = chosen.dot_u, chosen.dot_grad_b
+    launch = launch_of_both(m, n, rank, dot_u, dot_grad_b, g_dtype.itemsize, KNOWN[target])
     arguments = {
         "p_grad_y": POINTER[g_dtype],
         "p_lora_b": POINTER[b_dtype],
@@ -91,13 +88,13 @@ def compile_both(target, rank, g_dtype, b_dtype, m=8192, n=4096):
         "SPLIT_T": dot_grad_b.split_b,
         "DOT_DTYPE_B": dot_grad_b.tl_dtype,
     }
-    return compile_at(target, both_kernel, launch.config, arguments, constants, ["M", "N"])
+    return compile_at(target, both_kernel, launch.config, arguments, constants, ["N"])
 
 
 def compile_product(target, rank, g_dtype, b_dtype, output, m=8192, n=4096):
     """Of the two passes, the one for u (of B) or for dB (of t, with dY transposed)."""
-    dot = dots_of_up_backward(g_dtype, b_dtype)[output == "dB"]
-    q, j = (n, m) if output == "dB" else (m, n)
+    chosen = up_backward.plan(m, n, rank, g_dtype, b_dtype, KNOWN[target])
+    dot, launch = (chosen.dot_grad_b, chosen.grad_b) if output == "dB" else (chosen.dot_u, chosen.u)
     stride, one = ("stride_g_j", "stride_g_q") if output == "dB" else ("stride_g_q", "stride_g_j")
     arguments = {
         "p_g": POINTER[g_dtype],
@@ -115,8 +112,7 @@ def compile_product(target, rank, g_dtype, b_dtype, output, m=8192, n=4096):
         "SPLIT_W": dot.split_b,
         "DOT_DTYPE": dot.tl_dtype,
     }
-    config = launch_of_product(q, j, rank, dot)[0].config
-    return compile_at(target, product_kernel, config, arguments, constants, ["Q", "J"])
+    return compile_at(target, product_kernel, launch.config, arguments, constants, ["Q", "J"])
 
 
 def assert_fits(binary, target, tensor_cores=True):
@@ -188,10 +184,9 @@ def test_two_passes_fit_their_target(target, rank, g_dtype, b_dtype, output):
 
 @pytest.mark.parametrize("target", ["sm_90"])
 def test_second_stage_fits_its_target(target):
-    pointers = dict.fromkeys(("p_parts1", "p_total1", "p_parts2", "p_total2"), POINTER[FP32])
-    sizes = ("parts1", "parts2", "numel1", "numel2")
-    arguments = pointers | dict.fromkeys(sizes, "i32")
+    arguments = dict.fromkeys(("p_parts", "p_total"), (POINTER[FP32],) * 2)
+    arguments |= dict.fromkeys(("parts", "numel", "first_block"), ("i32",) * 2)
     config = {"num_warps": 4, "num_stages": 3}  # Triton's own choice
-    constants = {"BLOCK": BLOCK, "BP": BP}
-    binary = compile_at(target, sum_parts_kernel, config, arguments, constants, ["numel1", "numel2"])
+    constants = {"SUMS": 2, "BLOCK": BLOCK, "BP": BP}
+    binary = compile_at(target, sum_parts_kernel, config, arguments, constants, ["numel"])
     assert_fits(binary, target, tensor_cores=False)

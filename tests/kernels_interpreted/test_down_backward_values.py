@@ -1,5 +1,6 @@
 """The values of the down-projection's gradients against float64, where plain torch's error is the yardstick."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,9 +13,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from inputs import BF16, FP16, FP32, LAYOUTS, ROUNDING, randn
 
 from sibo_triton import reference
-from sibo_triton.kernels import down_weight_gradient as weight_gradient_module
+from sibo_triton.kernels import targets
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
-from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+from sibo_triton.kernels.down_weight_gradient import cut, down_weight_gradient, plan
 
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
 
@@ -148,11 +149,14 @@ def test_any_shape_strides_dtypes_and_subset(sizes, dtypes, layouts, lambda_, la
     check(torch.randn(m, r), x, lora_a, h0, lambda_, p, accumulate=accumulate, wants_dx=wants_dx, wants_dh=wants_dh)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 1000])
-def test_rows_in_any_number_of_parts(programs, monkeypatch):
+@pytest.mark.parametrize(("k", "multiprocessors", "parts"), [(520, 1, 1), (70, 1, 3), (70, 100, 6)])
+def test_rows_in_any_number_of_parts(k, multiprocessors, parts, monkeypatch):
     """One part, a last part that is not full, and a part for each tile."""
-    monkeypatch.setattr(weight_gradient_module, "PROGRAMS", programs)
-    x, h0, lora_a = randn(333, 70, BF16), randn(333, 70, BF16), randn(8, 70, BF16)
+    target = dataclasses.replace(targets.STAND_IN, multiprocessors=multiprocessors)
+    monkeypatch.setattr(targets, "target_of", lambda device: target)
+    config = plan(8, BF16, BF16, BF16, target).config
+    assert cut(333, k, 8, config["BM"], config["BK"], config["BR"], multiprocessors)[1] == parts
+    x, h0, lora_a = randn(333, k, BF16), randn(333, k, BF16), randn(8, k, BF16)
     check(torch.randn(333, 8), x, lora_a, h0, 0.3, 0.1)
 
 

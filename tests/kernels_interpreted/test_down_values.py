@@ -13,7 +13,9 @@ from inputs import BF16, FP16, FP32, LAYOUTS, randn
 
 import sibo_triton.kernels.down as down_file
 from sibo_triton import reference
-from sibo_triton.kernels.down import DownProjection, down, down_siblings, plan, steps_of_split
+from sibo_triton.kernels import targets
+from sibo_triton.kernels.down import DownProjection, cut, down, down_siblings, plan, steps_of_split
+from sibo_triton.kernels.targets import KNOWN
 
 
 def assert_as_good_as_torch(t, x, lora_a, h0, lambda_, dropout_p=0.0, seed=None, d=None):
@@ -157,14 +159,11 @@ def test_few_rows_are_split_along_k(k, dtype, dropout_p, monkeypatch):
         DownProjection(randn(r, k, dtype), torch.tensor(lambda_), dropout_p, reference.draw_seed(), difference=True)
         for r, lambda_ in ((3, 0.2), (16, 0.4))
     ]
-    steps = []
-    monkeypatch.setattr(down_file, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(
-        down_file, "steps_of_split", lambda *of: steps.append((of[1], steps_of_split(*of))) or steps[-1][1]
-    )
+    cuts = []
+    monkeypatch.setattr(targets, "target_of", lambda device: KNOWN["sm_90"])
+    monkeypatch.setattr(down_file, "cut", lambda *sizes: cuts.append(cut(*sizes)) or cuts[-1])
     results = down_siblings(x, siblings, h0)
-    ((all_steps, of_split),) = steps
-    assert all_steps > of_split
+    assert len(cuts) == 1 and cuts[0].splits > 1
     for sibling, (t, d) in zip(siblings, results, strict=True):
         rest = sibling.lambda_, sibling.dropout_p, sibling.dropout_seed, d
         assert_as_good_as_torch(t, x, sibling.lora_a, h0, *rest)
@@ -174,12 +173,15 @@ def test_few_rows_are_split_along_k(k, dtype, dropout_p, monkeypatch):
 
 def test_steps_of_split():
     assert steps_of_split(132, 64, 132) == 64  # enough rows
-    assert steps_of_split(1000, 64, 132) == 64
+    assert steps_of_split(1000, 63, 132) == 63
     assert steps_of_split(1, 3, 132) == 3  # too short
-    for programs in (1, 2, 5, 60):
-        for steps in (7, 64, 65, 230):
-            of_split = steps_of_split(programs, steps, 132)
-            assert of_split >= 4 and programs * math.ceil(steps / of_split) <= 132
+    for steps in (7, 64, 65, 230):
+        of_rows = {programs: steps_of_split(programs, steps, 132) for programs in range(1, 132)}
+        assert set(of_rows.values()) <= {4, 8, 16, 32, 64, 128, steps}, "few kernels to compile"
+        for programs, of_split in of_rows.items():
+            last = steps % of_split > 0  # a split that has less to do
+            assert programs * (math.ceil(steps / of_split) - last) <= 2 * 132
+            assert of_split == 4 or programs * steps / of_split > 132 * 0.9
 
 
 def test_two_products_are_more_exact_than_torch_by_orders_of_magnitude():
@@ -261,11 +263,12 @@ def test_offsets_past_2_31():
     assert_as_good_as_torch(down(x, lora_a, x, 0.5)[0], x, lora_a, x, 0.5)
 
 
-def test_tiles_pad_every_rank():
+@pytest.mark.parametrize("target", KNOWN.values(), ids=KNOWN)
+def test_tiles_pad_every_rank(target):
     for x_dtype in (FP16, BF16, FP32):
         for a_dtype in (x_dtype, FP32):
             for rank in range(1, 513):
-                BR = plan(rank, x_dtype, (a_dtype, True, True, rank % 2 == 0), x_dtype).tiles["BR"]
+                BR = plan(rank, x_dtype, x_dtype, (a_dtype, True, True, rank % 2 == 0), target).config["BR"]
                 assert BR >= 16 and BR & (BR - 1) == 0 and (BR >= rank or BR >= 32)
 
 

@@ -1,5 +1,6 @@
 """The values of u and dB against float64, where plain torch's error in the same dtypes is the yardstick."""
 
+import dataclasses
 import math
 
 import pytest
@@ -13,22 +14,18 @@ from inputs import BF16, FP16, FP32, LAYOUTS, randn
 
 from sibo_triton.kernels import up_backward as module
 from sibo_triton.kernels.partial_sums import sum_parts
-from sibo_triton.kernels.up_backward import bytes_moved, dots_of_up_backward, launch_of_both, plan, up_backward
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """Longer strips for a program than small sizes would get."""
-    monkeypatch.setattr(module, "PROGRAMS", 2)
+from sibo_triton.kernels.targets import KNOWN
+from sibo_triton.kernels.up_backward import bytes_moved, launch_of_both, plan, up_backward
 
 
 @pytest.fixture(params=["one pass", "two passes"])
 def passes(request, monkeypatch):
     """Both ways, whatever the count would choose; one pass only for the ranks that it takes."""
 
-    def forced(M, N, r, grad_y_dtype, lora_b_dtype, hip=False):
-        launch = launch_of_both(M, N, r, *dots_of_up_backward(grad_y_dtype, lora_b_dtype), hip)
-        return launch if request.param == "one pass" else None
+    def forced(M, N, r, g_dtype, b_dtype, target, exact):
+        chosen = plan(M, N, r, g_dtype, b_dtype, target, exact)
+        both = launch_of_both(M, N, r, chosen.dot_u, chosen.dot_grad_b, g_dtype.itemsize, target)
+        return dataclasses.replace(chosen, both=both if request.param == "one pass" else None)
 
     monkeypatch.setattr(module, "plan", forced)
     return request.param
@@ -170,20 +167,22 @@ def test_repeats_bitwise(passes):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize(("parts1", "parts2"), [(1, 2), (9, 1), (17, 8), (2, None), (None, 3), (1, 1), (None, None)])
-def test_sum_of_parts(parts1, parts2):
-    given = [None if n is None else torch.randn(n, cols, 3) for n, cols in ((parts1, 100), (parts2, 7))]
-    for parts, total in zip(given, sum_parts(*given), strict=True):
-        assert (total is None) == (parts is None)
-        if parts is not None:
-            torch.testing.assert_close(total.double(), parts.double().sum(0), rtol=0, atol=3e-6)
+@pytest.mark.parametrize(
+    "parts", [(1, 2), (9, 1), (17, 8), (2, None), (None, 3), (1, 1), (None, None), (3,), (5, 2, 12)]
+)
+def test_sum_of_parts(parts):
+    shapes = ((100, 3), (7, 300), (257,))
+    given = [None if n is None else torch.randn(n, *shape) for n, shape in zip(parts, shapes, strict=False)]
+    for of, total in zip(given, sum_parts(*given), strict=True):
+        assert (total is None) == (of is None)
+        if of is not None:
+            torch.testing.assert_close(total.double(), of.double().sum(0), rtol=0, atol=3e-6)
 
 
-def test_passes_are_chosen_by_the_bytes_they_move(monkeypatch):
+def test_passes_are_chosen_by_the_bytes_they_move():
     """A Llama-3-8B layer's shape, M = 8192 and N = 4096; dY alone has 64 MiB in 16 bits."""
-    monkeypatch.setattr(module, "PROGRAMS", 256)
-    one_pass = plan(8192, 4096, 16, BF16, BF16)
-    assert (one_pass.u_parts, one_pass.grad_b_parts) == (16, 16)
+    one_pass = plan(8192, 4096, 16, BF16, BF16, KNOWN["sm_90"]).both
+    assert (one_pass.parts, one_pass.grad_b_parts) == (16, 16)
     mib = 2**20
     # dY, B, t; 16 parts of u, written and read, and their sum; 16 parts of dB, likewise.
     expected = 64 * mib + mib / 8 + mib / 2 + 33 * mib / 2 + 33 * mib / 4
@@ -195,7 +194,7 @@ def test_passes_are_chosen_by_the_bytes_they_move(monkeypatch):
         (512, (BF16, FP32), False),
         (16, (FP32, FP32), True),
     ):
-        assert (plan(8192, 4096, rank, *dtypes) is not None) is chosen, (rank, dtypes)
+        assert (plan(8192, 4096, rank, *dtypes, KNOWN["sm_90"]).both is not None) is chosen, (rank, dtypes)
 
 
 @pytest.mark.parametrize(

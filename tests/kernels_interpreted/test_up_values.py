@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from inputs import BF16, FP16, FP32, LAYOUTS, ROUNDING, randn
 
 from sibo_triton.kernels.precision import operands
-from sibo_triton.kernels.up import add_up, tiles, up
+from sibo_triton.kernels.targets import KNOWN
+from sibo_triton.kernels.up import add_up, plan, up
 
 
 def assert_as_good_as_torch(y, t, lora_b, scaling, lora_bias=None, base=None):
@@ -159,11 +160,13 @@ def test_offsets_past_2_31():
     assert_as_good_as_torch(add_up(base[:, :3], t, lora_b, 0.5), t, lora_b, 0.5, base=base[:, :3])
 
 
-def test_tiles_pad_every_rank():
-    for dot in (operands(FP16, FP16), operands(FP32, FP32), operands(FP32, FP32, True)):
-        for rank in range(1, 513):
-            BR = tiles(rank, dot)["BR"]
-            assert BR >= 16 and BR & (BR - 1) == 0
+@pytest.mark.parametrize("target", KNOWN.values(), ids=KNOWN)
+def test_tiles_pad_every_rank(target):
+    for b_dtype in (FP16, FP32):
+        for y_dtype in (FP16, FP32):
+            for rank in range(1, 513):
+                BR = plan(rank, b_dtype, y_dtype, target).config["BR"]
+                assert BR >= 16 and BR & (BR - 1) == 0
 
 
 @pytest.mark.parametrize(
