@@ -45,23 +45,23 @@ def missing() -> list[str]:
 
 
 def compile_launch(job: tuple) -> tuple[str, float]:
-    """The kernels of one launch, by its place in the list, for a target: how many, and in how many seconds."""
-    i, target, multiprocessors = job
+    """The kernels of one launch, by its place in the list, for a GPU: how many, and in how many seconds."""
+    i, gpu, plans_for = job
     from kernel_launches import name_of
     from launches import ALL
     from without_gpu import compiling_for
 
     started = time.monotonic()
-    with compiling_for(target, multiprocessors) as compiled:
+    with compiling_for(gpu, plans_for) as compiled:
         ALL[i].launch(ALL[i].inputs("meta"))
     return f"{name_of(ALL[i])}: {len(compiled)}", time.monotonic() - started
 
 
-def compile_all(target: object, multiprocessors: int, workers: int) -> None:
+def compile_all(gpu: object, plans_for: object, workers: int) -> None:
     """Every launch of the tests, with a line of progress now and then."""
     from launches import ALL
 
-    jobs = [(i, target, multiprocessors) for i in range(len(ALL))]
+    jobs = [(i, gpu, plans_for) for i in range(len(ALL))]
     started = told = time.monotonic()
     print(f"compiling the kernels of {len(jobs)} launches in {workers} processes", flush=True)
     with get_context("spawn").Pool(workers) as pool:
@@ -77,11 +77,11 @@ def main() -> None:
         sys.exit("make gpu: " + "\n          ".join(problems))
     import torch
     from triton.runtime.driver import driver
+    from without_gpu import target_of_device
 
     for index in range(torch.cuda.device_count()):
         print(f"device {index}: {torch.cuda.get_device_name(index)}")
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    compile_all(driver.active.get_current_target(), multiprocessors, len(os.sched_getaffinity(0)))
+    compile_all(driver.active.get_current_target(), target_of_device(), len(os.sched_getaffinity(0)))
 
 
 if __name__ == "__main__":
