@@ -23,14 +23,14 @@ empty :=
 expected = $(subst $(empty) $(empty),$(comma),$(strip $(shell sed -n '/^[a-z]/p' $(1))))
 # worksteal gives each process a run of neighbouring tests, which share fixtures, and evens out at the end.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
-INTERPRETED := tests/kernels_interpreted
+INTERPRETED := tests/kernels_interpreted tests/gpu
 NOT_INTERPRETED := tests --ignore=tests/kernels_interpreted
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton compile-check demo \
+.PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton compile-check gpu demo \
 	quality env clean
 
 help: ## list the targets
@@ -74,6 +74,11 @@ endif
 
 compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (25 minutes on 2 cores)
 	@$(BIN)/python benchmarks/compile_check.py --workers $(WORKERS)
+
+# The running Python, as it is: torch must be the build for the device.
+gpu: ## the tests on this machine's CUDA device, with $(PYTHON): installs nothing, needs torch, triton, peft, pytest
+	@$(PYTHON) tests/gpu/prepare.py
+	@$(PYTHON) -m pytest -v -p no:cacheprovider tests/gpu
 
 demo: $(READY) ## train a small model, then fine-tune it with LoRA and SIBO-LoRA (about 3 minutes; writes demo-output/)
 	@$(BIN)/sibo-triton demo

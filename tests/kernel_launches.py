@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -151,12 +151,13 @@ class Up:
     has_bias: bool = False
     scaling: float = 0.7
     scaling_is_tensor: bool = False
-    strides: str = "contiguous"  # of B and of the base output
+    strides: str = "contiguous"  # of B, unless "far", and of the base output
 
     def inputs(self, device: str) -> Inputs:
+        far = self.strides == "far"
         tensors = {
             "t": matrix("t", self.m, self.rank, FP32, device),
-            "b": matrix("b", self.n, self.rank, self.b_dtype, device, self.strides),
+            "b": matrix("b", self.n, self.rank, self.b_dtype, device, "contiguous" if far else self.strides),
             "scaling": torch.full((1,), self.scaling, device=device),
         }
         if self.has_bias:
@@ -359,3 +360,17 @@ class InputGradient:
 
 
 Launch = Down | Up | UpBackward | WeightGradient | InputGradient
+
+
+SHORT = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
+
+
+def name_of(launch: Launch) -> str:
+    """What sets a launch apart, as in a call."""
+    values = {field: getattr(launch, field.name) for field in fields(launch)}
+    shown = (
+        (field.name, SHORT.get(value, value) if isinstance(value, torch.dtype) else value)
+        for field, value in values.items()
+        if value != field.default
+    )
+    return f"{type(launch).__name__}({', '.join(f'{name}={value}' for name, value in shown)})"

@@ -17,6 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import jit
 
+try:
+    from sibo_triton.kernels import targets
+except ImportError:  # launchers that plan alike for every GPU
+    targets = None
 from sibo_triton.kernels import down
 
 
@@ -53,12 +57,13 @@ class _DriverOf:
 
 
 @contextmanager
-def compiling_for(target: GPUTarget, multiprocessors: int = 132) -> Iterator[list[Compiled]]:
+def compiling_for(gpu: GPUTarget, plans_for: object | None = None) -> Iterator[list[Compiled]]:
     """Launches compile and do not run; what they compiled is appended to the list.
 
     Args:
-        target: as Triton's driver names it.
-        multiprocessors: of the GPU: the down-projection is cut by it. 132: of an H100 or H200.
+        gpu: as Triton's driver names it.
+        plans_for: what the launchers are to find as the device's target, a ``targets.Target``; if None, the known GPU
+            of that kind.
     """
     compiled, functions, run = [], set(), jit.JITFunction.run
 
@@ -70,13 +75,32 @@ def compiling_for(target: GPUTarget, multiprocessors: int = 132) -> Iterator[lis
         compiled.append(Compiled(self.__name__, kernel, constants, options.num_warps, options.num_stages))
         return kernel
 
-    # What the launchers ask of the device, when it is none of CUDA's.
-    hip = mock.patch.object(torch.version, "hip", "of the target" if target.backend == "hip" else None)
-    of_device = mock.patch.object(down, "multiprocessors", lambda device: multiprocessors)
-    of_triton = mock.patch.object(jit, "driver", SimpleNamespace(active=_DriverOf(target)))
+    of_triton = mock.patch.object(jit, "driver", SimpleNamespace(active=_DriverOf(gpu)))
     try:
-        with of_triton, mock.patch.object(jit.JITFunction, "run", compile_only), hip, of_device:
+        with of_triton, mock.patch.object(jit.JITFunction, "run", compile_only), _launchers_find(gpu, plans_for):
             yield compiled
     finally:
         for function in functions:  # or thousands of binaries stay in memory
-            function.device_caches.pop(str(target), None)
+            function.device_caches.pop(str(gpu), None)
+
+
+@contextmanager
+def _launchers_find(gpu: GPUTarget, plans_for: object | None) -> Iterator[None]:
+    """What the launchers ask of the device, which is none of CUDA's here."""
+    if targets is not None:
+        target = plans_for or targets.KNOWN[gpu.arch if gpu.backend == "hip" else f"sm_{gpu.arch}"]
+        with mock.patch.object(targets, "target_of", lambda device: target):
+            yield
+        return
+    with (
+        mock.patch.object(torch.version, "hip", "of the target" if gpu.backend == "hip" else None),
+        mock.patch.object(down, "multiprocessors", lambda device: plans_for or 132),
+    ):
+        yield
+
+
+def target_of_device() -> object:
+    """For ``plans_for``: of the first CUDA device."""
+    if targets is not None:
+        return targets.target_of(torch.device("cuda", 0))
+    return torch.cuda.get_device_properties(0).multi_processor_count

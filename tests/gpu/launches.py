@@ -1,0 +1,93 @@
+"""What the GPU tests launch; `make gpu` compiles all of it first. In the interpreter: small sizes and fewer cases."""
+
+import random
+from itertools import product
+
+import torch
+from kernel_launches import Down, InputGradient, Launch, Up, UpBackward, WeightGradient
+
+from sibo_triton.kernels.precision import INTERPRETED
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+RANKS = (1, 3, 8, 16, 24, 64, 128, 200, 512)
+DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (FP32, FP32))  # of activations and adapter
+SHAPES = ((65, 130), (64, 128), (7, 257), (130, 63), (1, 1), (192, 256), (100, 96))
+LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
+RATES = (0.0, 0.05, 0.5)
+
+
+def _values() -> list[Launch]:
+    """Every rank with every pair of dtypes; the rest so that each value meets most of the others'."""
+    launches: list[Launch] = []
+    for n, (rank, (x, adapter)) in enumerate(product(RANKS, DTYPES)):
+        (m, k), layout, p = SHAPES[n % len(SHAPES)], LAYOUTS[n % len(LAYOUTS)], RATES[n % len(RATES)]
+        mixes, is_tensor, third = n % 2 == 0, n // 2 % 2 == 0, n // 3 % 3 == 0
+        lambda_ = 0.3 if mixes else 0.0
+        common = {"lambda_is_tensor": is_tensor, "strides": layout}
+        launches += [
+            Down(m, k, (rank,), x, adapter, lambda_, p, third, **common),
+            Up(m, k, rank, x, adapter, mixes, third, scaling_is_tensor=is_tensor, strides=layout),
+            UpBackward(m, k, rank, x, adapter, scaling_is_tensor=is_tensor, strides=layout),
+            WeightGradient(m, k, rank, x, adapter, lambda_, p, **common),
+            InputGradient(m, k, rank, x, adapter, 0.3, p, third, mixes, is_tensor, LAYOUTS[n % 3]),
+        ]
+    # Dtypes that meet in no usual model, siblings that share a launch, few rows that are cut along K.
+    launches += [
+        Down(65, 130, (24,), BF16, BF16, 0.3, 0.1, h0_dtype=FP32),
+        Down(65, 130, (16,), FP32, BF16, 0.7, h0_dtype=FP16, difference=True),
+        Down(65, 130, (3, 130, 16), BF16, FP32, 0.3, 0.1, difference=True, lambda_is_tensor=True),
+        Down(130, 257, (16, 16, 16), BF16, BF16, 0.3, 0.1),
+        Down(5, 1000, (16,), BF16, BF16, 0.3, 0.1, lambda_is_tensor=True),
+        Up(65, 130, 24, FP32, BF16, has_bias=True),
+        Up(65, 130, 24, BF16, FP16, adds=True),
+        UpBackward(65, 130, 16, FP32, BF16),
+        UpBackward(65, 130, 24, FP16, BF16, (True, False)),
+        UpBackward(65, 130, 24, BF16, FP16, (False, True)),
+        WeightGradient(65, 130, 24, FP16, BF16, 0.3, 0.1, h0_dtype=FP32),
+        InputGradient(65, 130, 24, FP16, BF16, 0.3, 0.1, wants_dh=True),
+    ]
+    return launches
+
+
+VALUES = random.Random(0).sample(_values(), 40) if INTERPRETED else _values()
+
+TOKENS, WIDTH = (130, 200) if INTERPRETED else (2**16, 1024)
+LARGE: list[Launch] = [
+    launch
+    for x, adapter, rank in ((BF16, BF16, 16), (BF16, FP32, 16), (FP16, FP16, 128), (FP32, FP32, 64))
+    for launch in (
+        Down(TOKENS, WIDTH, (rank,) * 3, x, adapter, 0.3, 0.1, difference=rank == 16, lambda_is_tensor=True),
+        Up(TOKENS, WIDTH, rank, x, adapter, adds=True),
+        UpBackward(TOKENS, WIDTH, rank, x, adapter),
+        WeightGradient(TOKENS, WIDTH, rank, x, adapter, 0.3, 0.1, lambda_is_tensor=True),
+        InputGradient(TOKENS, WIDTH, rank, x, adapter, 0.3, 0.1, adds=True, lambda_is_tensor=True),
+    )
+]
+
+#: Elements whose offsets pass 2^31: of what is read, and of what is added to.
+FAR: list[Launch] = [
+    Down(3, 24, (16,), FP16, FP16, 0.5, strides="far"),
+    Up(3, 24, 24, FP16, FP16, adds=True, strides="far"),
+    UpBackward(3, 24, 5, FP16, FP16, strides="far"),
+    WeightGradient(3, 24, 16, FP16, FP16, 0.5, strides="far"),
+    InputGradient(3, 24, 16, FP16, FP16, 0.5, adds=True, strides="far"),
+]
+#: The same of a fresh y, by its size.
+FAR_Y = Up(130, 200, 16, BF16, BF16) if INTERPRETED else Up(2**16 + 128, 2**15, 16, BF16, BF16)
+
+#: Of each kernel one launch with sums in parts; for repeated runs, graphs, other devices and the sanitizer.
+ROWS = 130 if INTERPRETED else 300
+SMALL: list[Launch] = [
+    Down(5, 1000, (16, 8), BF16, BF16, 0.3, 0.1, difference=True, lambda_is_tensor=True),
+    Down(65, 130, (128,), BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
+    Up(65, 130, 16, BF16, FP32, adds=True, has_bias=True, scaling_is_tensor=True),
+    UpBackward(ROWS, 130, 16, BF16, BF16, scaling_is_tensor=True),
+    UpBackward(ROWS, 130, 64, BF16, FP32),
+    WeightGradient(ROWS, 130, 16, BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
+    InputGradient(65, 130, 16, BF16, FP32, 0.3, 0.1, adds=True, lambda_is_tensor=True),
+]
+
+#: A is the identity: t shows the mask. The seed is drawn anew in each replay of a graph.
+MASK = Down(130, 64, (64,), FP32, FP32, lambda_=0.0, p=0.5)
+
+ALL: list[Launch] = [*VALUES, *LARGE, *FAR, FAR_Y, *SMALL, MASK]

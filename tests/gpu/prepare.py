@@ -1,0 +1,88 @@
+"""Compiles what the GPU tests launch, in parallel, into Triton's cache; says first what is missing. `make gpu` runs it.
+
+The launches are those of `launches.py`, with tensors that have no memory: see `kernels_compiled/without_gpu.py`.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS.parent))
+sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS / "kernels_compiled"))
+
+NEEDED = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "peft": (0, 19, 1), "pytest": (8,)}
+
+
+def missing() -> list[str]:
+    """What the tests need and this Python does not have, each with what to do."""
+    lines = []
+    for name, least in NEEDED.items():
+        wanted = f"{name} {'.'.join(map(str, least))} or newer"
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            lines.append(f"{wanted} is needed, and cannot be imported ({error}): pip install {name}")
+            continue
+        version = importlib.metadata.version(name)
+        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+        if numbers < least:
+            lines.append(f"{wanted} is needed, and {version} is installed: pip install --upgrade {name}")
+    if not lines:
+        import torch
+
+        if not torch.cuda.is_available():
+            build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
+            lines.append(f"a CUDA device is needed, and torch {torch.__version__} sees none; it is built {build}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        lines.append("TRITON_INTERPRET=1 interprets kernels on the CPU: unset it")
+    return lines
+
+
+def compile_launch(job: tuple) -> tuple[str, float]:
+    """The kernels of one launch, by its place in the list, for a GPU: how many, and in how many seconds."""
+    i, gpu, plans_for = job
+    from kernel_launches import name_of
+    from launches import ALL
+    from without_gpu import compiling_for
+
+    started = time.monotonic()
+    with compiling_for(gpu, plans_for) as compiled:
+        ALL[i].launch(ALL[i].inputs("meta"))
+    return f"{name_of(ALL[i])}: {len(compiled)}", time.monotonic() - started
+
+
+def compile_all(gpu: object, plans_for: object, workers: int) -> None:
+    """Every launch of the tests, with a line of progress now and then."""
+    from launches import ALL
+
+    jobs = [(i, gpu, plans_for) for i in range(len(ALL))]
+    started = told = time.monotonic()
+    print(f"compiling the kernels of {len(jobs)} launches in {workers} processes", flush=True)
+    with get_context("spawn").Pool(workers) as pool:
+        for done, (what, seconds) in enumerate(pool.imap_unordered(compile_launch, jobs), 1):
+            if time.monotonic() - told > 5 or done == len(jobs):
+                told = time.monotonic()
+                print(f"{done} of {len(jobs)}, {told - started:.0f} s; last: {what} in {seconds:.1f} s", flush=True)
+
+
+def main() -> None:
+    problems = missing()
+    if problems:
+        sys.exit("make gpu: " + "\n          ".join(problems))
+    import torch
+    from triton.runtime.driver import driver
+    from without_gpu import target_of_device
+
+    for index in range(torch.cuda.device_count()):
+        print(f"device {index}: {torch.cuda.get_device_name(index)}")
+    compile_all(driver.active.get_current_target(), target_of_device(), len(os.sched_getaffinity(0)))
+
+
+if __name__ == "__main__":
+    main()
