@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sibo_triton import reference
-from sibo_triton.ops import BACKEND_VARIABLE, add_lora, backend_for, lora_linear
+from sibo_triton.ops import BACKEND_VARIABLE, Choice, add_lora, backend_for, dispatch, lora_linear
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -313,6 +313,32 @@ def test_the_backend_is_chosen_in_one_place_and_said(monkeypatch):
     monkeypatch.setenv(BACKEND_VARIABLE, "cuda")
     with pytest.raises(ValueError, match="'cuda' is no backend: set it to one of auto, triton, torch, reference"):
         lora_linear(**make(OpCase()))
+
+
+def test_on_a_gpu_without_the_kernels_the_reason_is_said_once(monkeypatch):
+    monkeypatch.setattr("sibo_triton.ops.low_rank.backend_for", lambda *_: Choice("torch", "triton is not there", True))
+    with pytest.warns(UserWarning, match="plain PyTorch on this GPU .* because triton is not there") as record:
+        for _ in range(3):
+            lora_linear(**make(OpCase()))
+    assert len(record) == 1
+
+
+def test_what_stands_between_a_gpu_and_the_kernels(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
+    dispatch._choose.cache_clear()
+    old = backend_for(gpu, [FP32])
+    assert (old.name, old.fell_off) == ("torch", True) and "T4 has compute capability 7.5" in old.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    dispatch._choose.cache_clear()
+    assert backend_for(gpu, [BF16, FP32]).name == "triton"
+    wide = backend_for(gpu, [FP32, FP64])
+    assert (wide.name, wide.fell_off) == ("torch", True) and "do not take torch.float64" in wide.reason
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: None)
+    dispatch._choose.cache_clear()
+    assert "triton is not installed" in backend_for(gpu, [FP32]).reason
+    dispatch._choose.cache_clear()
 
 
 @pytest.mark.parametrize(

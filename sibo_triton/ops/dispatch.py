@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -90,6 +91,20 @@ def _choose(requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...
     if obstacle is None:
         return Choice("triton", f"on {device}")
     return Choice("torch", obstacle, fell_off=device.type == "cuda")
+
+
+_said: set[str] = set()
+
+
+def say_if_fell_off(choice: Choice) -> None:
+    """Warn, once for each reason, that the kernels do not run on a GPU."""
+    if choice.fell_off and choice.reason not in _said:
+        _said.add(choice.reason)
+        warnings.warn(
+            f"SIBO-LoRA runs in plain PyTorch on this GPU and not on its Triton kernels, because {choice.reason}. It "
+            f"computes the same, slower; {BACKEND_VARIABLE}=torch says that this is wanted.",
+            stacklevel=2,
+        )
 
 
 def _dtype_obstacle(dtypes: Iterable[torch.dtype]) -> str | None:

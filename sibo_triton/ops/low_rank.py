@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sibo_triton import reference
 from sibo_triton.ops.autograd import Inputs, LowRank, Settings, autocast_dtype, forward
-from sibo_triton.ops.dispatch import backend_for
+from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
 
 
 def lora_linear(
@@ -116,7 +116,10 @@ def _low_rank(
     dtype = frozen.dtype if weight is None or autocast is None else autocast
     adapter_dtype = lora_a.dtype if autocast is None else autocast
     residual_dtype = None if initial_residual is None else initial_residual.dtype
-    backend = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype)).name
+    choice = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
+    if choice.fell_off:
+        say_if_fell_off(choice)
+    backend = choice.name
     if backend == "reference":
         args = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
         if weight is None:
