@@ -1,4 +1,4 @@
-"""Whole models, all LoRA layers through interpreted kernels: loss and every gradient are those of the definition."""
+"""Whole models, all LoRA layers through the kernels: loss and every gradient are those of the definition."""
 
 import pytest
 import torch
@@ -11,16 +11,19 @@ from tiny_models import ARCHITECTURES, randomise_adapters
 from sibo_triton import SiboLoraConfig, explain
 from sibo_triton.ops import BACKEND_VARIABLE
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1, "sibo_learnable": True}], ids=["fixed", "learnable"])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
-def test_a_model_trains_on_the_kernels_as_on_the_definition(name, options, monkeypatch):
+def test_a_model_trains_on_the_kernels_as_on_the_definition(name, options, device, monkeypatch):
     architecture = ARCHITECTURES[name]
     config = SiboLoraConfig(
         r=4, target_modules=list(architecture.targets), sibo_lambda=0.4, task_type=architecture.task_type, **options
     )
     model, inputs = get_peft_model(architecture.build(), config).train(), architecture.inputs()
     randomise_adapters(model)
+    model, inputs = model.to(device), {key: value.to(device) for key, value in inputs.items()}
     assert {row.backend for row in explain(model)} == {"triton"}
     assert {row.runs for row in explain(model)} == {"adapter" if name == "gpt2" else "fused"}
 
