@@ -65,11 +65,12 @@ def test_blocks_that_are_offloaded_to_disk_compute_what_the_whole_model_computes
     model = load(folder).eval()
     offloaded = {name for name, tensor in model.named_parameters() if tensor.is_meta}
     assert offloaded == {name for name, _ in model.named_parameters() if "layers.1" in name or "layers.2" in name}
-    assert torch.equal(output(model, inputs), expected)
+    close(output(model, inputs), expected)  # accelerate's hooks are on the layers: their modules are called
     # what waits on the disk gets no gradient (accelerate's); what does not, gets it through the blocks that do
     got = gradients(model, inputs)
     assert got.keys() == expected_gradients.keys() - offloaded and got
-    assert all(torch.equal(gradient, expected_gradients[name]) for name, gradient in got.items())
+    for name, gradient in got.items():
+        close(gradient, expected_gradients[name])
 
 
 @pytest.mark.gpu
