@@ -10,12 +10,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sibo_triton import SiboLoraConfig, reference
+from sibo_triton import reference
+from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
+from sibo_triton.lora.layer import MixingSite
+from sibo_triton.lora.paths import Notices
 from sibo_triton.ops import lora_linear
 
 SIZE, RANK, TOKENS = 16, 4, 2
@@ -32,25 +36,21 @@ class Block(nn.Module):
         return self.layers[0](hidden_states)
 
 
-def peft_layer(dropout: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """PEFT's lora.Linear, eager."""
+def peft_layer(dropout: float, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """PEFT's lora.Linear, eager; its adapter is float32 whatever the dtype of its base, as PEFT makes it."""
     config = LoraConfig(r=RANK, lora_dropout=dropout, target_modules=["0"])
-    return get_peft_model(Block(), config).train().base_model.model.layers[0]
+    return get_peft_model(Block().to(dtype), config).train().base_model.model.layers[0]
 
 
-def our_layer(dropout: float, sibo: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def our_layer(dropout: float, dtype: torch.dtype, sibo: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """The layer that PEFT made, ours by its class; without h0's hooks, which belong to the stack and not to a layer."""
-    from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
-    from sibo_triton.lora.layer import MixingSite
-    from sibo_triton.lora.paths import Notices
-
-    layer = peft_layer(dropout)
+    layer = peft_layer(dropout, dtype)
     layer.sibo_sites = {"default": MixingSite("0", None, "", Notices())}
     layer.lora_variant["default"] = SiboLoraVariant()
     layer.__class__ = FusedLinear
     if not sibo:
         return layer
-    h0, lambda_ = torch.randn(TOKENS, SIZE), torch.tensor([0.1])
+    h0, lambda_ = torch.randn(TOKENS, SIZE, dtype=dtype), torch.tensor([0.1])
     a, b, s = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
     weight = layer.base_layer.weight
 
@@ -67,14 +67,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    assert SiboLoraConfig
-    x = torch.randn(TOKENS, SIZE, requires_grad=True)
-    grad = torch.randn(TOKENS, SIZE)
-    for dropout in (0.0, 0.05):
+    for dtype, dropout in product((torch.float32, torch.bfloat16), (0.0, 0.05)):
+        x = torch.randn(TOKENS, SIZE, dtype=dtype, requires_grad=True)
+        grad = torch.randn(TOKENS, SIZE, dtype=dtype)
         layers = {
-            "PEFT LoRA, eager": peft_layer(dropout),
-            "ours, lambda = 0": our_layer(dropout, sibo=False),
-            "ours, SIBO (operation alone)": our_layer(dropout, sibo=True),
+            "PEFT LoRA, eager": peft_layer(dropout, dtype),
+            "ours, lambda = 0": our_layer(dropout, dtype, sibo=False),
+            "ours, SIBO (operation alone)": our_layer(dropout, dtype, sibo=True),
         }
         times: dict[str, list[list[float]]] = {name: [[], []] for name in layers}
         for _ in range(rounds):
@@ -89,7 +88,7 @@ def main() -> None:
                 end = time.process_time()
                 times[name][0].append((middle - start) / 20e-6)
                 times[name][1].append((end - middle) / 20e-6)
-        print(f"dropout {dropout}: microseconds, forward + backward / forward without gradients")
+        print(f"{dtype}, dropout {dropout}: microseconds, forward + backward / forward without gradients")
         for name, (both, alone) in times.items():
             print(f"  {name:30} {statistics.median(both):7.1f} {statistics.median(alone):7.1f}")
 

@@ -35,6 +35,12 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def tiny_layers_run_as_large_ones_do(monkeypatch):
+    """On a CPU few elements take a shorter way (`sibo_triton.ops.small`): tests, which have few, ask for it by name."""
+    monkeypatch.setattr("sibo_triton.ops.small.ELEMENTS", -1)
+
+
 @pytest.fixture(scope="session")
 def source_copy(tmp_path_factory):
     """A copy of everything that builds look at: they leave files behind, and two may run at a time."""

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sibo_triton import reference
-from sibo_triton.ops import BACKEND_VARIABLE, Choice, add_lora, backend_for, dispatch, lora_linear
+from sibo_triton.ops import BACKEND_VARIABLE, Choice, add_lora, backend_for, dispatch, lora_linear, small
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -69,6 +69,37 @@ def test_gradcheck(dropout_p, on_base):
         return operation(**arguments | dict(zip(names, tensors, strict=True)))
 
     assert torch.autograd.gradcheck(of_tensors, [arguments[name] for name in names])
+
+
+# --- Few elements, on a CPU
+
+
+@pytest.fixture
+def small_layers(monkeypatch):
+    """What a user's small layers run."""
+    calls = []
+    original = small.low_rank
+    monkeypatch.setattr(small, "low_rank", lambda *arguments: calls.append(1) or original(*arguments))
+    monkeypatch.setattr(small, "ELEMENTS", 2**20)
+    return calls
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_small_layers_are_as_good_as_the_definition(case, small_layers):
+    assert_as_good_as_the_definition(case)
+    assert_as_good_as_the_definition(dataclasses.replace(case, dtype=FP64, adapter_dtype=None))
+    assert len(small_layers) == 2
+
+
+@pytest.mark.parametrize("on_base", [False, True])
+def test_small_layers_under_autocast_round_as_the_definition_does(on_base, small_layers):
+    arguments = make(OpCase(mixes="learnable", dropout_p=0.3, bias=True, on_base=on_base))
+    operation, definition = operations(OpCase(on_base=on_base))
+    with torch.autocast("cpu", dtype=BF16):
+        found, expected = operation(**arguments), definition(**arguments)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+    assert small_layers
 
 
 # --- What an operation of torch stands

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sibo_triton import reference
+from sibo_triton.ops import small
 from sibo_triton.ops.autograd import Inputs, LowRank, Settings, autocast_dtype, forward
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
 
@@ -131,6 +132,8 @@ def _low_rank(
     if tensor is None and number == 0:
         initial_residual = None
     inputs = Inputs(base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, tensor, dropout_seed)
+    if backend == "torch" and x.numel() <= small.ELEMENTS:
+        return small.low_rank(inputs, scaling, lambda_, dropout_p)
     settings = Settings(backend, scaling, number, dropout_p, dtype, x.dtype, residual_dtype, adapter_dtype)
     if torch.compiler.is_compiling():
         from sibo_triton.ops.registered import low_rank  # registering takes time, and only compiled code needs it

@@ -1,0 +1,47 @@
+"""The operation on so few elements that host time is all it costs: PyTorch's own nodes, differentiated by autograd.
+
+A Python `autograd.Function` alone takes longer than such a layer. What autograd keeps here has the size of x, which is
+nothing. The mask and the equations are the definition's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sibo_triton import reference
+from sibo_triton.ops.autograd import Inputs
+from sibo_triton.ops.tiles import KeepTiles
+
+#: Elements of x up to which plain PyTorch runs this way.
+ELEMENTS = 2**13
+
+
+def low_rank(inputs: Inputs, scaling: float | Tensor, lambda_: float | Tensor, dropout_p: float) -> Tensor:
+    """y, ``[..., N]``: `sibo_triton.reference.lora_linear`, or `add_lora` where a base output is given."""
+    base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, _, seed = inputs
+    if base is None:
+        base = F.linear(x, weight, bias)
+    dtype = lora_a.dtype
+    v = x if x.dtype == dtype else x.to(dtype)
+    if initial_residual is not None:
+        if dtype.itemsize > 2 and initial_residual.dtype == dtype:
+            v = torch.lerp(v, initial_residual, lambda_.to(dtype) if isinstance(lambda_, Tensor) else lambda_)
+        else:
+            v = reference.mix(v, initial_residual, lambda_)
+    scale = 1.0
+    if dropout_p > 0:
+        rows, cols = math.prod(v.shape[:-1]), v.shape[-1]
+        mask = KeepTiles(rows, cols, dropout_p, reference.checked_seed(seed, v.device))
+        v = v * mask.tile(slice(0, rows), slice(0, cols)).view(v.shape)
+        scale = mask.scale
+    t = F.linear(v, lora_a)
+    if lora_bias is not None or isinstance(scaling, Tensor):
+        update = F.linear(t if scale == 1 else t * scale, lora_b, lora_bias) * scaling
+        y = base + update
+    else:
+        y = torch.add(base, F.linear(t, lora_b), alpha=scaling * scale)
+    return y if y.dtype == base.dtype else y.to(base.dtype)
