@@ -165,9 +165,9 @@ def plan(
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
         BM, BR, num_warps = 16, min(BR, 64), 4
     elif any(of.split_a or of.split_b for of in (product, product_h)):
-        # Where all is split, the parts of more rows would overflow sm_120's registers.
-        BM = 16 if BR >= 64 and product.split_a and product.split_b else 32
-        BR, num_warps = min(BR, 64), 4 if BR <= 32 else 8
+        BM, BR, num_warps = 32, min(BR, 64), 4 if BR <= 32 else 8
+        if target.capability == 120 and BR == 64 and product.split_a and product.split_b:
+            BM, num_warps = 16, 4  # the parts of more rows would overflow registers
     elif BR <= 32:
         BM, num_warps = 64, 4
     else:

@@ -211,7 +211,7 @@ def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, targ
     if dot.dtype == torch.float32:
         BJ, BR, num_warps = 16, min(BR, 64), 4  # multiplied without tensor cores, from registers: larger tiles spill
     elif dot.split_a or dot.split_b:
-        BJ, BR, num_warps = 32, min(BR, 128), 8
+        BJ, BR, num_warps = 32, min(BR, 128), 4 if target.hip else 8  # 256 threads load 16 bytes of a 16-bit dY each
     else:
         BJ, BR, num_warps = 64, min(BR, 128), 4 if BR <= 64 else 8
     BQ = 64

@@ -109,7 +109,7 @@ def assert_fits(binary, target, x_dtype, tensor_cores):
     if target.startswith("sm"):
         assert re.search(r"LDG(STS)?\.E(\.BYPASS)?(\.[A-Z]+)*\.128", binary.code)
         if x_dtype != FP32:
-            assert not re.search(r"(LDG|LDGSTS|STG)\.E(\.BYPASS)?\.U16", binary.code)
+            assert not re.search(r"(LDG|LDGSTS|STG)\.E(\.BYPASS)?\.U16|LDGSTS\.E(\.BYPASS)?\.64", binary.code)
     else:
         assert re.search(r"(buffer|global)_load_dwordx4", binary.code)
 

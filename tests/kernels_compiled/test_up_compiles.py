@@ -172,6 +172,7 @@ def test_one_pass_fits_its_target(target, rank, g_dtype, b_dtype):
         ("sm_80", 512, BF16, BF16, "u"),
         ("sm_90", 128, BF16, BF16, "dB"),
         ("sm_90", 512, BF16, FP32, "u"),
+        ("gfx942", 16, BF16, FP32, "dB"),
         ("gfx942", 512, BF16, BF16, "dB"),
         ("gfx942", 256, FP16, FP32, "u"),
         ("gfx942", 64, FP32, FP32, "u"),
