@@ -20,8 +20,8 @@ TILE_COLS = 4096  # at most; even, as two neighbours share a word of the mask
 class KeepTiles:
     """The mask of :func:`~sibo_triton.reference.dropout_mask`, bit for bit, one tile at a time.
 
-    Rows and columns are hashed once, here; a tile then takes seven passes over its words, in place: about 0.5 ns an
-    element on one CPU core, a tenth of what torch's dropout takes to draw.
+    Rows and columns are hashed once, here; a tile then takes a few passes over its words, in place and in the cache:
+    a fraction of what torch's dropout takes to draw.
     """
 
     def __init__(self, rows: int, cols: int, p: float, seed: Tensor) -> None:
@@ -49,7 +49,7 @@ class KeepTiles:
         word.add_(self._row2[m])
         _xor_shifted_(word, 15, shifted)
         word.mul_(self._col1[words])
-        # In place, and a number: torch takes seven times as long to write bool, and five to multiply by it.
+        # In place, and a number: torch takes several times as long to write bool, and to multiply by it.
         return word.view(torch.int16).ge_(self._keep_from)[:, : k.stop - k.start]
 
 
