@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..reference import ROUND_CONSTANTS, dropout_threshold, hash_keys
 
-#: Elements of a tile: on a CPU for each thread, so that a tile and what it takes to mask it stay in the cache.
-CPU_TILE = 2**18
+#: Elements of a tile: on a CPU for each thread, so that a tile and what it takes to mask it stay in the cache. Smaller
+#: ones are no faster on one thread, and several meet more often: on a busy machine they then wait for one another.
+CPU_TILE = 2**19
 DEVICE_TILE = 2**24  # where a launch costs more than memory does
 TILE_COLS = 4096  # at most; even, as two neighbours share a word of the mask
 
