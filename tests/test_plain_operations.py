@@ -133,7 +133,7 @@ def test_every_result_is_as_good_as_autograd_of_the_definition(x, adapter, lambd
 @pytest.mark.parametrize("lambda_", [0.0, 0.3, torch.tensor([0.3])], ids=str)
 @pytest.mark.parametrize(
     "dtypes",
-    [{}, {"x": BF16}, {"x": BF16, "adapter": FP32}, {"x": FP16, "h0": FP32, "base": BF16}, {"base": FP64}],
+    [{}, {"x": BF16}, {"x": BF16, "adapter": FP32}, {"x": FP16, "h0": FP32, "base": BF16}, {"x": BF16, "h0": FP32}],
     ids=str,
 )
 def test_in_tiles(small_tiles, dtypes, lambda_, dropout_p):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..reference import ROUND_CONSTANTS, dropout_threshold, hash_keys, line_hash
 
-#: Elements of a tile: on a CPU for each thread, so that a tile and what it takes to mask it stay in the cache.
-CPU_TILE = 2**18
+#: Elements of a tile: on a CPU for each thread, so that a tile and what it takes to mask it stay in the cache. Smaller
+#: ones are no faster on one thread, and several meet more often: on a busy machine they then wait for one another.
+CPU_TILE = 2**19
 SMALL = 2**13  # words of a mask below which its passes are overhead
 DEVICE_TILE = 2**24  # where a launch costs more than memory does
 TILE_COLS = 4096  # at most; even, as two neighbours share a word of the mask
@@ -22,8 +23,8 @@ TILE_COLS = 4096  # at most; even, as two neighbours share a word of the mask
 class KeepTiles:
     """The mask of :func:`~sibo_triton.reference.dropout_mask`, bit for bit, one tile at a time.
 
-    Rows and columns are hashed once, here; a tile then takes seven passes over its words, in place: about 0.5 ns an
-    element on one CPU core, a tenth of what torch's dropout takes to draw. A small mask is drawn at once.
+    Rows and columns are hashed once, here; a tile then takes a few passes over its words, in place and in the cache:
+    a fraction of what torch's dropout takes to draw. A small mask is drawn at once.
     """
 
     def __init__(self, rows: int, cols: int, p: float, seed: Tensor) -> None:
@@ -80,7 +81,7 @@ class KeepTiles:
         torch.bitwise_right_shift(word, 15, out=shifted)  # arithmetic
         word.bitwise_xor_(shifted.bitwise_and_(2**17 - 1))
         word.mul_(col1)
-        # In place, and a number: torch takes seven times as long to write bool, and five to multiply by it.
+        # In place, and a number: torch takes several times as long to write bool, and to multiply by it.
         self._keep = word.view(torch.int16).ge_(self._keep_from)[:, : k.stop - k.start]
         self._drawn = m, k
         return self._keep
