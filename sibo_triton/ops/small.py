@@ -28,10 +28,10 @@ def low_rank(inputs: Inputs, scaling: float | Tensor, lambda_: float | Tensor, d
     dtype = lora_a.dtype
     v = x if x.dtype == dtype else x.to(dtype)
     if initial_residual is not None:
-        if dtype.itemsize > 2 and initial_residual.dtype == dtype:
-            v = torch.lerp(v, initial_residual, lambda_.to(dtype) if isinstance(lambda_, Tensor) else lambda_)
+        if dtype.itemsize > 2:
+            v = torch.lerp(v, initial_residual.to(dtype), lambda_.to(dtype) if isinstance(lambda_, Tensor) else lambda_)
         else:
-            v = reference.mix(v, initial_residual, lambda_)
+            v = reference.mix(v, initial_residual, lambda_)  # in float32, as the definition rounds once
     scale = 1.0
     if dropout_p > 0:
         rows, cols = math.prod(v.shape[:-1]), v.shape[-1]

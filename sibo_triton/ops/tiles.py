@@ -5,6 +5,7 @@ several times that.
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ DEVICE_TILE = 2**24  # where a launch costs more than memory does
 TILE_COLS = 4096  # at most; even, as two neighbours share a word of the mask
 
 
+_threshold = cache(dropout_threshold)  # whose checks take microseconds
+
+
 class KeepTiles:
     """The mask of :func:`~sibo_triton.reference.dropout_mask`, bit for bit, one tile at a time.
 
@@ -29,7 +33,7 @@ class KeepTiles:
 
     def __init__(self, rows: int, cols: int, p: float, seed: Tensor) -> None:
         """Args: the mask's shape; the rate p, in [0, 1); the seed, int64, of shape [], on the mask's device."""
-        threshold = dropout_threshold(p)
+        threshold = _threshold(p)
         self.scale = 1 / (1 - threshold / 2**16)  # what is kept is to be multiplied by it
         self._keep_from = threshold - 2**15
         self._whole = (slice(0, rows), slice(0, cols))
