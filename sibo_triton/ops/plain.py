@@ -18,7 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..reference import check_shape, checked_seed, dropout_threshold
+from ..dropout import checked_seed, dropout_threshold
+from ..reference import check_shape
 from .tiles import KeepTiles, add_product, read_tiles, write_product
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sibo_triton import reference
+from sibo_triton.dropout import checked_seed
 from sibo_triton.ops.autograd import Inputs
 from sibo_triton.ops.tiles import KeepTiles
 
@@ -35,7 +36,7 @@ def low_rank(inputs: Inputs, scaling: float | Tensor, lambda_: float | Tensor, d
     scale = 1.0
     if dropout_p > 0:
         rows, cols = math.prod(v.shape[:-1]), v.shape[-1]
-        mask = KeepTiles(rows, cols, dropout_p, reference.checked_seed(seed, v.device))
+        mask = KeepTiles(rows, cols, dropout_p, checked_seed(seed, v.device))
         v = v * mask.tile(slice(0, rows), slice(0, cols)).view(v.shape)
         scale = mask.scale
     t = F.linear(v, lora_a)

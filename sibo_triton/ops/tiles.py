@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..reference import ROUND_CONSTANTS, dropout_threshold, hash_keys, line_hash
+from ..dropout import ROUND_CONSTANTS, dropout_threshold, hash_keys, line_hash
 
 #: Elements of a tile: on a CPU for each thread, so that a tile and what it takes to mask it stay in the cache. Smaller
 #: ones are no faster on one thread, and several meet more often: on a busy machine they then wait for one another.
@@ -25,7 +25,7 @@ _threshold = cache(dropout_threshold)  # whose checks take microseconds
 
 
 class KeepTiles:
-    """The mask of :func:`~sibo_triton.reference.dropout_mask`, bit for bit, one tile at a time.
+    """The mask of :func:`~sibo_triton.dropout.dropout_mask`, bit for bit, one tile at a time.
 
     Rows and columns are hashed once, here; a tile then takes a few passes over its words, in place and in the cache:
     a fraction of what torch's dropout takes to draw. A small mask is drawn at once.
@@ -92,7 +92,7 @@ class KeepTiles:
 
 
 def _hash_lines_in_numpy(rows: int, words: int, seed: int) -> tuple[np.ndarray, ...]:
-    """``reference.line_hash`` of rows and column pairs, uint32; the first of each pair is odd, as words need it.
+    """``dropout.line_hash`` of rows and column pairs, uint32; the first of each pair is odd, as words need it.
 
     In NumPy, whose small operations take a third of torch's: on a small layer those would outweigh the mask.
     """
@@ -124,7 +124,7 @@ _1, _15, _16, _MULTIPLIER1, _MULTIPLIER2 = (np.uint32(n) for n in (1, 15, 16, 0x
 
 
 def _keys(seed: int) -> tuple[int, int, int, int]:
-    """``reference.hash_keys`` in Python's integers: two row keys and two column keys, below 2^32."""
+    """``dropout.hash_keys`` in Python's integers: two row keys and two column keys, below 2^32."""
     left, right = seed % 2**32, (seed >> 32) % 2**32
     keys = []
     for constant in ROUND_CONSTANTS:
