@@ -19,8 +19,9 @@ _PATHS = {
     "fused": "run fused",
     "adapter": "run the adapter fused, beside their frozen layer",
     "modules": "run module by module",
+    "definition": "run the definition",
 }
-_BACKENDS = {"triton": "by Triton kernels", "torch": "in plain PyTorch", "reference": "by the definition"}
+_BACKENDS = {"triton": "by Triton kernels", "torch": "in plain PyTorch"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class ModuleExplanation:
         learnable: whether lambda is trained.
         initial_residual: where h0 comes from ("block_input of model.layers"), None for plain LoRA.
         reason: why it mixes or not.
-        runs: "fused": the frozen linear and the adapter are one operation; "adapter": the adapter is one, on what the
-            frozen layer returned; "modules": its modules are called; "PEFT": PEFT's own forward runs.
+        runs: how it runs when this adapter alone is active, as the model stands now (parameters that are sharded now
+            may be whole inside of a forward). "fused": the frozen linear and the adapter are one operation; "adapter":
+            the adapter is one, on what the frozen layer returned; "modules": its modules are called; "definition":
+            sibo_triton.reference runs; "PEFT": PEFT's own forward runs.
         backend: "triton", "torch" or "reference": what computes that operation; None where PEFT's forward runs.
         runs_reason: why it does not run by a faster path or backend, in words; None where it runs by the fastest.
     """
@@ -82,7 +85,7 @@ class Explanation(list[ModuleExplanation]):
         """A line for each way in which layers run, other than PEFT's own."""
         ways = Counter((row.runs, row.backend, row.runs_reason) for row in self if row.backend is not None)
         for (runs, backend, reason), count in ways.items():
-            means = _PATHS[runs] + ("" if runs == "modules" else f", {_BACKENDS[backend]}")
+            means = _PATHS[runs] + (f", {_BACKENDS[backend]}" if backend in _BACKENDS and runs != "modules" else "")
             yield f"{count} {means}" + (f": {reason}." if reason else ".")
 
     __repr__ = __str__
@@ -135,7 +138,15 @@ def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | No
     if not isinstance(layer.lora_variant.get(adapter), SiboLoraVariant):
         return "PEFT", None, None
     path, obstacle = path_of(layer, adapter)
-    weight = layer.lora_A[adapter].weight
-    choice = backend_for(weight.device, [weight.dtype])
+    weight, base = layer.lora_A[adapter].weight, getattr(layer.get_base_layer(), "weight", None)
+    dtypes = {weight.dtype}
+    if base is not None and base.is_floating_point() and base.dtype.itemsize > 1:  # a quantised one says nothing
+        dtypes.add(base.dtype)
+    try:
+        choice = backend_for(weight.device, dtypes)
+    except RuntimeError as error:  # SIBO_TRITON_BACKEND=triton where the kernels cannot run: so would the forward
+        return path, "triton", str(error).rstrip(".")
+    if choice.name == "reference":
+        return "definition", choice.name, choice.reason
     reasons = [obstacle, None if choice.name == "triton" or path == "modules" else choice.reason]
     return path, choice.name, "; ".join(reason for reason in reasons if reason) or None

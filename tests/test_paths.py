@@ -3,15 +3,18 @@
 import copy
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from adapter_models import (
     base_model,
     build,
     close,
     different,
     gradients,
+    lora_layers,
     oracle_of,
     output,
     plain,
@@ -20,8 +23,10 @@ from adapter_models import (
 )
 from peft import get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import sibo_triton.lora.forward as forward_file
 from sibo_triton import SiboLoraConfig, explain
@@ -248,6 +253,114 @@ def test_a_model_compiles_into_one_graph_and_computes_the_same(options):
             if "sibo_lambda" in name and "gate" not in name:
                 tensor.zero_()
     assert (model(**inputs).loss - results[0][0]).abs() > 1e-3
+
+
+def test_a_scaling_that_changes_before_the_backward_is_seen():
+    """PEFT scales in place, after prepare_model_for_compiled_hotswap a tensor: no gradient may come of the new one."""
+    model, inputs = build(default=sibo()), token_inputs()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert isinstance(layer_of(model).scaling["default"], torch.Tensor)
+    expected = gradients(model, inputs)
+    loss = model(**inputs).loss
+    for _, layer in lora_layers(model, "default"):
+        layer.scale_layer(3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    for _, layer in lora_layers(model, "default"):
+        layer.unscale_layer(3.0)
+    for name, gradient in gradients(model, inputs).items():
+        close(gradient, expected[name])
+
+
+def test_a_recompute_by_another_path_draws_the_same_mask():
+    """Hooks may come and go between a forward and its reentrant recompute."""
+    model, inputs = build(default=sibo(0.4, lora_dropout=0.2)).train(), token_inputs()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    torch.manual_seed(0)
+    expected = gradients(model, inputs)
+    model.zero_grad()
+    torch.manual_seed(0)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: None)
+    with pytest.warns(UserWarning, match="hooks are registered on all modules"):
+        loss = model(**inputs).loss
+    handle.remove()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            close(parameter.grad, expected[name])
+
+
+def test_layers_with_accelerates_hooks_outlive_their_sibo_adapter():
+    model, inputs = build(a=sibo(0.3), b=plain()), token_inputs()
+    model.set_adapter("b")
+    expected = output(model, inputs)
+    model.set_adapter("a")
+    mixed = output(model, inputs)
+    model = dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+    close(output(model, inputs), mixed)
+    model.delete_adapter("a")
+    model.set_adapter("b")
+    close(output(model, inputs), expected)
+
+
+def test_hooks_of_accelerate_that_came_before_the_adapter_are_told():
+    model = dispatch_model(get_peft_model(base_model(), plain()), device_map={"": "cpu"}, force_hooks=True)
+    model.add_adapter("sibo", sibo())
+    rows = [row for row in explain(model) if row.adapter == "sibo"]
+    assert {row.runs for row in rows} == {"adapter"} and all("device hook" in row.runs_reason for row in rows)
+
+
+def test_selective_checkpointing_that_keeps_products_works():
+    model, inputs = build(default=sibo()), token_inputs()
+    expected = gradients(model, inputs)
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    for name, gradient in gradients(model, inputs).items():
+        close(gradient, expected[name])
+
+
+def test_a_traced_layer_keeps_no_shape():
+    model = build(default=sibo(0.3, sibo_target_modules=["q_proj"]))
+    layer = layer_of(model, "o_proj")
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, torch.randn(2, 3, 32), check_trace=False)
+        x = torch.randn(3, 2, 32)
+        close(traced(x), layer(x))
+
+
+def test_a_bias_on_lora_a_and_nested_inputs_run_by_modules():
+    model = build(default=sibo())
+    layer = layer_of(model, "o_proj")
+    nested = torch.nested.nested_tensor([torch.randn(2, 32), torch.randn(3, 32)])
+    with pytest.warns(UserWarning, match="its input is a nested tensor"):
+        found = layer(nested)
+    for part, x in zip(found.unbind(), nested.unbind(), strict=True):
+        close(part, layer(x))
+    before = layer(torch.ones(2, 32))
+    layer.lora_A["default"].bias = nn.Parameter(torch.ones(4))
+    with pytest.warns(UserWarning, match="lora_A has a bias"):
+        assert different(layer(torch.ones(2, 32)), before)
+
+
+def test_a_model_compiles_where_plain_pytorch_is_asked_for(monkeypatch):
+    """Small layers take NumPy's help in eager mode, which the compiler must not see."""
+    monkeypatch.setenv("SIBO_TRITON_BACKEND", "torch")
+    monkeypatch.setattr("sibo_triton.ops.small.ELEMENTS", 2**13)
+    model, inputs = build(default=sibo(0.4, lora_dropout=0.1)).train(), token_inputs()
+    torch.manual_seed(1)
+    expected = model(**inputs).loss
+    torch.manual_seed(1)
+    close(torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss, expected)
+
+
+def test_explain_tells_what_the_environment_forces(monkeypatch):
+    model = build(default=sibo())
+    monkeypatch.setenv("SIBO_TRITON_BACKEND", "reference")
+    assert "9 run the definition: SIBO_TRITON_BACKEND=reference." in str(explain(model)).splitlines()
+    monkeypatch.setenv("SIBO_TRITON_BACKEND", "triton")
+    assert "SIBO_TRITON_BACKEND=triton, but the tensors are on cpu" in str(explain(model))
 
 
 # --- What is kept for the backward

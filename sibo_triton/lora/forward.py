@@ -11,7 +11,7 @@ from torch import nn
 
 from sibo_triton import reference
 from sibo_triton.lora.layer import initial_residual_for, lambda_of, site_of
-from sibo_triton.lora.paths import adapter_modules, obstacle_to_adapter, obstacle_to_fusing
+from sibo_triton.lora.paths import adapter_modules, obstacle_in, obstacle_to_adapter, obstacle_to_fusing
 from sibo_triton.ops import add_lora, lora_linear
 
 
@@ -37,11 +37,11 @@ class FusedLinear(LoraLinear):
         if self._disable_adapters or self.merged_adapters:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or active[0] not in self.sibo_sites:
+        if len(active) != 1 or active[0] not in getattr(self, "sibo_sites", ()):
             return None
         (name,) = active
         if obstacle_to_adapter(self, name, x) is not None:
-            return None  # the variant says so
+            return None  # PEFT's forward calls the variant, which looks again and says it
         obstacle = obstacle_to_fusing(self, x)
         if obstacle is not None:
             site = site_of(self, name)
@@ -84,7 +84,7 @@ class SiboLoraVariant(LoraVariant):
         if site.residual is not None:
             h0 = initial_residual_for(module, active_adapter, x)
             x = reference.mix(x, h0, lambda_of(module, active_adapter))
-        down = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        down = module.lora_A[active_adapter](_dropped(module.lora_dropout[active_adapter], x))
         return result + module.lora_B[active_adapter](down) * module.scaling[active_adapter]
 
     @staticmethod
@@ -108,6 +108,15 @@ def refuse_merge(what: str) -> NoReturn:
         "be saved, loaded and generated with as it is. Trainers that merge for a separate engine (TRL's GRPO with "
         "vLLM) need use_vllm=False, or a plain peft.LoraConfig."
     )
+
+
+def _dropped(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the module returns, by the operations' mask: a checkpoint may recompute the layer by another path."""
+    if type(dropout) is not nn.Dropout or not dropout.training or not 0 < dropout.p < 1:
+        return dropout(x)
+    if obstacle_in(dropout, nn.Dropout) is not None:
+        return dropout(x)
+    return reference.dropout(x, dropout.p, reference.draw_seed(x.device))
 
 
 def _adapter_arguments(layer: LoraLayer, adapter_name: str, x: torch.Tensor) -> dict[str, Any]:

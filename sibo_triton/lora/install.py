@@ -59,7 +59,8 @@ def match_class(layer: LoraLayer) -> None:
         for name in ("sibo_sites", "adapter_layer_names", "other_param_names"):
             layer.__dict__.pop(name, None)
         layer._modules.pop(LAMBDA_NAME, None)
-    if type(layer) in (LoraLinear, FusedLinear):
+    wrapped = "forward" in layer.__dict__ or "_old_forward" in layer.__dict__  # by accelerate: bound to the class
+    if type(layer) is LoraLinear or (type(layer) is FusedLinear and not wrapped):
         fuses = has_sibo and type(layer.base_layer) is nn.Linear
         layer.__class__ = FusedLinear if fuses else LoraLinear
 

@@ -32,6 +32,9 @@ def path_of(layer: LoraLayer, adapter_name: str) -> tuple[PathName, str | None]:
     obstacle = obstacle_to_adapter(layer, adapter_name)
     if obstacle is not None:
         return "modules", obstacle
+    # accelerate's hook runs the forward that the object had when the hook came
+    if has_own_forward(layer, "_old_forward" if "_old_forward" in layer.__dict__ else "forward"):
+        return "adapter", "the layer has a forward of its own (a device hook of accelerate, or a patch)"
     obstacle = obstacle_to_fusing(layer)
     return ("fused", None) if obstacle is None else ("adapter", obstacle)
 
@@ -59,7 +62,7 @@ def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str |
     if not isinstance(layer, LoraLinear):
         return f"the layer is PEFT's {type(layer).__name__}"
     base = layer.base_layer
-    obstacle = _obstacle_in(base, nn.Linear)
+    obstacle = obstacle_in(base, nn.Linear)
     if obstacle is not None:
         return f"its base layer {obstacle}"
     if x is None:
@@ -77,15 +80,17 @@ def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | N
     if torch_module._has_any_global_hook():
         return "hooks are registered on all modules"
     lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)
-    obstacle = _obstacle_in(lora_a, nn.Linear)
+    obstacle = obstacle_in(lora_a, nn.Linear)
     if obstacle is not None:
         return f"lora_A {obstacle}"
-    obstacle = _obstacle_in(lora_b, nn.Linear)
+    obstacle = obstacle_in(lora_b, nn.Linear)
     if obstacle is not None:
         return f"lora_B {obstacle}"
-    obstacle = _obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
+    obstacle = obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
     if obstacle is not None:
         return f"lora_dropout {obstacle}"
+    if lora_a.bias is not None:
+        return "lora_A has a bias"
     if type(dropout) is nn.Dropout and dropout.p >= 1:
         return "its rate of dropout is 1"
     a, b = lora_a.weight, lora_b.weight
@@ -93,8 +98,8 @@ def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | N
         return f"lora_A is {a.dtype} and lora_B {b.dtype}"
     if x is None:
         return None
-    if type(x) not in _PLAIN_TENSORS:
-        return f"its input is a {type(x).__name__}"
+    if type(x) not in _PLAIN_TENSORS or x.is_nested:
+        return f"its input is a {'nested tensor' if x.is_nested else type(x).__name__}"
     if a.device != x.device:
         return f"its adapter is on {a.device} and its input on {x.device}"
     if x.dtype not in _DTYPES:
@@ -112,13 +117,19 @@ def adapter_modules(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.
     )
 
 
-def _obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
+def has_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
+    """Whether the object has another forward than its class's; what is only that one, bound, does not count."""
+    own = module.__dict__.get(attribute)
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why a module is more than its parameters, or None."""
     if type(module) is not kind:
         return f"is a {type(module).__name__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
-    if "forward" in module.__dict__:
+    if has_own_forward(module):
         return "has a forward of its own (a device hook of accelerate, or a patch)"
     for name, tensor in module._parameters.items():
         if tensor is not None and type(tensor) not in _PLAIN_TENSORS:

@@ -1,4 +1,4 @@
-"""The products of SIBO-LoRA in the order that moves the fewest bytes, and their gradients; no autograd inside.
+"""The products of SIBO-LoRA in the order that moves the fewest bytes, and their gradients, written by hand.
 
 Forward: t, then the low-rank product into a fresh y, then the frozen GEMM accumulates onto it (beta = 1). Backward:
 ``u = s dY B`` and dB, then dA, then the low-rank part of dx into a fresh dx, onto which the frozen GEMM accumulates.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -84,7 +84,11 @@ def forward(settings: Settings, inputs: Inputs, wants_difference: bool) -> tuple
             y = ops.add_up(_as_matrix(inputs.base), t, b, settings.scaling, inputs.lora_bias)
         else:
             y = ops.up(t, b, settings.scaling, settings.dtype, inputs.lora_bias, inputs.bias)
-            y.addmm_(x.to(settings.dtype), inputs.weight.to(settings.dtype).t())
+            x_frozen, weight = x.to(settings.dtype), inputs.weight.to(settings.dtype).t()
+            if torch._C._len_torch_dispatch_stack() > 0:  # selective checkpointing keeps what an operator returned
+                y = torch.addmm(y, x_frozen, weight)
+            else:
+                y.addmm_(x_frozen, weight)
     # Not a view to autograd, which forbids writing into a view that a Function returns: q.mul_(...) is common.
     shape = inputs.x.shape
     return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[1])), t, difference
@@ -114,8 +118,7 @@ def backward(settings: Settings, saved: Saved, grad_y: Tensor, wants: Inputs) ->
     lambda_ = settings.lambda_ if saved.lambda_ is None else saved.lambda_
     wants_input = wants.x or wants.initial_residual
     wants_u = wants_input or wants.lora_a or wants.lambda_
-    base: Any = None
-    weight = bias = dx = dh = grad_a = grad_b = lora_bias = dlambda = u = base
+    base = weight = bias = dx = dh = grad_a = grad_b = lora_bias = dlambda = u = cast(Any, None)
     with _without_autocast(grad_y.device.type):
         g = _as_matrix(grad_y)  # [M, N]
         leading = grad_y.shape[:-1]
@@ -156,17 +159,20 @@ class LowRank(torch.autograd.Function):
     def forward(ctx: Any, settings: Settings, *tensors: Tensor | None) -> Tensor:
         inputs, wants = Inputs(*tensors), Inputs(*ctx.needs_input_grad[1:])
         y, t, difference = forward(settings, inputs, wants_difference=wants.lambda_)
-        ctx.settings = settings
-        ctx.save_for_backward(*saved_for(inputs, wants, t, difference))
+        scaling = settings.scaling if isinstance(settings.scaling, Tensor) else None  # PEFT changes it in place
+        ctx.settings = settings if scaling is None else settings._replace(scaling=1.0)
+        ctx.save_for_backward(*saved_for(inputs, wants, t, difference), scaling)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        wants, saved = Inputs(*ctx.needs_input_grad[1:]), ctx.saved_tensors
+        wants = Inputs(*ctx.needs_input_grad[1:])
+        *saved, scaling = ctx.saved_tensors
+        settings = ctx.settings if scaling is None else ctx.settings._replace(scaling=scaling)
         if not torch.is_grad_enabled():
-            return None, *backward(ctx.settings, Saved(*saved), grad_y, wants)
+            return None, *backward(settings, Saved(*saved), grad_y, wants)
         with torch.no_grad():  # create_graph=True
-            gradients = backward(ctx.settings, Saved(*saved), grad_y, wants)
+            gradients = backward(settings, Saved(*saved), grad_y, wants)
         gradients = Inputs(*_RefuseSecondDerivative.apply(len(gradients), *gradients, grad_y, *saved))
         return None, *gradients
 

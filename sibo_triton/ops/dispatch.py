@@ -4,7 +4,7 @@
 |---|---|---|
 | ``triton`` | the kernels | on a CUDA or ROCm device, 16-bit and float32 tensors, Triton installed |
 | ``torch`` | the same passes and the same saved tensors in plain PyTorch (``ops/plain.py``) | everywhere else |
-| ``reference`` | the definition, differentiated by autograd | inside a ``torch.func`` transform |
+| ``reference`` | the definition, differentiated by autograd | in ``torch.func`` transforms and ``torch.jit.trace`` |
 
 The environment variable ``SIBO_TRITON_BACKEND`` forces one of them; unset or ``auto`` is the table.
 """
@@ -34,7 +34,7 @@ class Choice:
     """A backend, and why it is that one.
 
     Attributes:
-        name: "triton", "torch" or "reference".
+        name: "triton", "torch" or "reference"; "compiled" while `torch.compile` traces, which leaves the choice open.
         reason: why, in words.
         fell_off: whether the kernels could be expected to run here, and do not.
     """
@@ -45,6 +45,7 @@ class Choice:
 
 
 _TRANSFORM = Choice("reference", "inside a torch.func transform, which hand-written gradients do not take part in")
+_TRACED = Choice("reference", "traced by torch.jit, which would keep this call's shapes")
 _DEFINITION = Choice("reference", f"{BACKEND_VARIABLE}=reference")
 _PLAIN = Choice("torch", f"{BACKEND_VARIABLE}=torch")
 _COMPILED = Choice("compiled", "chosen when the compiled code runs")
@@ -74,6 +75,8 @@ def backend_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> Choice:
         return _DEFINITION
     if torch._C._are_functorch_transforms_active():
         return _TRANSFORM
+    if torch._C._get_tracing_state() is not None:
+        return _TRACED
     if requested == "torch":
         return _PLAIN
     if torch.compiler.is_compiling():

@@ -132,7 +132,7 @@ def _low_rank(
     if tensor is None and number == 0:
         initial_residual = None
     inputs = Inputs(base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, tensor, dropout_seed)
-    if backend == "torch" and x.numel() <= small.ELEMENTS:
+    if backend == "torch" and x.numel() <= small.ELEMENTS and not torch.compiler.is_compiling():
         return small.low_rank(inputs, scaling, lambda_, dropout_p)
     settings = Settings(backend, scaling, number, dropout_p, dtype, x.dtype, residual_dtype, adapter_dtype)
     if torch.compiler.is_compiling():

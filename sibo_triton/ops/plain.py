@@ -73,7 +73,7 @@ def down(
         return t, None
     t_h = project(h0)
     d = t_h - t if difference else None
-    return t.lerp_(t_h, _scalar(lambda_, t.dtype)) if _mixes(lambda_) else t, d
+    return torch.lerp(t, t_h, _scalar(lambda_, t.dtype)) if _mixes(lambda_) else t, d
 
 
 def up(
