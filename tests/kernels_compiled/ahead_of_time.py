@@ -93,7 +93,8 @@ def _read_amd(compiled: CompiledKernel) -> Binary:
     def number(field: str) -> int:
         return int(re.search(rf"\.{field}:\s*(\d+)", code).group(1))
 
-    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")) + number("private_segment_fixed_size")
+    # Scalar registers are spilled to lanes of vector registers, never to memory unless these are spilled in turn.
+    spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
     return Binary(compiled.metadata.shared, spilled, number("vgpr_count"), code)
 
 
