@@ -171,7 +171,7 @@ class Up:
         bias = tensors.get("bias")
         if not self.adds:
             return {"y": up_module.up(tensors["t"], tensors["b"], scaling, self.y_dtype, bias)}
-        return {"y": add_up(tensors["base"], tensors["t"], tensors["b"], scaling, bias)}
+        return {"y": up_module.add_up(tensors["base"], tensors["t"], tensors["b"], scaling, bias)}
 
     def expected(self, tensors: Inputs) -> dict[str, Expected]:
         t, lora_b = tensors["t"], tensors["b"]
@@ -184,13 +184,6 @@ class Up:
         operands = 0.0 if lora_b.dtype == FP32 else ROUNDING[lora_b.dtype]
         in_parts = lora_b.dtype == FP32 != self.y_dtype
         return {"y": Expected(exact, terms, by_torch, operands, in_parts, self.rank)}
-
-
-def add_up(base: Tensor, *arguments) -> Tensor:
-    """``base + s (t B^T + b)`` as a fresh tensor, by whichever of the two launchers there is."""
-    if hasattr(up_module, "add_up"):
-        return up_module.add_up(base, *arguments)
-    return up_module.add_up_(base.clone(), *arguments)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import jit
 
-try:
-    from sibo_triton.kernels import targets
-except ImportError:  # launchers that plan alike for every GPU
-    targets = None
-from sibo_triton.kernels import down
+from sibo_triton.kernels import targets
 
 
 @dataclass
@@ -87,20 +83,11 @@ def compiling_for(gpu: GPUTarget, plans_for: object | None = None) -> Iterator[l
 @contextmanager
 def _launchers_find(gpu: GPUTarget, plans_for: object | None) -> Iterator[None]:
     """What the launchers ask of the device, which is none of CUDA's here."""
-    if targets is not None:
-        target = plans_for or targets.KNOWN[gpu.arch if gpu.backend == "hip" else f"sm_{gpu.arch}"]
-        with mock.patch.object(targets, "target_of", lambda device: target):
-            yield
-        return
-    with (
-        mock.patch.object(torch.version, "hip", "of the target" if gpu.backend == "hip" else None),
-        mock.patch.object(down, "multiprocessors", lambda device: plans_for or 132),
-    ):
+    target = plans_for or targets.KNOWN[gpu.arch if gpu.backend == "hip" else f"sm_{gpu.arch}"]
+    with mock.patch.object(targets, "target_of", lambda device: target):
         yield
 
 
 def target_of_device() -> object:
     """For ``plans_for``: of the first CUDA device."""
-    if targets is not None:
-        return targets.target_of(torch.device("cuda", 0))
-    return torch.cuda.get_device_properties(0).multi_processor_count
+    return targets.target_of(torch.device("cuda", 0))
