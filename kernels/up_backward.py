@@ -217,7 +217,7 @@ def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, targ
     elif dot.split_a or dot.split_b:
         BJ, BR, num_warps = 32, min(BR, 128), 4 if target.hip else 8  # 256 threads load 16 bytes of a 16-bit dY each
         # Tensor cores that multiply from registers: 8 warps would spill to make room for another program.
-        if sm_120 and BR <= 32:
+        if sm_120 and BR == 16:
             BJ, num_warps = 64, 4
         elif (sm_120 or target.capability == 80) and BR == 64:
             num_warps = 4
