@@ -213,7 +213,7 @@ def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, targ
     sm_120 = target.capability == 120
     if dot.dtype == torch.float32:
         # Multiplied without tensor cores, from registers: larger tiles spill, on sm_120 4 warps too.
-        BJ, BR, num_warps = 16, min(BR, 64), 8 if sm_120 else 4
+        BJ, BR, num_warps = 16, min(BR, 64), 8 if sm_120 and BR > 16 else 4
     elif dot.split_a or dot.split_b:
         BJ, BR, num_warps = 32, min(BR, 128), 4 if target.hip else 8  # 256 threads load 16 bytes of a 16-bit dY each
         # Tensor cores that multiply from registers: 8 warps would spill to make room for another program.
@@ -222,7 +222,7 @@ def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, targ
         elif (sm_120 or target.capability == 80) and BR == 64:
             num_warps = 4
     else:
-        BJ, BR, num_warps = 64, min(BR, 128), 8 if BR > 64 or sm_120 else 4
+        BJ, BR, num_warps = 64, min(BR, 128), 8 if BR > (16 if sm_120 else 64) else 4
     BQ = 64
     tiles = cdiv(Q, BQ) * cdiv(r, BR)
     steps, parts = _cut(cdiv(J, BJ), tiles, target)
