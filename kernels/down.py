@@ -200,16 +200,27 @@ def plan(
     mix_first = mixes and not difference and (BR > 64 or whole.split_a or whole.dtype == torch.float32)
     if mix_first and not (alike and x_dtype == a_dtype):
         whole = operands(torch.float32, a_dtype)  # the mixed tile is not to be rounded to 16 bits
+    # On Blackwell 4 warps spill at rank 64; at rank 16, 8 would not load 16 bytes of A each.
+    num_warps = 8 if BR > (16 if target.capability >= 100 else 64) else 4
     if whole.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
         BK, BR, num_warps = 16, min(BR, 32 if difference else 64), 4
     elif whole.split_a or whole.split_b:
-        # At rank 64 the parts of 32 columns of x would overflow sm_120's registers.
-        BK, BR, num_warps = 16 if whole.split_a and BR == 64 else 32, min(BR, 128), 4 if BR <= 64 else 8
+        BK, BR = 32, min(BR, 128)
+        if whole.split_a and BR == 64:
+            BK, num_warps = 16, 4  # the parts of 32 columns of x would overflow sm_120's registers
+        elif BR == 16 and not mixes and target.capability == 120:
+            BK = 64  # with 32, registers are spilled to make room for another program
+        if target.hip:
+            num_warps = 4  # of 64 threads; twice as many spill
     elif BR <= 64:
-        BK, num_warps = 64, 4
+        BK = 64
     else:
-        BK, BR, num_warps = 32, min(BR, 128 if difference else 256), 8
+        BK, BR = 32, min(BR, 128 if difference else 256)
+        if BR == 256 and mixes and target.capability == 80:
+            BK = 64  # with 32, registers are spilled to make room for a second program
+        if BR == 128 and not mixes and target.capability == 100:
+            num_warps = 4  # the only sum is in tensor memory; 8 spill
     BM = 64  # what Hopper's tensor cores take at once; few rows (8192) are one program for a multiprocessor
     bytes_of_stage = BK * (BM * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + BR * a_dtype.itemsize)
     num_stages = target.stages(3, bytes_of_stage, programs=1)

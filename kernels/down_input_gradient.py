@@ -113,8 +113,10 @@ def plan(
     BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
     if product.dtype == torch.float32:
         return Plan(product, {"BM": 64, "BK": 64, "BR": 16, "num_warps": 4, "num_stages": 2})
-    BR = min(BR, 32 if product.split_a or product.split_b else 64)
-    return Plan(product, {"BM": 64, "BK": 128, "BR": BR, "num_warps": 4, "num_stages": 2})
+    split = product.split_a or product.split_b
+    num_warps = 8 if split and BR > 16 and target.hip else 4  # there 4 warps spill at rank 128
+    config = {"BM": 64, "BK": 128, "BR": min(BR, 32 if split else 64), "num_warps": num_warps, "num_stages": 2}
+    return Plan(product, config)
 
 
 def down_input_gradient(

@@ -163,7 +163,8 @@ def plan(
     BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
     if product.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
-        BM, BR, num_warps = 16, min(BR, 64), 4
+        BM, BR = 16, min(BR, 64)
+        num_warps = 8 if BR == 64 and target.capability in (80, 100) else 4  # there 4 warps spill
     elif any(of.split_a or of.split_b for of in (product, product_h)):
         BM, BR, num_warps = 32, min(BR, 64), 4 if BR <= 32 else 8
         if target.capability == 120 and BR == 64 and product.split_a and product.split_b:

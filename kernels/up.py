@@ -110,10 +110,14 @@ def plan(rank: int, lora_b_dtype: torch.dtype, y_dtype: torch.dtype, target: Tar
         dot = operands(lora_b_dtype, lora_b_dtype)  # t counts as B's dtype
     BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
     if dot.dtype == torch.float32:
-        # Multiplied without tensor cores, from registers: larger tiles spill.
-        return Plan(dot, {"BM": 64, "BN": 64, "BR": 16, "num_warps": 8, "num_stages": 2})
-    BR = min(BR, 32 if dot.split_a or dot.split_b else 64)
-    return Plan(dot, {"BM": 64, "BN": 128, "BR": BR, "num_warps": 4, "num_stages": 2})
+        # Multiplied without tensor cores, from registers: larger tiles spill. 256 threads load 16 bytes each, and a
+        # warp has 64 on AMD's GPUs.
+        num_warps = 4 if target.hip else 8
+        return Plan(dot, {"BM": 64, "BN": 64, "BR": 16, "num_warps": num_warps, "num_stages": 2})
+    split = dot.split_a or dot.split_b
+    num_warps = 8 if split and target.capability == 120 else 4  # there 4 warps spill at rank 64
+    config = {"BM": 64, "BN": 128, "BR": min(BR, 32 if split else 64), "num_warps": num_warps, "num_stages": 2}
+    return Plan(dot, config)
 
 
 def up(

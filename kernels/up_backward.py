@@ -191,29 +191,38 @@ def launch_of_both(
     BR = max(16, triton.next_power_of_2(r))  # 16: the least that a dot takes
     if BR > (32 if dot_u.dtype != torch.float32 and not split else 16):
         return None
+    num_warps = 8
     if dot_u.dtype == torch.float32:
         BN, num_stages = 64, 2
     elif dot_u.split_a or dot_grad_b.split_a:
-        BN, num_stages = 128, 1  # the parts of dY take the registers
+        # The parts of dY take the registers. AMD's 4 warps are 256 threads, as 8 elsewhere, and 8 spill.
+        BN, num_stages, num_warps = 128, 1, 4 if target.hip else 8
     else:
         # One stage ahead spills on gfx942; where B or t is split, registers leave room for one program.
         BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), 1 if split else 2)
     BM = 64
     u_parts = cdiv(N, BN)
     steps, grad_b_parts = _cut(cdiv(M, BM), u_parts, target)
-    config = {"BM": BM, "BN": BN, "BR": BR, "STEPS": steps, "num_warps": 8, "num_stages": num_stages}
+    config = {"BM": BM, "BN": BN, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
     return Launch(config, u_parts * grad_b_parts, u_parts, grad_b_parts)
 
 
 def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, target: Target) -> Launch:
     """One pass over dY, ``[Q, J]`` or transposed, for one of the two."""
     BR = max(16, triton.next_power_of_2(r))
+    sm_120 = target.capability == 120
     if dot.dtype == torch.float32:
-        BJ, BR, num_warps = 16, min(BR, 64), 4  # multiplied without tensor cores, from registers: larger tiles spill
+        # Multiplied without tensor cores, from registers: larger tiles spill, on sm_120 4 warps too.
+        BJ, BR, num_warps = 16, min(BR, 64), 8 if sm_120 and BR > 16 else 4
     elif dot.split_a or dot.split_b:
         BJ, BR, num_warps = 32, min(BR, 128), 4 if target.hip else 8  # 256 threads load 16 bytes of a 16-bit dY each
+        # Tensor cores that multiply from registers: 8 warps would spill to make room for another program.
+        if sm_120 and BR == 16:
+            BJ, num_warps = 64, 4
+        elif (sm_120 or target.capability == 80) and BR == 64:
+            num_warps = 4
     else:
-        BJ, BR, num_warps = 64, min(BR, 128), 4 if BR <= 64 else 8
+        BJ, BR, num_warps = 64, min(BR, 128), 8 if BR > (16 if sm_120 else 64) else 4
     BQ = 64
     tiles = cdiv(Q, BQ) * cdiv(r, BR)
     steps, parts = _cut(cdiv(J, BJ), tiles, target)
