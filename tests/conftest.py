@@ -35,10 +35,15 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def tiny_layers_run_as_large_ones_do(monkeypatch):
-    """On a CPU few elements take a shorter way (`sibo_triton.ops.small`): tests, which have few, ask for it by name."""
-    monkeypatch.setattr("sibo_triton.ops.small.ELEMENTS", -1)
+@pytest.fixture(autouse=True, scope="session")
+def tiny_layers_run_as_large_ones_do():
+    """On a CPU few elements take a shorter way (`sibo_triton.ops.small`): tests, which have few, ask for it by name.
+
+    For the whole session, so that what fixtures of any scope compute is to be compared bit for bit.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sibo_triton.ops.small.ELEMENTS", -1)
+        yield
 
 
 @pytest.fixture(scope="session")
