@@ -328,4 +328,5 @@ def test_stock_peft_without_sibo_triton_takes_a_lambda_0_adapter(fresh_process):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_import_line_of_the_card_is_all_that_it_takes(fresh_process, saved, kind):
     for name in (kind, f"{kind}, AutoPeftModel"):
-        assert torch.equal(fresh_process["logits"][name], saved[kind].logits)
+        # up to rounding: in a process of its own small layers run the shorter way
+        torch.testing.assert_close(fresh_process["logits"][name], saved[kind].logits, atol=1e-6, rtol=1e-5)
