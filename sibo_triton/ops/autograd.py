@@ -94,10 +94,15 @@ def forward(settings: Settings, inputs: Inputs, wants_difference: bool) -> tuple
     return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[1])), t, difference
 
 
+def _through_t(wants: Inputs) -> tuple[bool, bool]:
+    """Whether dx~ is wanted, and whether u, the gradient of t, is."""
+    wants_input = wants.x or wants.initial_residual
+    return wants_input, wants_input or wants.lora_a or wants.lambda_
+
+
 def saved_for(inputs: Inputs, wants: Inputs, t: Tensor, difference: Tensor | None) -> Saved:
     """What to keep for the gradients that are wanted."""
-    wants_input = wants.x or wants.initial_residual
-    wants_u = wants_input or wants.lora_a or wants.lambda_
+    wants_input, wants_u = _through_t(wants)
     return Saved(
         x=inputs.x if wants.lora_a or wants.weight else None,
         weight=inputs.weight if wants.x else None,
@@ -116,8 +121,7 @@ def backward(settings: Settings, saved: Saved, grad_y: Tensor, wants: Inputs) ->
     ops = implementation(settings.backend)
     s, p, seed = settings.scaling, settings.dropout_p, saved.seed
     lambda_ = settings.lambda_ if saved.lambda_ is None else saved.lambda_
-    wants_input = wants.x or wants.initial_residual
-    wants_u = wants_input or wants.lora_a or wants.lambda_
+    wants_input, wants_u = _through_t(wants)
     base = weight = bias = dx = dh = grad_a = grad_b = lora_bias = dlambda = u = cast(Any, None)
     with _without_autocast(grad_y.device.type):
         g = _as_matrix(grad_y)  # [M, N]
