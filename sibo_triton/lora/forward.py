@@ -29,17 +29,16 @@ class FusedLinear(LoraLinear):
         adapter_name = None if args or kwargs else self._fused_adapter(x)
         if adapter_name is None:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        return lora_linear(x, base.weight, base.bias, **_adapter_arguments(self, adapter_name, x))
+        base: Any = self._modules["base_layer"]._parameters
+        return lora_linear(x, base["weight"], base["bias"], **_adapter_arguments(self, adapter_name, x))
 
     def _fused_adapter(self, x: torch.Tensor) -> str | None:
         """The adapter, if it alone runs and nothing stands in the way."""
         if self._disable_adapters or self.merged_adapters:
             return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or active[0] not in getattr(self, "sibo_sites", ()):
+        name = self._only_active()
+        if name is None or name not in self.__dict__.get("sibo_sites", ()):
             return None
-        (name,) = active
         if obstacle_to_adapter(self, name, x) is not None:
             return None  # PEFT's forward calls the variant, which looks again and says it
         obstacle = obstacle_to_fusing(self, x)
@@ -48,6 +47,15 @@ class FusedLinear(LoraLinear):
             site.notices.say(site.name, "the frozen layer and its adapter run apart", obstacle)
             return None
         return name
+
+    def _only_active(self) -> str | None:
+        """The one active adapter that the layer has, or None if it has several of them or none."""
+        active = self.active_adapter
+        if isinstance(active, str):
+            active = (active,)
+        has: Any = self._modules["lora_A"]._modules
+        names = [name for name in active if name in has]
+        return names[0] if len(names) == 1 else None
 
 
 class SiboLoraVariant(LoraVariant):
@@ -123,9 +131,9 @@ def _adapter_arguments(layer: LoraLayer, adapter_name: str, x: torch.Tensor) -> 
     """What the operations take of an adapter, beside x."""
     lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)
     arguments: dict[str, Any] = {
-        "lora_a": lora_a.weight,
-        "lora_b": lora_b.weight,
-        "lora_bias": lora_b.bias,
+        "lora_a": lora_a._parameters["weight"],
+        "lora_b": lora_b._parameters["weight"],
+        "lora_bias": lora_b._parameters["bias"],
         "scaling": layer.scaling[adapter_name],
     }
     if site_of(layer, adapter_name).residual is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -61,13 +61,13 @@ def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str |
     """Why the frozen layer must run by its own forward (for an input x), or None."""
     if not isinstance(layer, LoraLinear):
         return f"the layer is PEFT's {type(layer).__name__}"
-    base = layer.base_layer
+    base: Any = layer._modules["base_layer"]
     obstacle = obstacle_in(base, nn.Linear)
     if obstacle is not None:
         return f"its base layer {obstacle}"
     if x is None:
         return None
-    weight = base.weight
+    weight = base._parameters["weight"]
     if weight.device != x.device:
         return f"its base layer is on {weight.device} and its input on {x.device}"
     if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
@@ -89,11 +89,12 @@ def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | N
     obstacle = obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
     if obstacle is not None:
         return f"lora_dropout {obstacle}"
-    if lora_a.bias is not None:
+    of_a = lora_a._parameters
+    if of_a["bias"] is not None:
         return "lora_A has a bias"
     if type(dropout) is nn.Dropout and dropout.p >= 1:
         return "its rate of dropout is 1"
-    a, b = lora_a.weight, lora_b.weight
+    a, b = cast(torch.Tensor, of_a["weight"]), cast(torch.Tensor, lora_b._parameters["weight"])
     if a.dtype != b.dtype or a.dtype not in _DTYPES:
         return f"lora_A is {a.dtype} and lora_B {b.dtype}"
     if x is None:
@@ -124,14 +125,20 @@ def has_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
 
 
 def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why a module is more than its parameters, or None."""
+    """Why a module is more than its parameters, or None; by its dictionary, as every forward asks four times."""
+    state = module.__dict__
     if type(module) is not kind:
         return f"is a {type(module).__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return "has hooks"
-    if has_own_forward(module):
+    if "forward" in state and has_own_forward(module):
         return "has a forward of its own (a device hook of accelerate, or a patch)"
-    for name, tensor in module._parameters.items():
-        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+    for name, tensor in state["_parameters"].items():
+        if type(tensor) not in _PLAIN_TENSORS and tensor is not None:
             return f"has a {type(tensor).__name__} as its {name}"
     return None

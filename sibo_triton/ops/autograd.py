@@ -75,13 +75,13 @@ def forward(settings: Settings, inputs: Inputs, wants_difference: bool) -> tuple
     """y, ``[..., N]``, t and, if wanted, d, ``[M, r]``."""
     ops = implementation(settings.backend)
     with _without_autocast(inputs.x.device.type):
-        x = _as_matrix(inputs.x)
+        x = as_matrix(inputs.x)
         a, b = inputs.lora_a.to(settings.adapter_dtype), inputs.lora_b.to(settings.adapter_dtype)
         lambda_ = settings.lambda_ if inputs.lambda_ is None else inputs.lambda_
-        h0 = None if inputs.initial_residual is None else _as_matrix(inputs.initial_residual)
+        h0 = None if inputs.initial_residual is None else as_matrix(inputs.initial_residual)
         t, difference = ops.down(x, a, h0, lambda_, settings.dropout_p, inputs.seed, wants_difference)
         if inputs.weight is None:
-            y = ops.add_up(_as_matrix(inputs.base), t, b, settings.scaling, inputs.lora_bias)
+            y = ops.add_up(as_matrix(inputs.base), t, b, settings.scaling, inputs.lora_bias)
         else:
             y = ops.up(t, b, settings.scaling, settings.dtype, inputs.lora_bias, inputs.bias)
             x_frozen, weight = x.to(settings.dtype), inputs.weight.to(settings.dtype).t()
@@ -124,14 +124,14 @@ def backward(settings: Settings, saved: Saved, grad_y: Tensor, wants: Inputs) ->
     wants_input, wants_u = _through_t(wants)
     base = weight = bias = dx = dh = grad_a = grad_b = lora_bias = dlambda = u = cast(Any, None)
     with _without_autocast(grad_y.device.type):
-        g = _as_matrix(grad_y)  # [M, N]
+        g = as_matrix(grad_y)  # [M, N]
         leading = grad_y.shape[:-1]
         if wants_u or wants.lora_b:
             b = saved.lora_b.to(settings.adapter_dtype)
             u, grad_b = ops.up_backward(g, saved.t, b, s, wants_u, wants.lora_b)
         if wants.lora_a or wants_input:
-            x = _as_matrix(saved.x) if wants.lora_a else None
-            h0 = None if saved.initial_residual is None else _as_matrix(saved.initial_residual)
+            x = as_matrix(saved.x) if wants.lora_a else None
+            h0 = None if saved.initial_residual is None else as_matrix(saved.initial_residual)
             a = saved.lora_a.to(settings.adapter_dtype) if wants_input else None
             dx_dtype = None if not wants.x else settings.x_dtype if saved.weight is None else settings.dtype
             residual_dtype = settings.residual_dtype if wants.initial_residual else None
@@ -148,7 +148,7 @@ def backward(settings: Settings, saved: Saved, grad_y: Tensor, wants: Inputs) ->
         if wants.base:
             base = grad_y
         if wants.weight:
-            weight = g.t() @ _as_matrix(saved.x).to(settings.dtype)
+            weight = g.t() @ as_matrix(saved.x).to(settings.dtype)
         if wants.bias:
             bias = g.sum(0)
         if wants.lora_bias:
@@ -197,13 +197,15 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         )
 
 
-def _as_matrix(tensor: Tensor) -> Tensor:
+def as_matrix(tensor: Tensor) -> Tensor:
     """``[M, K]``, a view where strides allow; also where a size is 0."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Autocast's dtype where it is on."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)

@@ -6,16 +6,13 @@ nothing. The mask and the equations are the definition's.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sibo_triton import reference
-from sibo_triton.dropout import checked_seed
-from sibo_triton.ops.autograd import Inputs
-from sibo_triton.ops.tiles import KeepTiles
+from sibo_triton.ops.autograd import Inputs, as_matrix
+from sibo_triton.ops.tiles import keep_whole
 
 #: Elements of x up to which plain PyTorch runs this way.
 ELEMENTS = 2**13
@@ -24,6 +21,11 @@ ELEMENTS = 2**13
 def low_rank(inputs: Inputs, scaling: float | Tensor, lambda_: float | Tensor, dropout_p: float) -> Tensor:
     """y, ``[..., N]``: `sibo_triton.reference.lora_linear`, or `add_lora` where a base output is given."""
     base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, _, seed = inputs
+    shape = x.shape
+    if len(shape) != 2:  # once, or every product below would
+        x = as_matrix(x)
+        base = None if base is None else as_matrix(base)
+        initial_residual = None if initial_residual is None else as_matrix(initial_residual)
     if base is None:
         base = F.linear(x, weight, bias)
     dtype = lora_a.dtype
@@ -35,14 +37,15 @@ def low_rank(inputs: Inputs, scaling: float | Tensor, lambda_: float | Tensor, d
             v = reference.mix(v, initial_residual, lambda_)  # in float32, as the definition rounds once
     scale = 1.0
     if dropout_p > 0:
-        rows, cols = math.prod(v.shape[:-1]), v.shape[-1]
-        mask = KeepTiles(rows, cols, dropout_p, checked_seed(seed, v.device))
-        v = v * mask.tile(slice(0, rows), slice(0, cols)).view(v.shape)
-        scale = mask.scale
+        assert seed is not None
+        rows, cols = v.shape
+        keep, scale = keep_whole(rows, cols, dropout_p, seed, v.device)
+        v = v * keep
     t = F.linear(v, lora_a)
     if lora_bias is not None or isinstance(scaling, Tensor):
-        update = F.linear(t if scale == 1 else t * scale, lora_b, lora_bias) * scaling
-        y = base + update
+        y = base + F.linear(t if scale == 1 else t * scale, lora_b, lora_bias) * scaling
     else:
         y = torch.add(base, F.linear(t, lora_b), alpha=scaling * scale)
-    return y if y.dtype == base.dtype else y.to(base.dtype)
+    if y.dtype != base.dtype:
+        y = y.to(base.dtype)
+    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])

@@ -5,13 +5,13 @@ several times that.
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..dropout import ROUND_CONSTANTS, dropout_threshold, hash_keys, line_hash
+from ..dropout import ROUND_CONSTANTS, checked_seed, dropout_threshold, hash_keys, line_hash
 
 #: Elements of a tile: on a CPU for each thread, so that a tile and what it takes to mask it stay in the cache. Smaller
 #: ones are no faster on one thread, and several meet more often: on a busy machine they then wait for one another.
@@ -21,7 +21,11 @@ DEVICE_TILE = 2**24  # where a launch costs more than memory does
 TILE_COLS = 4096  # at most; even, as two neighbours share a word of the mask
 
 
-_threshold = cache(dropout_threshold)  # whose checks take microseconds
+@cache
+def _keep_from_and_scale(p: float) -> tuple[int, float]:
+    """What a 16-bit decision must reach for its element to be kept, and by what that is multiplied."""
+    threshold = dropout_threshold(p)
+    return threshold - 2**15, 1 / (1 - threshold / 2**16)
 
 
 class KeepTiles:
@@ -33,18 +37,16 @@ class KeepTiles:
 
     def __init__(self, rows: int, cols: int, p: float, seed: Tensor) -> None:
         """Args: the mask's shape; the rate p, in [0, 1); the seed, int64, of shape [], on the mask's device."""
-        threshold = _threshold(p)
-        self.scale = 1 / (1 - threshold / 2**16)  # what is kept is to be multiplied by it
-        self._keep_from = threshold - 2**15
+        self._keep_from, self.scale = _keep_from_and_scale(p)  # the scale is for what is kept
         self._whole = (slice(0, rows), slice(0, cols))
         self._drawn: tuple[slice, slice] | None = None  # the tile that `_keep` is
         words = (cols + 1) // 2
         # A fake tensor holds no number; a GPU would make us wait for it.
         if type(seed) is Tensor and seed.device.type == "cpu":
-            lines = _hash_lines_in_numpy(rows, words, int(seed))
             if rows * words <= SMALL:
-                self._keep, self._drawn = self._draw_whole(cols, *lines), self._whole
+                self._keep, self._drawn = _keep_in_numpy(rows, cols, self._keep_from, int(seed)), self._whole
                 return
+            lines = _hash_lines_in_numpy(rows, words, int(seed))
             row1, row2, col1, col2 = (torch.from_numpy(line.view(np.int32)) for line in lines)
         else:
             row_keys, col_keys = hash_keys(seed)
@@ -54,13 +56,6 @@ class KeepTiles:
         self._row1, self._row2, self._col1, self._col2 = row1[:, None], row2[:, None], col1, col2
         self._words = Buffer(torch.int32, seed.device)
         self._shifted = Buffer(torch.int32, seed.device)
-
-    def _draw_whole(self, cols: int, row1: np.ndarray, row2: np.ndarray, col1: np.ndarray, col2: np.ndarray) -> Tensor:
-        word = row1[:, None] * col2
-        word += row2[:, None]
-        word ^= word >> _15
-        word *= col1
-        return torch.from_numpy((word.view(np.int16) >= self._keep_from).view(np.int8))[:, :cols]
 
     def tile(self, m: slice, k: slice) -> Tensor:
         """1 where an element is kept, else 0, to multiply with; ``k`` starts at an even column.
@@ -91,36 +86,70 @@ class KeepTiles:
         return self._keep
 
 
-def _hash_lines_in_numpy(rows: int, words: int, seed: int) -> tuple[np.ndarray, ...]:
-    """``dropout.line_hash`` of rows and column pairs, uint32; the first of each pair is odd, as words need it.
+def keep_whole(rows: int, cols: int, p: float, seed: Tensor, device: torch.device) -> tuple[Tensor, float]:
+    """All of a small mask, ``[rows, cols]``, as :meth:`KeepTiles.tile` gives it, and the scale of what is kept.
 
-    In NumPy, whose small operations take a third of torch's: on a small layer those would outweigh the mask.
+    Raises:
+        TypeError, ValueError: for what is no seed.
     """
+    readable = type(seed) is Tensor and seed.device.type == "cpu" == device.type
+    if readable and seed.dtype == torch.int64 and seed.numel() == 1 and rows * cols <= SMALL:
+        keep_from, scale = _keep_from_and_scale(p)
+        return _keep_in_numpy(rows, cols, keep_from, int(seed)), scale
+    mask = KeepTiles(rows, cols, p, checked_seed(seed, device))
+    return mask.tile(slice(0, rows), slice(0, cols)), mask.scale
+
+
+def _keep_in_numpy(rows: int, cols: int, keep_from: int, seed: int) -> Tensor:
+    """A small mask, ``[rows, cols]``, int8.
+
+    Its small operations take a third of torch's, and less where they write into what is there and scalars are arrays
+    already: on a small layer the mask is most of the host time.
+    """
+    row1, row2, col1, col2 = _hash_lines_in_numpy(rows, (cols + 1) // 2, seed)
+    word = row1[:, None] * col2
+    np.add(word, row2[:, None], word)
+    np.bitwise_xor(word, word >> _15, word)
+    np.multiply(word, col1, word)
+    keep = torch.from_numpy((word.view(np.int16) >= keep_from).view(np.int8))
+    return keep[:, :cols] if cols % 2 else keep
+
+
+def _hash_lines_in_numpy(rows: int, words: int, seed: int) -> tuple[np.ndarray, ...]:
+    """``dropout.line_hash`` of rows and column pairs, uint32; the first of each pair is odd, as words need it."""
     row_key1, row_key2, col_key1, col_key2 = _keys(seed)
-    hash1 = np.empty(rows + words, dtype=np.uint32)
-    hash1[:rows] = np.arange(rows, dtype=np.uint32)
-    hash1[rows:] = np.arange(words, dtype=np.uint32)
-    hash1[:rows] ^= np.uint32(row_key1)
-    hash1[rows:] ^= np.uint32(col_key1)
-    _mix32_(hash1)
-    hash2 = hash1.copy()
-    hash2[:rows] ^= np.uint32(row_key2)
-    hash2[rows:] ^= np.uint32(col_key2)
-    _mix32_(hash2)
-    hash1 |= _1
+    hash1, hash2, shifted = np.empty((3, rows + words), dtype=np.uint32)
+    index = _lines(max(rows, words))
+    np.bitwise_xor(index[:rows], row_key1, hash1[:rows])
+    np.bitwise_xor(index[:words], col_key1, hash1[rows:])
+    _mix32_(hash1, shifted)
+    np.bitwise_xor(hash1[:rows], row_key2, hash2[:rows])
+    np.bitwise_xor(hash1[rows:], col_key2, hash2[rows:])
+    _mix32_(hash2, shifted)
+    np.bitwise_or(hash1, _1, hash1)
     return hash1[:rows], hash2[:rows], hash1[rows:], hash2[rows:]
 
 
-def _mix32_(h: np.ndarray) -> None:
-    """mix32 of the definition, in place, on uint32."""
-    h ^= h >> _16
-    h *= _MULTIPLIER1
-    h ^= h >> _15
-    h *= _MULTIPLIER2
-    h ^= h >> _16
+@lru_cache(maxsize=64)
+def _lines(count: int) -> np.ndarray:
+    """0, 1, 2...; read only."""
+    return np.arange(count, dtype=np.uint32)
 
 
-_1, _15, _16, _MULTIPLIER1, _MULTIPLIER2 = (np.uint32(n) for n in (1, 15, 16, 0x7FEB352D, 0x846CA68B))
+def _mix32_(h: np.ndarray, shifted: np.ndarray) -> None:
+    """mix32 of the definition, in place, on uint32; `shifted` is room for as many."""
+    np.right_shift(h, _16, shifted)
+    np.bitwise_xor(h, shifted, h)
+    np.multiply(h, _MULTIPLIER1, h)
+    np.right_shift(h, _15, shifted)
+    np.bitwise_xor(h, shifted, h)
+    np.multiply(h, _MULTIPLIER2, h)
+    np.right_shift(h, _16, shifted)
+    np.bitwise_xor(h, shifted, h)
+
+
+# Arrays and not scalars, which NumPy would turn into arrays at every use.
+_1, _15, _16, _MULTIPLIER1, _MULTIPLIER2 = (np.array(n, np.uint32) for n in (1, 15, 16, 0x7FEB352D, 0x846CA68B))
 
 
 def _keys(seed: int) -> tuple[int, int, int, int]:
