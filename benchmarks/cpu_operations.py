@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sibo_triton.ops.plain import down, down_input_gradient, down_weight_gradient, up, up_backward
+from sibo_triton.ops.plain import down, down_backward, up, up_backward
 from sibo_triton.reference import draw_seed
 
 SCALING = 2.0
@@ -38,8 +38,7 @@ class PlainLora(torch.autograd.Function):
     def backward(ctx, grad_y):
         x, weight, lora_a, lora_b, h0, t, seed = ctx.saved_tensors
         u, grad_b = up_backward(grad_y, t, lora_b, SCALING)
-        grad_a = down_weight_gradient(u, x, h0, *ctx.options, seed, adapter_dtype=lora_a.dtype)
-        dx, _ = down_input_gradient(u, lora_a, *ctx.options, seed, dtype=x.dtype)
+        grad_a, dx, _ = down_backward(u, lora_a, x, h0, *ctx.options, seed, lora_a.dtype, x.dtype, None)
         dx.addmm_(grad_y, weight)
         return dx, None, None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), None, None, None
 

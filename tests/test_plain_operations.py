@@ -70,7 +70,7 @@ def by_autograd(a, dtype=None):
     y = (base + low_rank).to(base.dtype)
     y.backward(a.grad_y.to(y.dtype))
     results = {"t": t, "low_rank": low_rank, "y": y, "u": t.grad, "grad_a": lora_a.grad, "grad_b": lora_b.grad}
-    results |= {"dx": x.grad, "dx_sum": a.x + x.grad.to(dtype or x.dtype)}
+    results |= {"dx": x.grad}
     if mixes(a):
         d = reference.down((h0.to(lora_a.dtype) - x.to(lora_a.dtype)), lora_a, None, 0.0, a.dropout_p, SEED)
         results |= {"d": d, "t_beside_d": t, "dh0": h0.grad}
@@ -81,20 +81,16 @@ def by_plain(a):
     mixing = (a.lambda_, a.dropout_p, SEED)
     t, d = plain.down(a.x, a.lora_a, a.h0, *mixing, difference=mixes(a))
     u, grad_b = plain.up_backward(a.grad_y, t, a.lora_b, a.scaling)
-    dx, dh0 = plain.down_input_gradient(
-        u, a.lora_a, *mixing, dtype=a.x.dtype, residual_dtype=a.h0.dtype if mixes(a) else None
-    )
-    total = a.x.clone(memory_format=torch.contiguous_format)
-    assert plain.down_input_gradient(u, a.lora_a, *mixing, accumulate_into=total) == (total, None)
+    dtypes = (a.lora_a.dtype, a.x.dtype, a.h0.dtype if mixes(a) else None)
+    grad_a, dx, dh0 = plain.down_backward(u, a.lora_a, a.x, a.h0, *mixing, *dtypes)
     results = {
         "t": plain.down(a.x, a.lora_a, a.h0, *mixing)[0],
         "low_rank": plain.up(t, a.lora_b, a.scaling, a.base.dtype, a.lora_bias),
         "y": plain.add_up(a.base, t, a.lora_b, a.scaling, a.lora_bias),
         "u": u,
-        "grad_a": plain.down_weight_gradient(u, a.x, a.h0, *mixing, adapter_dtype=a.lora_a.dtype),
+        "grad_a": grad_a,
         "grad_b": grad_b,
         "dx": dx,
-        "dx_sum": total,
     }
     if mixes(a):
         results |= {"d": d, "t_beside_d": t, "dh0": dh0}
@@ -110,7 +106,7 @@ def assert_as_good_as_autograd(a):
     assert actual.keys() == exact.keys()
     rank_dtype = FP64 if a.lora_a.dtype == FP64 else FP32
     for name, result in actual.items():
-        dtype = {"dx": a.x, "dx_sum": a.x, "dh0": a.h0, "low_rank": a.base, "y": a.base}.get(name)
+        dtype = {"dx": a.x, "dh0": a.h0, "low_rank": a.base, "y": a.base}.get(name)
         assert result.dtype == (rank_dtype if dtype is None else dtype.dtype), name
         assert result.shape == exact[name].shape and result.is_contiguous(), name
         error, yardstick_error = (norm(r.to(result.dtype) - exact[name]) for r in (result, yardstick[name]))
@@ -198,25 +194,15 @@ def test_strides_and_no_input_is_written(strides, x, dropout_p):
     before = [value.clone() for value in inputs]
     assert_as_good_as_autograd(a)
     assert all(torch.equal(value, was) for value, was in zip(inputs, before, strict=True))
-    if strides != "expanded":
-        u = torch.randn(70, 5)
-        total = strided(torch.zeros(70, 62, dtype=x))
-        returned, _ = plain.down_input_gradient(u, a.lora_a, 0.3, dropout_p, SEED, accumulate_into=total)
-        fresh, _ = plain.down_input_gradient(u, a.lora_a, 0.3, dropout_p, SEED, dtype=x)
-        assert returned is total
-        torch.testing.assert_close(total, fresh, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_sums_with_float32_adapters_are_rounded_once(dtype):
     """PEFT's default. Half a unit in the last place of the sum, for each element."""
     a = arguments(m=200, x=dtype, adapter=FP32, scaling=2.0)
-    u, t = torch.randn(200, 5), torch.randn(200, 5)
-    total = a.x.clone()
-    plain.down_input_gradient(u, a.lora_a, 0.25, accumulate_into=total)
+    t = torch.randn(200, 5)
     y = plain.add_up(a.base, t, a.lora_b, 2.0, a.lora_bias)
     half_a_unit = {"rtol": torch.finfo(dtype).eps / 2 * 1.001, "atol": 1e-6}
-    torch.testing.assert_close(total.double(), a.x.double() + 0.75 * (u.double() @ a.lora_a.double()), **half_a_unit)
     low_rank = 2 * (t.double() @ a.lora_b.double().T + a.lora_bias.double())
     torch.testing.assert_close(y.double(), a.base.double() + low_rank, **half_a_unit)
 
@@ -241,9 +227,11 @@ def test_only_what_is_wanted():
     assert plain.up_backward(a.grad_y, None, a.lora_b, 1.7, wants_grad_b=False)[1] is None
     assert plain.up_backward(a.grad_y, t, a.lora_b, 1.7, wants_u=False)[0] is None
     assert torch.equal(plain.up_backward(a.grad_y, t, a.lora_b, 1.7, wants_u=False)[1], both[1])
-    assert plain.down_input_gradient(u, a.lora_a, 0.3) == (None, None)
-    dx, dh0 = plain.down_input_gradient(u, a.lora_a, 0.3, residual_dtype=BF16)
-    assert dx is None and dh0.dtype == BF16
+    mixing = (0.3, 0.0, None)
+    grad_a, *nothing = plain.down_backward(u, None, a.x, a.h0, *mixing, FP32, None, None)
+    assert grad_a is not None and nothing == [None, None]
+    grad_a, dx, dh0 = plain.down_backward(u, a.lora_a, None, None, *mixing, FP32, None, BF16)
+    assert grad_a is None and dx is None and dh0.dtype == BF16
 
 
 # --- The mask
@@ -304,15 +292,16 @@ def test_nothing_as_large_as_an_activation_is_made(x, adapter, dropout_p, monkey
     monkeypatch.setattr(tiles, "CPU_TILE", 2**12)
     a = arguments(512, 256, 512, 8, x=x, adapter=adapter, dropout_p=dropout_p)
     t = u = torch.randn(512, 8)
-    dx = torch.randn(512, 256).to(x)
     mixing = (0.3, dropout_p, SEED)
     inputs = [value for value in vars(a).values() if isinstance(value, torch.Tensor)]
-    with Allocations(*inputs, t, dx, SEED) as made:
+    with Allocations(*inputs, t, SEED) as made:
         plain.down(a.x, a.lora_a, a.h0, *mixing, difference=True)
         plain.up_backward(a.grad_y, t, a.lora_b, 1.7)
-        plain.down_weight_gradient(u, a.x, a.h0, *mixing, adapter_dtype=adapter)
-        plain.down_input_gradient(u, a.lora_a, *mixing, accumulate_into=dx)
+        plain.down_backward(u, None, a.x, a.h0, *mixing, adapter, None, None)
     assert 512 * 8 * 4 <= max(made.sizes.values()) <= 2**12 * 4
+    with Allocations(*inputs, t, SEED) as made:
+        plain.down_backward(u, a.lora_a, None, None, *mixing, adapter, x, None)
+    assert sum(size >= a.x.nbytes for size in made.sizes.values()) == 1
     with Allocations(*inputs, t, SEED) as made:
         y = plain.add_up(a.base, t, a.lora_b, 1.7, a.lora_bias)
     assert sum(size >= a.base.nbytes for size in made.sizes.values()) == 1 and not y.isnan().any()
@@ -335,9 +324,7 @@ def test_tensors_without_data(mode, dropout_p):
         t, d = plain.down(b.x, b.lora_a, b.h0, b.lambda_, dropout_p, seed, True)
         u, grad_b = plain.up_backward(b.grad_y, t, b.lora_b, b.scaling)
         results = [t, d, u, grad_b, plain.add_up(b.base, t, b.lora_b, b.scaling, b.lora_bias)]
-        results += [plain.down_weight_gradient(u, b.x, b.h0, b.lambda_, dropout_p, seed, adapter_dtype=FP32)]
-        dtypes = {"dtype": BF16, "residual_dtype": FP32}
-        results += plain.down_input_gradient(u, b.lora_a, b.lambda_, dropout_p, seed, **dtypes)
+        results += plain.down_backward(u, b.lora_a, b.x, b.h0, b.lambda_, dropout_p, seed, FP32, BF16, FP32)
     shapes = [(70, 5), (70, 5), (70, 5), (37, 5), (70, 37), (5, 62), (70, 62), (70, 62)]
     assert [tuple(result.shape) for result in results] == shapes
     assert [result.dtype for result in results] == [FP32, FP32, FP32, FP32, BF16, FP32, BF16, FP32]
@@ -363,17 +350,17 @@ def test_tensors_without_data(mode, dropout_p):
         ("t is None, but dB is wanted", lambda a: plain.up_backward(a.grad_y, None, a.lora_b, 1.0)),
         (r"t has shape \[69, 5\]", lambda a: plain.up_backward(a.grad_y, a.u[1:], a.lora_b, 1.0)),
         (r"lora_b has shape \[36, 5\]", lambda a: plain.up_backward(a.grad_y, a.u, a.lora_b[1:], 1.0)),
-        (r"u has shape \[69, 5\]", lambda a: plain.down_weight_gradient(a.u[1:], a.x, adapter_dtype=FP32)),
-        (r"lora_a has shape \[4, 62\]", lambda a: plain.down_input_gradient(a.u, a.lora_a[1:], dtype=FP32)),
-        ("it has none", lambda a: plain.down_input_gradient(a.u, a.lora_a, residual_dtype=FP32)),
-        ("not both", lambda a: plain.down_input_gradient(a.u, a.lora_a, dtype=FP32, accumulate_into=a.x)),
         (
-            r"accumulate_into has shape \[70, 61\]",
-            lambda a: plain.down_input_gradient(a.u, a.lora_a, accumulate_into=a.x[:, 1:]),
+            r"u has shape \[69, 5\]",
+            lambda a: plain.down_backward(a.u[1:], None, a.x, None, 0.0, 0.0, None, FP32, None, None),
         ),
         (
-            "accumulate_into is expanded",
-            lambda a: plain.down_input_gradient(a.u, a.lora_a, accumulate_into=a.x[:1].expand(70, 62)),
+            r"lora_a has shape \[4, 62\]",
+            lambda a: plain.down_backward(a.u, a.lora_a[1:], None, None, 0.0, 0.0, None, FP32, FP32, None),
+        ),
+        (
+            "it has none",
+            lambda a: plain.down_backward(a.u, a.lora_a, None, None, 0.0, 0.0, None, FP32, None, FP32),
         ),
     ],
 )

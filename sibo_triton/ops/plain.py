@@ -180,66 +180,6 @@ def up_backward(
     return None if u is None else u.mul_(s), None if grad_b is None else grad_b.T.contiguous()
 
 
-def down_weight_gradient(
-    u: Tensor,  # [M, r]
-    x: Tensor,  # [M, K]
-    initial_residual: Tensor | None = None,  # [M, K]
-    lambda_: float | Tensor = 0.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,  # [1]
-    *,
-    adapter_dtype: torch.dtype,
-) -> Tensor:  # [r, K]
-    """``dA = u^T drop((1 - lambda) x + lambda h0)``.
-
-    Args:
-        u: the gradient of t, ``[M, r]``.
-        x, initial_residual, lambda_, dropout_p, dropout_seed: as for :func:`down`.
-        adapter_dtype: of A.
-
-    Returns:
-        dA, ``[r, K]``, in float32, or float64 if ``adapter_dtype`` is.
-
-    Raises:
-        TypeError, ValueError: as :func:`down`.
-    """
-    mask = _mask(x.shape[0], x.shape[1], dropout_p, dropout_seed, x.device)
-    return _weight_gradient(u, x, initial_residual, lambda_, mask, adapter_dtype)
-
-
-def down_input_gradient(
-    u: Tensor,  # [M, r]
-    lora_a: Tensor,  # [r, K]
-    lambda_: float | Tensor = 0.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,  # [1]
-    *,
-    dtype: torch.dtype | None = None,
-    accumulate_into: Tensor | None = None,  # [M, K]
-    residual_dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor | None]:  # [M, K], [M, K]
-    """``dx = (1 - lambda) dx~`` and ``dh0 = lambda dx~``, where ``dx~ = drop'(u A)``; either or both.
-
-    Args:
-        u: the gradient of t, ``[M, r]``.
-        lora_a: A, ``[r, K]``.
-        lambda_, dropout_p, dropout_seed: as for :func:`down`.
-        dtype: of a fresh dx. None, and no ``accumulate_into``: dx is not wanted.
-        accumulate_into: the gradient of the frozen path, to which dx is added in place; the sum is taken in the wider
-            dtype and rounded once. Any strides by which no two elements meet.
-        residual_dtype: of dh0; None: not wanted.
-
-    Returns:
-        dx (``accumulate_into`` itself if given) and dh0, each None if not wanted. What is fresh is contiguous.
-
-    Raises:
-        TypeError, ValueError: as :func:`down`; ValueError for both ``dtype`` and ``accumulate_into``, an expanded
-            ``accumulate_into``, or dh0 wanted of what does not mix.
-    """
-    mask = _mask(u.shape[0], lora_a.shape[1], dropout_p, dropout_seed, u.device)
-    return _input_gradient(u, lora_a, lambda_, mask, dtype, accumulate_into, residual_dtype)
-
-
 def down_backward(
     u: Tensor,  # [M, r]
     lora_a: Tensor | None,  # [r, K]
@@ -252,7 +192,22 @@ def down_backward(
     dx_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # [r, K], [M, K], [M, K]
-    """dA, if x is given, and dx and dh0, if their dtypes are: the two functions above, of one mask."""
+    """``dA = u^T drop((1 - lambda) x + lambda h0)``; ``dx = (1 - lambda) dx~``, ``dh0 = lambda dx~``, ``dx~ = drop'(u A)``.
+
+    Args:
+        u: the gradient of t, ``[M, r]``.
+        lora_a: A, ``[r, K]``; may be None if only dA is wanted.
+        x: ``[M, K]``; None if dA is not wanted.
+        initial_residual, lambda_, dropout_p, dropout_seed: as for :func:`down`.
+        adapter_dtype: of A.
+        dx_dtype, residual_dtype: of dx and of dh0; None for what is not wanted.
+
+    Returns:
+        dA, in float32, or float64 if ``adapter_dtype`` is; dx; dh0. Contiguous; None for what is not wanted.
+
+    Raises:
+        TypeError, ValueError: as :func:`down`; ValueError for dh0 of what does not mix.
+    """
     like = lora_a if x is None else x
     assert like is not None
     mask = _mask(u.shape[0], like.shape[1], dropout_p, dropout_seed, u.device)
@@ -260,7 +215,7 @@ def down_backward(
     if x is not None:
         grad_a = _weight_gradient(u, x, initial_residual, lambda_, mask, adapter_dtype)
     if lora_a is not None and (dx_dtype is not None or residual_dtype is not None):
-        dx, dh0 = _input_gradient(u, lora_a, lambda_, mask, dx_dtype, None, residual_dtype)
+        dx, dh0 = _input_gradient(u, lora_a, lambda_, mask, dx_dtype, residual_dtype)
     return grad_a, dx, dh0
 
 
@@ -308,19 +263,12 @@ def _input_gradient(
     lambda_: float | Tensor,
     mask: KeepTiles | None,
     dtype: torch.dtype | None,
-    accumulate_into: Tensor | None,
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     check_shape("lora_a", lora_a, (u.shape[1], "K"))
     shape = (u.shape[0], lora_a.shape[1])
     if residual_dtype is not None and not _mixes(lambda_):
         raise ValueError("residual_dtype asks for the gradient of h0, but lambda_ is the number 0: it has none")
-    if accumulate_into is not None:
-        if dtype is not None:
-            raise ValueError("both dtype and accumulate_into: a fresh dx or a sum, not both")
-        check_shape("accumulate_into", accumulate_into, shape)
-        if any(stride == 0 and size > 1 for stride, size in zip(accumulate_into.stride(), shape, strict=True)):
-            raise ValueError("accumulate_into is expanded, its elements share memory: clone it first")
     u = u.to(_rank_dtype(lora_a.dtype))
     if mask is not None:
         u = u * mask.scale
@@ -328,19 +276,15 @@ def _input_gradient(
         return torch.mm(u * _shares(lambda_, dtype)[0] if _mixes(lambda_) else u, lora_a), None
     of_x, of_h = _shares(lambda_, u.dtype) if _mixes(lambda_) else (1.0, 0.0)
 
-    def write(out: Tensor, u: Tensor, add: Tensor | None = None) -> Tensor:
+    def product(dtype: torch.dtype | None, share: float | Tensor) -> Tensor | None:
+        if dtype is None:
+            return None
+        out = torch.empty(shape, dtype=dtype, device=u.device)
         product_dtype = _product_dtype(lora_a.dtype, out, mask=mask)
-        write_product(out, u.to(product_dtype), lora_a.to(product_dtype), add, mask)
+        write_product(out, (u * share).to(product_dtype), lora_a.to(product_dtype), mask=mask)
         return out
 
-    dx, dh0 = accumulate_into, None
-    if accumulate_into is not None:
-        write(accumulate_into, u * of_x, add=accumulate_into)
-    elif dtype is not None:
-        dx = write(torch.empty(shape, dtype=dtype, device=u.device), u * of_x)
-    if residual_dtype is not None:
-        dh0 = write(torch.empty(shape, dtype=residual_dtype, device=u.device), u * of_h)
-    return dx, dh0
+    return product(dtype, of_x), product(residual_dtype, of_h)
 
 
 def _up_operands(
