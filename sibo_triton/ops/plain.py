@@ -192,7 +192,9 @@ def down_backward(
     dx_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # [r, K], [M, K], [M, K]
-    """``dA = u^T drop((1 - lambda) x + lambda h0)``; ``dx = (1 - lambda) dx~``, ``dh0 = lambda dx~``, ``dx~ = drop'(u A)``.
+    """``dA = u^T drop((1 - lambda) x + lambda h0)``; ``dx = (1 - lambda) dx~`` and ``dh0 = lambda dx~``.
+
+    ``dx~ = drop'(u A)`` is the gradient of the mix.
 
     Args:
         u: the gradient of t, ``[M, r]``.
