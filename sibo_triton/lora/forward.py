@@ -11,7 +11,7 @@ from torch import nn
 
 from sibo_triton import reference
 from sibo_triton.lora.layer import initial_residual_for, lambda_of, site_of
-from sibo_triton.lora.paths import adapter_modules, obstacle_in, obstacle_to_adapter, obstacle_to_fusing
+from sibo_triton.lora.paths import adapter_modules, obstacle_in, obstacle_to_adapter, obstacle_to_fusing, parameter
 from sibo_triton.ops import add_lora, lora_linear
 
 
@@ -29,8 +29,9 @@ class FusedLinear(LoraLinear):
         adapter_name = None if args or kwargs else self._fused_adapter(x)
         if adapter_name is None:
             return super().forward(x, *args, **kwargs)
-        base: Any = self._modules["base_layer"]._parameters
-        return lora_linear(x, base["weight"], base["bias"], **_adapter_arguments(self, adapter_name, x))
+        base: Any = self._modules["base_layer"]
+        weight, bias = parameter(base, "weight"), parameter(base, "bias")
+        return lora_linear(x, weight, bias, **_adapter_arguments(self, adapter_name, x))
 
     def _fused_adapter(self, x: torch.Tensor) -> str | None:
         """The adapter, if it alone runs and nothing stands in the way."""
@@ -131,9 +132,9 @@ def _adapter_arguments(layer: LoraLayer, adapter_name: str, x: torch.Tensor) -> 
     """What the operations take of an adapter, beside x."""
     lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)
     arguments: dict[str, Any] = {
-        "lora_a": lora_a._parameters["weight"],
-        "lora_b": lora_b._parameters["weight"],
-        "lora_bias": lora_b._parameters["bias"],
+        "lora_a": parameter(lora_a, "weight"),
+        "lora_b": parameter(lora_b, "weight"),
+        "lora_bias": parameter(lora_b, "bias"),
         "scaling": layer.scaling[adapter_name],
     }
     if site_of(layer, adapter_name).residual is not None:

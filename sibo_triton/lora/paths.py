@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -67,7 +67,7 @@ def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str |
         return f"its base layer {obstacle}"
     if x is None:
         return None
-    weight = base._parameters["weight"]
+    weight = parameter(base, "weight")
     if weight.device != x.device:
         return f"its base layer is on {weight.device} and its input on {x.device}"
     if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
@@ -89,12 +89,11 @@ def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | N
     obstacle = obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
     if obstacle is not None:
         return f"lora_dropout {obstacle}"
-    of_a = lora_a._parameters
-    if of_a["bias"] is not None:
+    if parameter(lora_a, "bias") is not None:
         return "lora_A has a bias"
     if type(dropout) is nn.Dropout and dropout.p >= 1:
         return "its rate of dropout is 1"
-    a, b = cast(torch.Tensor, of_a["weight"]), cast(torch.Tensor, lora_b._parameters["weight"])
+    a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
     if a.dtype != b.dtype or a.dtype not in _DTYPES:
         return f"lora_A is {a.dtype} and lora_B {b.dtype}"
     if x is None:
@@ -116,6 +115,12 @@ def adapter_modules(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.
         modules["lora_B"]._modules[adapter_name],
         modules["lora_dropout"]._modules[adapter_name],
     )
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """A parameter, by torch's dictionary too; the replicas of DataParallel have theirs as attributes."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def has_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
