@@ -6,6 +6,7 @@ setting says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,50 +114,107 @@ class _MixThenDrop(nn.Module):
 class Addmm(Peft):
     """The up-projection accumulated in place on the frozen output, and a backward by hand, as fast libraries do.
 
-    It is written here, for one linear at a time. Libraries that work this way have no dropout, and multiply float32
-    adapters in the dtype of x. t is kept and not recomputed, which moves fewer bytes.
+    Written here. Libraries that work this way have no dropout, and multiply float32 adapters in the dtype of x. t is
+    kept and not recomputed, which moves fewer bytes.
     """
 
     name = "addmm_ scheme"
+    groups: tuple[tuple[str, ...], ...] = tuple((name,) for name in ALL_LINEARS)  # what is one autograd function
 
     def unavailable(self, setting: Setting) -> str | None:
         return "no dropout" if setting.dropout else None
 
     def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
         wrapped = super().wrap(model, setting)
-        for _, layer in _lora_linears(wrapped):
-            layer.__class__ = _AddmmLayer
+        layers = dict(_lora_linears(wrapped))
+        for name in layers:
+            parent, _, own = name.rpartition(".")
+            for group in self.groups:
+                if group[0] == own:
+                    _Siblings([layers[f"{parent}.{sibling}"] for sibling in group])
         return wrapped
 
 
+class AddmmGrouped(Addmm):
+    """The same with q, k and v as one function, and gate and up: x is kept once, and dx is summed in place.
+
+    What such libraries do beside, a kernel for the activation of the MLP among it, serves a frozen model as well and is
+    left out.
+    """
+
+    name = "addmm_ scheme, siblings grouped"
+    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+class _Siblings:
+    """Linears that share x: the first that is called computes all."""
+
+    def __init__(self, layers: list[LoraLinear]) -> None:
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+        for layer in layers:
+            layer.__class__ = _AddmmLayer
+            layer.siblings = self
+
+    def output(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        if self.x is not x:
+            self.x = x
+            tensors = [
+                weight
+                for of in self.layers
+                for weight in (of.base_layer.weight, of.lora_A[ADAPTER].weight, of.lora_B[ADAPTER].weight)
+            ]
+            outputs = _AddmmLinears.apply(x, layer.scaling[ADAPTER], *tensors)
+            self.outputs = {id(of): y for of, y in zip(self.layers, outputs, strict=True)}
+        y = self.outputs.pop(id(layer))
+        if not self.outputs:
+            self.x = None
+        return y
+
+
 class _AddmmLayer(LoraLinear):
+    siblings: _Siblings
+
     def forward(self, x: Tensor) -> Tensor:  # [..., K]
-        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return _AddmmLinear.apply(x, self.base_layer.weight, a, b, self.scaling[ADAPTER])
+        return self.siblings.output(self, x)
 
 
-class _AddmmLinear(torch.autograd.Function):
-    """``y = x W0^T``, then ``y += s t B^T`` with ``t = x A^T``; without a bias."""
+class _AddmmLinears(torch.autograd.Function):
+    """``y = x W0^T``, then ``y += s t B^T`` with ``t = x A^T``, for each W0, A, B; without a bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        a, b, matrix = lora_a.to(x.dtype), lora_b.to(x.dtype), x.reshape(-1, x.shape[-1])
-        t = matrix @ a.T  # [M, r]
-        y = matrix @ weight.T  # [M, N]
-        y.addmm_(t, b.T, alpha=scaling)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, t)
+    def forward(ctx: Any, x: Tensor, scaling: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        matrix, outputs, kept = x.reshape(-1, x.shape[-1]), [], []
+        for weight, lora_a, lora_b in _triples(weights):
+            t = matrix @ lora_a.to(x.dtype).T  # [M, r]
+            y = matrix @ weight.T  # [M, N]
+            y.addmm_(t, lora_b.to(x.dtype).T, alpha=scaling)
+            kept.append(t)
+            # not a view, which a function must not return
+            outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]))
+        ctx.save_for_backward(x, *kept, *weights)
         ctx.scaling = scaling
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])  # a view must not be returned
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, t = ctx.saved_tensors
-        a, b, matrix = lora_a.to(x.dtype), lora_b.to(x.dtype), x.reshape(-1, x.shape[-1])
-        g = grad_y.reshape(-1, grad_y.shape[-1])  # [M, N]
-        u = (g @ b).mul_(ctx.scaling)  # [M, r]
-        grad_a, grad_b = u.T @ matrix, (g.T @ t).mul_(ctx.scaling)
-        dx = (g @ weight).addmm_(u, a)  # [M, K]
-        return dx.view(x.shape), None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        kept, weights = rest[: len(grads)], rest[len(grads) :]
+        matrix, dx, gradients = x.reshape(-1, x.shape[-1]), None, []
+        for grad_y, t, (weight, lora_a, lora_b) in zip(grads, kept, _triples(weights), strict=True):
+            g = grad_y.reshape(-1, grad_y.shape[-1])  # [M, N]
+            u = (g @ lora_b.to(x.dtype)).mul_(ctx.scaling)  # [M, r]
+            grad_a, grad_b = u.T @ matrix, (g.T @ t).mul_(ctx.scaling)
+            dx = g @ weight if dx is None else dx.addmm_(g, weight)  # [M, K]
+            dx.addmm_(u, lora_a.to(x.dtype))
+            gradients += [None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)]
+        return dx.view(x.shape), None, *gradients
+
+
+def _triples(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(W0, A, B) of each linear."""
+    return list(zip(weights[::3], weights[1::3], weights[2::3], strict=True))
 
 
 class OursLora(Peft):
@@ -185,7 +243,7 @@ class OursSibo(Peft):
 
 
 #: In the order of tables; the floor first.
-PROVIDERS: tuple[Provider, ...] = (Provider(), Peft(), Addmm(), OursLora(), PeftMixed(), OursSibo())
+PROVIDERS: tuple[Provider, ...] = (Provider(), Peft(), Addmm(), AddmmGrouped(), OursLora(), PeftMixed(), OursSibo())
 
 
 def _lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:

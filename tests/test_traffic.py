@@ -144,6 +144,7 @@ def test_committed_counts():
     assert moved == {
         ("PEFT LoRA", bf16): 10386,
         ("addmm_ scheme", bf16): 5144,
+        ("addmm_ scheme, siblings grouped", bf16): 4760,
         ("ours, lambda = 0", bf16): 4794,
         ("PEFT LoRA + eager mix", bf16): 11986,
         ("ours, SIBO", bf16): 5434,
@@ -186,6 +187,7 @@ def step_values(provider, setting):
     ("one", "other"),
     [
         (providers.Addmm(), providers.Peft()),
+        (providers.AddmmGrouped(), providers.Peft()),
         (providers.OursLora(), providers.Peft()),
         (providers.OursSibo(), providers.PeftMixed()),
     ],
