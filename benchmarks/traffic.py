@@ -182,7 +182,7 @@ def results_of(setting: Setting, shape: Shape, report: Any = lambda line: None) 
         results[provider.name] = {
             **{f"added_per_layer_of_{n}": rounded(added.per_layer(n)) for n in (1, LAYERS)},
             "minimum": {"read": least[0], "written": least[1]},
-            "kernels_of_one_layer": added.kernels,
+            **({"kernels_of_one_layer": added.kernels} if added.kernels else {}),
         }
         report(_line(provider.name, added, least, frozen))
     results["ratios"] = ratios(results)
