@@ -30,7 +30,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton compile-check gpu demo \
+.PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton compile-check bench gpu demo \
 	quality env clean
 
 help: ## list the targets
@@ -74,6 +74,9 @@ endif
 
 compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (25 minutes on 2 cores)
 	@$(BIN)/python benchmarks/compile_check.py --workers $(WORKERS)
+
+bench: $(READY) ## what this machine can count and time: bytes, launches and kept bytes of LoRA on a Llama-3-8B layer
+	@$(BIN)/python -m benchmarks.traffic
 
 # The running Python, as it is: torch must be the build for the device.
 gpu: ## the tests on this machine's CUDA device, with $(PYTHON): installs nothing, needs torch, triton, peft, pytest

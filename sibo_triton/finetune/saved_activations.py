@@ -40,4 +40,4 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]
 
 
 def _key(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    return tensor.device, tensor.untyped_storage()._cdata  # not its address, which a fake tensor has none of

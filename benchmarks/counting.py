@@ -1,0 +1,223 @@
+"""Counts what one training step moves and multiplies, on tensors that hold no data: no GPU is needed, no number varies.
+
+The step runs on fake CPU tensors, every operation of torch that reaches a device is counted, and the launches of our
+kernels, which torch does not see, are recorded in their place among them. How:
+
+* an operation's inputs and outputs count once each, so that an output in place counts twice, read and written;
+* views, and what only allocates, are free; so is host time, which is not counted here at all;
+* what a GPU would do otherwise than a CPU is done as on a GPU: dropout is `native_dropout`, one operation with a mask
+  of bytes, and the frozen product accumulates in place;
+* flops are those of matrix products and attention, by torch's own formulas. Attention counts whole, also if causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from benchmarks.launch_traffic import Traffic, recorded_launches
+from sibo_triton.finetune.saved_activations import saved_activation_bytes
+from sibo_triton.kernels import autotune, targets
+from sibo_triton.ops import low_rank
+from sibo_triton.ops.dispatch import Choice
+
+aten = torch.ops.aten
+
+#: What only allocates, or hands its input on.
+FREE = {
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten._unsafe_view,
+    aten.detach,
+    aten.alias,
+    aten.lift_fresh,
+}
+#: In place, and what was there before is not read.
+OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.bernoulli_, aten.random_, aten.uniform_, aten.normal_}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a modelled time is computed from."""
+
+    name: str
+    bytes_per_second: float
+    flops_per_second: float
+
+
+#: Of a copy, and of bfloat16 products.
+H200 = Gpu("H200", 4.3e12, 780e12)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over launches. They add, subtract and multiply as numbers do.
+
+    Attributes:
+        launches: operations of torch that are not free, and launches of our kernels.
+        read, written: bytes, each input and output of each launch once.
+        reread: bytes that our kernels load beyond that, tile by tile.
+        flops: of products.
+        saved: bytes that autograd keeps from forward to backward, parameters left out.
+        modelled_ms: the roofline's time, modelled and not measured: for each launch the longer of what its bytes take
+            to copy and its flops to multiply in bfloat16, whatever their dtype. Re-reads are taken to cost nothing.
+        modelled_ms_no_cache: the same if every re-read of ours came from memory.
+    """
+
+    launches: float = 0
+    read: float = 0
+    written: float = 0
+    reread: float = 0
+    flops: float = 0
+    saved: float = 0
+    modelled_ms: float = 0
+    modelled_ms_no_cache: float = 0
+
+    @property
+    def moved(self) -> float:
+        return self.read + self.written
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: float) -> Counts:
+        return Counts(*(getattr(self, f.name) * factor for f in fields(self)))
+
+    def __sub__(self, other: Counts) -> Counts:
+        return self + other * -1
+
+
+def summed(operations: list[Traffic], saved: int = 0, gpu: Gpu = H200) -> Counts:
+    """The counts of a step."""
+
+    def seconds(of: Traffic, reread: int) -> float:
+        return max((of.read + of.written + reread) / gpu.bytes_per_second, of.flops / gpu.flops_per_second)
+
+    return Counts(
+        launches=len(operations),
+        read=sum(of.read for of in operations),
+        written=sum(of.written for of in operations),
+        reread=sum(of.reread for of in operations),
+        flops=sum(of.flops for of in operations),
+        saved=saved,
+        modelled_ms=1e3 * sum(seconds(of, 0) for of in operations),
+        modelled_ms_no_cache=1e3 * sum(seconds(of, of.reread) for of in operations),
+    )
+
+
+class OperationCounter(TorchDispatchMode):
+    """Appends the traffic of every operation to `operations`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Traffic] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if func.namespace != "aten" or packet in FREE or _is_view(func):  # prim: a question about a tensor
+            return out
+        inputs = args[1:] if packet in OVERWRITES else args
+        read = _distinct_bytes([inputs, kwargs])
+        if packet is aten.embedding:  # of the table only the rows that are asked for
+            read = _distinct_bytes([args[1], out])
+        self.operations.append(Traffic(str(packet), read, _distinct_bytes(out), _flops(packet, args, kwargs, out)))
+        return out
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an output shares an input's memory and nothing is written."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def _distinct_bytes(tree: Any) -> int:
+    """Bytes of the tensors in a tree: the same one counts once, and so does a row that is expanded."""
+    sizes = {}
+    for tensor in tree_leaves(tree):
+        if isinstance(tensor, Tensor):
+            numel = 1
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+                numel *= 1 if stride == 0 and size else size
+            key = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+            sizes[key] = numel * tensor.element_size()
+    return sum(sizes.values())
+
+
+def _flops(packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    formula = flop_registry.get(getattr(aten, packet.__name__.rstrip("_"), packet))  # addmm_ multiplies as addmm
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def _dropout_of_gpu(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
+@contextmanager
+def as_on_a_gpu(target: targets.Target) -> Iterator[None]:
+    """The kernels' backend, planning for a target, and torch's operations as they would be there."""
+    with ExitStack() as stack:
+        patch = mock.patch.object
+        stack.enter_context(patch(low_rank, "backend_for", lambda *_: Choice("triton", "counted")))
+        stack.enter_context(patch(targets, "target_of", lambda device: target))
+        stack.enter_context(patch(autotune, "ENABLED", False))
+        stack.enter_context(patch(F, "dropout", _dropout_of_gpu))
+        # A dispatch mode, as the counter is one, makes the frozen product run out of place.
+        stack.enter_context(patch(torch._C, "_len_torch_dispatch_stack", lambda: 0))
+        yield
+
+
+@contextmanager
+def counted(target: targets.Target = targets.KNOWN["sm_90"]) -> Iterator[list[Traffic]]:
+    """What runs inside, on fake tensors, is appended to the list in its order."""
+    counter = OperationCounter()
+    with as_on_a_gpu(target), recorded_launches(counter.operations.append), counter:
+        yield counter.operations
+
+
+def to_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The model itself, whose parameters and buffers are replaced by tensors of the mode, without data."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors |= {name: mode.from_tensor(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return model
+
+
+def count_step(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[list[Traffic], int]:
+    """The operations of one forward and backward of fake tensors, and the bytes that are kept between the two.
+
+    Args:
+        model: of fake tensors. Its parameters and buffers do not count as kept; its gradients are dropped, before and
+            after.
+        forward: returns what is differentiated, for a gradient of its shape.
+    """
+    outputs: list[Tensor] = []
+
+    def forward_once() -> Tensor:
+        outputs.append(forward())
+        return outputs[0]
+
+    model.zero_grad(set_to_none=True)
+    with counted() as operations:
+        saved = saved_activation_bytes(model, forward_once)
+        outputs[0].backward(torch.empty_like(outputs[0]))
+    model.zero_grad(set_to_none=True)
+    return operations, saved

@@ -1,0 +1,218 @@
+"""What each launch of our kernels loads, stores and multiplies, from its grid and arguments: by count, not measured.
+
+A kernel's entry says how often its programs load each operand. Every element of a result is stored once. Lanes that a
+mask turns off load and store nothing, but tensor cores multiply whole tiles: flops are those of the padded tiles, every
+dot of `precision.split_dot` among them. What is not a dot counts as no flop.
+
+`tests/kernels_interpreted/test_traffic.py` holds these numbers against what Triton's interpreter does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from sibo_triton.kernels import down
+from sibo_triton.kernels.targets import cdiv
+
+Arguments = dict[str, Any]
+FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What passes between memory and a launch, or an operation of torch.
+
+    Attributes:
+        name: of the kernel or the operation.
+        read: bytes of its inputs, each once.
+        written: bytes of its outputs, each once.
+        reread: bytes that its programs load beyond `read`, because several of them need the same tile. Caches answer
+            most of it. Known for our kernels only: 0 for operations of torch, whose tiles are not ours to count.
+        flops: of matrix products.
+        grid: of a launch of ours; None for an operation of torch.
+    """
+
+    name: str
+    read: int
+    written: int
+    flops: int
+    reread: int = 0
+    grid: tuple[int, ...] | None = None
+
+    @property
+    def loaded(self) -> int:
+        """All that the programs load."""
+        return self.read + self.reread
+
+
+@dataclass
+class _Loads:
+    """An operand's bytes times how often all of it is loaded, summed."""
+
+    once: int = 0
+    all: int = 0
+
+    def add(self, tensor: Any, times: int) -> None:
+        """Nothing for what is no tensor: a number travels with the launch."""
+        if isinstance(tensor, Tensor):
+            self.once += bytes_of(tensor)
+            self.all += bytes_of(tensor) * times
+
+
+def bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _dots(split_a: bool, split_b: bool) -> int:
+    """Dots in one `precision.split_dot`."""
+    return 1 + split_a + split_b
+
+
+def _down(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """A program has BM rows and one tile of one sibling's rank, so x and h0 are loaded by every tile of the ranks.
+
+    Each sibling's A is loaded by every tile of rows. Every program loads every sibling's lambda, and its own seed.
+    """
+    programs, splits = grid[0], grid[1]
+    m_tiles = programs // a["r_tiles"]
+    mixes = a["HAS_INITIAL_RESIDUAL"]
+    loads.add(a["p_x"], a["r_tiles"])
+    for lora_a in a["p_lora_a"]:
+        loads.add(lora_a, m_tiles)
+    if mixes:
+        loads.add(a["p_initial_residual"], a["r_tiles"])
+        for lambda_ in a["lambda_"]:
+            loads.add(lambda_, programs * splits)
+    if a["HAS_DROPOUT"]:
+        ends = (*a["first_tile"][1:], a["r_tiles"])
+        for seed, first, end in zip(a["p_seed"], a["first_tile"], ends, strict=True):
+            loads.add(seed, (end - first) * m_tiles * splits)
+    written = splits * a["M"] * sum(a["r"]) * FLOAT32 * (2 if a["HAS_DIFFERENCE"] else 1)
+    products = 2 if mixes and not a["MIX_FIRST"] else 1
+    dots = products * _dots(a["SPLIT_X"], a["SPLIT_A"])
+    return written, programs * splits * a["K_STEPS"] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
+
+
+def _sum_parts(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """Every part once, every total once."""
+    for parts in a["p_parts"]:
+        loads.add(parts, 1)
+    return FLOAT32 * sum(a["numel"]), 0
+
+
+def _up(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """A tile of y: t is loaded by every tile of columns, B and the biases by every tile of rows, the base once."""
+    n_tiles = cdiv(a["N"], a["BN"])
+    m_tiles = grid[0] // n_tiles
+    loads.add(a["p_t"], n_tiles)
+    for name, times in (("p_lora_b", m_tiles), ("p_lora_bias", m_tiles), ("p_base_bias", m_tiles), ("p_base", 1)):
+        loads.add(a[name], times)
+    loads.add(a["scaling"], grid[0])
+    dots = cdiv(a["R"], a["BR"]) * _dots(a["SPLIT_T"], a["SPLIT_B"])
+    return bytes_of(a["p_y"]), grid[0] * dots * 2 * a["BM"] * a["BN"] * a["BR"]
+
+
+def _both(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """A strip of STEPS tiles of rows and one of columns: dY once, B by every strip, t by every tile of columns.
+
+    Stored is a part of u for every tile of columns, and a part of dB for every strip.
+    """
+    n_tiles = cdiv(a["N"], a["BN"])
+    strips = grid[0] // n_tiles
+    loads.add(a["p_grad_y"], 1)
+    loads.add(a["p_lora_b"], strips)
+    loads.add(a["p_t"], n_tiles)
+    loads.add(a["scaling"], grid[0])
+    dots = _dots(a["SPLIT_G_U"], a["SPLIT_B"]) + _dots(a["SPLIT_G_B"], a["SPLIT_T"])
+    written = FLOAT32 * a["R"] * (n_tiles * a["M"] + strips * a["N"])
+    return written, grid[0] * a["STEPS"] * dots * 2 * a["BM"] * a["BN"] * a["BR"]
+
+
+def _product(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """One of u and dB: dY by every tile of the rank, the other operand by every tile of dY's side that stays."""
+    r_tiles, q_tiles = cdiv(a["R"], a["BR"]), cdiv(a["Q"], a["BQ"])
+    loads.add(a["p_g"], r_tiles)
+    loads.add(a["p_w"], q_tiles)
+    loads.add(a["scaling"], grid[0])
+    parts = grid[0] // r_tiles // q_tiles
+    dots = a["STEPS"] * _dots(a["SPLIT_G"], a["SPLIT_W"])
+    return parts * a["Q"] * a["R"] * FLOAT32, grid[0] * dots * 2 * a["BQ"] * a["BJ"] * a["BR"]
+
+
+def _down_weight_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """A tile of dA over a part of the rows: x and h0 by every tile of the rank, u by every tile of columns."""
+    K, r = a["K"], a["r"]
+    r_tiles, k_tiles = cdiv(r, a["BR"]), cdiv(K, a["BK"])
+    loads.add(a["p_u"], k_tiles)
+    loads.add(a["p_x"], r_tiles)
+    mixes = a["HAS_INITIAL_RESIDUAL"]
+    if mixes:
+        loads.add(a["p_initial_residual"], r_tiles)
+        loads.add(a["lambda_"], grid[0])
+    if a["HAS_DROPOUT"]:
+        loads.add(a["p_seed"], grid[0])
+    parts = grid[0] // r_tiles // k_tiles
+    dots = _dots(a["SPLIT_X"], a["SPLIT_U"])
+    if mixes and not a["MIX_FIRST"]:
+        dots += _dots(a["SPLIT_H"], a["SPLIT_U_H"])
+    return parts * r * K * FLOAT32, grid[0] * a["STEPS"] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
+
+
+def _down_input_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """A tile of dx and dh0: u by every tile of columns, A by every tile of rows, and dx once where it accumulates."""
+    k_tiles = cdiv(a["K"], a["BK"])
+    loads.add(a["p_u"], k_tiles)
+    loads.add(a["p_lora_a"], grid[0] // k_tiles)
+    if a["HAS_DROPOUT"]:
+        loads.add(a["p_seed"], grid[0])
+    if a["MIXES"]:
+        loads.add(a["lambda_"], grid[0])
+    if a["ACCUMULATE"]:
+        loads.add(a["p_dx"], 1)
+    written = sum(bytes_of(a[name]) for name in ("p_dx", "p_dh") if a[name] is not None)
+    dots = cdiv(a["R"], a["BR"]) * _dots(a["SPLIT_U"], a["SPLIT_A"])
+    return written, grid[0] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
+
+
+#: Of each kernel: bytes written and flops; what it loads goes into the third argument.
+KERNELS: dict[str, Callable[[tuple[int, ...], Arguments, _Loads], tuple[int, int]]] = {
+    "down_kernel": _down,
+    "sum_parts_kernel": _sum_parts,
+    "up_kernel": _up,
+    "both_kernel": _both,
+    "product_kernel": _product,
+    "down_weight_gradient_kernel": _down_weight_gradient,
+    "down_input_gradient_kernel": _down_input_gradient,
+}
+
+
+def traffic_of_launch(name: str, grid: tuple[int, ...], arguments: Arguments) -> Traffic:
+    """What a launch loads, stores and multiplies.
+
+    Raises:
+        KeyError: a kernel that has no entry in `KERNELS`.
+    """
+    loads = _Loads()
+    written, flops = KERNELS[name](grid, arguments, loads)
+    return Traffic(name, loads.once, written, flops, loads.all - loads.once, tuple(grid))
+
+
+@contextmanager
+def recorded_launches(record: Callable[[Traffic], None], run: bool = False) -> Iterator[None]:
+    """Hands every launch of a Triton kernel inside to `record`; runs it only if asked, for Triton's interpreter."""
+    kind = type(down.down_kernel)  # the interpreter has a class of its own
+    launch = kind.run
+
+    def recording(self: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> Any:
+        named = dict(zip(self.arg_names, arguments, strict=False)) | keywords
+        record(traffic_of_launch(self.__name__, grid, named))
+        return launch(self, *arguments, grid=grid, warmup=warmup, **keywords) if run else None
+
+    with mock.patch.object(kind, "run", recording):
+        yield

@@ -1,0 +1,250 @@
+"""What the benchmarks compare: each provider puts its adapters on a model, and the benchmark runs the model.
+
+All get the same frozen model and the same setting, and train A and B of the same linears. A provider that cannot do a
+setting says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from sibo_triton.lora import SiboLoraConfig
+from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
+from sibo_triton.lora.layer import MixingSite
+from sibo_triton.lora.paths import Notices
+
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MIXING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # they have the hidden state's width, as h0 has
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the adapters are made.
+
+    Attributes:
+        fp32_adapters: A and B in float32, PEFT's default; else in the frozen model's dtype.
+        dropout: its rate.
+        rank: r.
+        lambda_: the share of h0, where a provider mixes.
+    """
+
+    fp32_adapters: bool
+    dropout: float
+    rank: int = 16
+    lambda_: float = 0.1
+
+    def __str__(self) -> str:
+        return f"{'fp32' if self.fp32_adapters else 'bf16'} adapters, dropout {self.dropout:g}"
+
+
+class Provider:
+    """The frozen model itself: the floor. The others override what they do otherwise."""
+
+    name = "frozen model"
+    mixes = False
+
+    def unavailable(self, setting: Setting) -> str | None:
+        """Why it cannot do the setting, or None."""
+        return None
+
+    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+        """The model with adapters, training; `model` may be changed. Its parameters are frozen."""
+        return model.train()
+
+
+class Peft(Provider):
+    """PEFT's LoRA, eager, as it is installed."""
+
+    name = "PEFT LoRA"
+    config: type[LoraConfig] = LoraConfig
+
+    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+        config = self.config(
+            r=setting.rank,
+            lora_alpha=2 * setting.rank,
+            lora_dropout=setting.dropout,
+            target_modules=list(ALL_LINEARS),
+            **self.more(setting),
+        )
+        return get_peft_model(model, config, autocast_adapter_dtype=setting.fp32_adapters).train()
+
+    def more(self, setting: Setting) -> dict[str, Any]:
+        """Further options of the config."""
+        return {}
+
+
+class PeftMixed(Peft):
+    """PEFT's LoRA with one `torch.lerp` in front of the adapter: SIBO-LoRA as one would write it in a minute.
+
+    h0 is cast to the adapter's dtype in each layer, as PEFT casts x; it is detached, as the embeddings are frozen.
+    """
+
+    name = "PEFT LoRA + eager mix"
+    mixes = True
+
+    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+        h0: list[Tensor] = []
+        model.layers[0].register_forward_pre_hook(lambda block, args: h0.__setitem__(slice(None), [args[0].detach()]))
+        wrapped = super().wrap(model, setting)
+        for name, layer in _lora_linears(wrapped):
+            if name.endswith(MIXING):
+                layer.lora_dropout[ADAPTER] = _MixThenDrop(h0, setting.lambda_, layer.lora_dropout[ADAPTER])
+        return wrapped
+
+
+class _MixThenDrop(nn.Module):
+    """Stands where PEFT's layer calls its dropout, with x in the adapter's dtype."""
+
+    def __init__(self, h0: list[Tensor], lambda_: float, dropout: nn.Module) -> None:
+        super().__init__()
+        self.h0, self.lambda_, self.dropout = h0, lambda_, dropout
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K]
+        return self.dropout(torch.lerp(x, self.h0[0].to(x.dtype), self.lambda_))
+
+
+class Addmm(Peft):
+    """The up-projection accumulated in place on the frozen output, and a backward by hand, as fast libraries do.
+
+    Written here. Libraries that work this way have no dropout, and multiply float32 adapters in the dtype of x. t is
+    kept and not recomputed, which moves fewer bytes.
+    """
+
+    name = "addmm_ scheme"
+    groups: tuple[tuple[str, ...], ...] = tuple((name,) for name in ALL_LINEARS)  # what is one autograd function
+
+    def unavailable(self, setting: Setting) -> str | None:
+        return "no dropout" if setting.dropout else None
+
+    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+        wrapped = super().wrap(model, setting)
+        layers = dict(_lora_linears(wrapped))
+        for name in layers:
+            parent, _, own = name.rpartition(".")
+            for group in self.groups:
+                if group[0] == own:
+                    _Siblings([layers[f"{parent}.{sibling}"] for sibling in group])
+        return wrapped
+
+
+class AddmmGrouped(Addmm):
+    """The same with q, k and v as one function, and gate and up: x is kept once, and dx is summed in place.
+
+    What such libraries do beside, a kernel for the activation of the MLP among it, serves a frozen model as well and is
+    left out.
+    """
+
+    name = "addmm_ scheme, siblings grouped"
+    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+class _Siblings:
+    """Linears that share x: the first that is called computes all."""
+
+    def __init__(self, layers: list[LoraLinear]) -> None:
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+        for layer in layers:
+            layer.__class__ = _AddmmLayer
+            layer.siblings = self
+
+    def output(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        if self.x is not x:
+            self.x = x
+            tensors = [
+                weight
+                for of in self.layers
+                for weight in (of.base_layer.weight, of.lora_A[ADAPTER].weight, of.lora_B[ADAPTER].weight)
+            ]
+            outputs = _AddmmLinears.apply(x, layer.scaling[ADAPTER], *tensors)
+            self.outputs = {id(of): y for of, y in zip(self.layers, outputs, strict=True)}
+        y = self.outputs.pop(id(layer))
+        if not self.outputs:
+            self.x = None
+        return y
+
+
+class _AddmmLayer(LoraLinear):
+    siblings: _Siblings
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K]
+        return self.siblings.output(self, x)
+
+
+class _AddmmLinears(torch.autograd.Function):
+    """``y = x W0^T``, then ``y += s t B^T`` with ``t = x A^T``, for each W0, A, B; without a bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scaling: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        matrix, outputs, kept = x.reshape(-1, x.shape[-1]), [], []
+        for weight, lora_a, lora_b in _triples(weights):
+            t = matrix @ lora_a.to(x.dtype).T  # [M, r]
+            y = matrix @ weight.T  # [M, N]
+            y.addmm_(t, lora_b.to(x.dtype).T, alpha=scaling)
+            kept.append(t)
+            # not a view, which a function must not return
+            outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]))
+        ctx.save_for_backward(x, *kept, *weights)
+        ctx.scaling = scaling
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        kept, weights = rest[: len(grads)], rest[len(grads) :]
+        matrix, dx, gradients = x.reshape(-1, x.shape[-1]), None, []
+        for grad_y, t, (weight, lora_a, lora_b) in zip(grads, kept, _triples(weights), strict=True):
+            g = grad_y.reshape(-1, grad_y.shape[-1])  # [M, N]
+            u = (g @ lora_b.to(x.dtype)).mul_(ctx.scaling)  # [M, r]
+            grad_a, grad_b = u.T @ matrix, (g.T @ t).mul_(ctx.scaling)
+            dx = g @ weight if dx is None else dx.addmm_(g, weight)  # [M, K]
+            dx.addmm_(u, lora_a.to(x.dtype))
+            gradients += [None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)]
+        return dx.view(x.shape), None, *gradients
+
+
+def _triples(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(W0, A, B) of each linear."""
+    return list(zip(weights[::3], weights[1::3], weights[2::3], strict=True))
+
+
+class OursLora(Peft):
+    """Our kernels at lambda = 0: PEFT's layers, ours by their class."""
+
+    name = "ours, lambda = 0"
+
+    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+        wrapped = super().wrap(model, setting)
+        for name, layer in _lora_linears(wrapped):
+            layer.sibo_sites = {ADAPTER: MixingSite(name, None, "", Notices())}
+            layer.lora_variant[ADAPTER] = SiboLoraVariant()
+            layer.__class__ = FusedLinear
+        return wrapped
+
+
+class OursSibo(Peft):
+    """SIBO-LoRA as a user gets it."""
+
+    name = "ours, SIBO"
+    mixes = True
+    config = SiboLoraConfig
+
+    def more(self, setting: Setting) -> dict[str, Any]:
+        return {"sibo_lambda": setting.lambda_, "sibo_target_modules": list(MIXING)}
+
+
+#: In the order of tables; the floor first.
+PROVIDERS: tuple[Provider, ...] = (Provider(), Peft(), Addmm(), AddmmGrouped(), OursLora(), PeftMixed(), OursSibo())
+
+
+def _lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]

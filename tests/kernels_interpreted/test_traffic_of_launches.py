@@ -1,0 +1,147 @@
+"""The traffic benchmark's count of each launch against what the interpreter launches, loads, stores and multiplies."""
+
+import sys
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from inputs import BF16, FP16, FP32
+from triton.runtime import interpreter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.counting import counted
+from benchmarks.launch_traffic import recorded_launches
+from sibo_triton.kernels import targets
+from sibo_triton.kernels.down import DownProjection, down_siblings
+from sibo_triton.kernels.down_input_gradient import down_input_gradient
+from sibo_triton.ops import add_lora, lora_linear
+
+SM_90 = targets.KNOWN["sm_90"]  # with many multiprocessors, sums are cut into parts
+M, K, N = 130, 328, 300
+
+
+class Interpreted:
+    """What the interpreter's programs do, summed for each launch."""
+
+    def __init__(self):
+        self.launches = []  # as modelled
+        self.done = []  # [loaded, stored, flops]
+        self.programs = []
+
+    def begin(self, launch):
+        self.launches.append(launch)
+        self.done.append([0, 0, 0])
+        self.programs.append(set())
+
+    def __enter__(self):
+        builder = interpreter.InterpreterBuilder
+        load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
+        place = builder.set_grid_idx
+
+        def bytes_of(pointers, mask):
+            lanes = np.broadcast_to(mask.data, pointers.data.shape).sum()
+            return int(lanes) * pointers.get_element_ty().primitive_bitwidth // 8
+
+        def counted_load(self_, pointers, mask, *rest):
+            self.done[-1][0] += bytes_of(pointers, mask)
+            return load(self_, pointers, mask, *rest)
+
+        def counted_store(self_, pointers, value, mask, *rest):
+            self.done[-1][1] += bytes_of(pointers, mask)
+            return store(self_, pointers, value, mask, *rest)
+
+        def counted_dot(self_, a, b, *rest):
+            self.done[-1][2] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+            return dot(self_, a, b, *rest)
+
+        def counted_place(self_, *indices):
+            self.programs[-1].add(indices)
+            return place(self_, *indices)
+
+        self.patches = [
+            mock.patch.object(builder, "create_masked_load", counted_load),
+            mock.patch.object(builder, "create_masked_store", counted_store),
+            mock.patch.object(builder, "create_dot", counted_dot),
+            mock.patch.object(builder, "set_grid_idx", counted_place),
+            mock.patch.object(targets, "target_of", lambda device: SM_90),
+            recorded_launches(self.begin, run=True),
+        ]
+        for patch in self.patches:
+            patch.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        for patch in reversed(self.patches):
+            patch.__exit__(*error)
+
+    def assert_as_modelled(self):
+        assert self.launches
+        for launch, done, programs in zip(self.launches, self.done, self.programs, strict=True):
+            assert [launch.loaded, launch.written, launch.flops] == done, launch
+            assert len(programs) == np.prod(launch.grid), launch
+
+
+def layer_inputs(dtype, adapter_dtype, r, learns):
+    """x, h0, W0, A, B, b_B, lambda and a seed."""
+    x, h0, weight = (torch.randn(*shape).to(dtype) for shape in ((M, K), (M, K), (N, K)))
+    a, b, bias = (torch.randn(*shape).to(adapter_dtype) for shape in ((r, K), (N, r), (N,)))
+    lambda_, seed = torch.tensor([0.3]), torch.tensor([5])
+    for tensor in (x, a, b, bias) + ((h0, lambda_) if learns else ()):
+        tensor.requires_grad_()
+    return x, h0, weight, a, b, bias, lambda_, seed
+
+
+def run_layer(x, h0, weight, a, b, bias, lambda_, seed, mixes, dropout_p):
+    h0, lambda_ = (h0, lambda_) if mixes else (None, 0.0)
+    y = lora_linear(x, weight, None, a, b, 2.0, h0, lambda_, dropout_p, seed, bias)
+    y.backward(torch.ones_like(y))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "r", "mixes", "dropout_p", "learns"),
+    [
+        (BF16, BF16, 16, False, 0.0, False),
+        (BF16, BF16, 16, True, 0.0, False),
+        (BF16, FP32, 5, True, 0.05, False),
+        (BF16, FP32, 16, True, 0.05, True),
+        (FP16, FP16, 40, True, 0.0, True),
+        (BF16, BF16, 130, True, 0.05, False),
+        (FP32, FP32, 70, True, 0.0, False),
+    ],
+)
+def test_a_layer(dtype, adapter_dtype, r, mixes, dropout_p, learns):
+    """Forward and backward: the launches on fake tensors are those that the interpreter makes, with all their bytes."""
+    inputs = layer_inputs(dtype, adapter_dtype, r, learns)
+    with Interpreted() as interpreted:
+        run_layer(*inputs, mixes, dropout_p)
+    interpreted.assert_as_modelled()
+    with FakeTensorMode() as mode, counted(SM_90) as operations:
+        run_layer(*(mode.from_tensor(tensor) for tensor in inputs), mixes, dropout_p)
+    assert [of for of in operations if of.grid is not None] == interpreted.launches
+
+
+def test_a_base_output_of_any_layer():
+    x, h0, weight, a, b, bias, lambda_, seed = layer_inputs(BF16, FP32, 16, False)
+    with Interpreted() as interpreted:
+        add_lora(torch.randn(M, N).to(BF16), x, a, b, torch.tensor([2.0]), h0, lambda_, 0.1, seed, bias)
+    assert [of.name for of in interpreted.launches][-1] == "up_kernel"
+    interpreted.assert_as_modelled()
+
+
+@pytest.mark.parametrize(("mixes", "dropout_p"), list(product((False, True), (0.0, 0.05))))
+def test_siblings_and_a_gradient_to_add_to(mixes, dropout_p):
+    x, h0, _, _, _, _, lambda_, seed = layer_inputs(BF16, BF16, 16, False)
+    shares = lambda_ if mixes else 0.0
+    with Interpreted() as interpreted, torch.no_grad():
+        down_siblings(x, [DownProjection(torch.randn(r, K), shares, dropout_p, seed) for r in (3, 200, 16)], h0)
+        u, a = torch.randn(M, 16), torch.randn(16, K)
+        down_input_gradient(u, a, shares, dropout_p, seed, accumulate_into=torch.zeros(M, K, dtype=BF16))
+    interpreted.assert_as_modelled()

@@ -1,0 +1,203 @@
+"""The traffic benchmark: what it counts of single operations and launches, and the committed results."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks import providers, traffic
+from benchmarks.counting import Counts, counted, summed
+from benchmarks.launch_traffic import Traffic
+from benchmarks.providers import PROVIDERS, Setting
+from sibo_triton.ops import lora_linear
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SMALL = traffic.Shape(hidden=256, ffn=512, heads=4, kv_heads=2, batch=2, length=64)
+
+
+def counted_of(run, *tensors):
+    with FakeTensorMode() as mode, counted() as operations:
+        run(*(mode.from_tensor(tensor) for tensor in tensors))
+    return [(of.name.removeprefix("aten."), of.read, of.written, of.flops) for of in operations]
+
+
+def test_a_product():
+    a, b = torch.empty(8, 16, dtype=BF16), torch.empty(32, 16, dtype=BF16)
+    assert counted_of(lambda a, b: a @ b.T, a, b) == [("mm", 2 * (8 * 16 + 32 * 16), 2 * 8 * 32, 2 * 8 * 16 * 32)]
+
+
+X, ROW = torch.empty(4, 8), torch.empty(1, 8)
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (lambda x, row: x.add_(1), ("add_", 128, 128, 0)),
+        (lambda x, row: x * x, ("mul", 128, 128, 0)),
+        (lambda x, row: x + row.expand(4, 8), ("add", 128 + 32, 128, 0)),
+        (lambda x, row: x.copy_(row), ("copy_", 32, 128, 0)),
+        (lambda x, row: x.zero_(), ("zero_", 0, 128, 0)),
+        (lambda x, row: x.to(BF16), ("_to_copy", 128, 64, 0)),
+        (lambda x, row: x.addmm_(row.T[:4], row), ("addmm_", 128 + 16 + 32, 128, 2 * 4 * 8)),
+        (lambda x, row: torch.nn.functional.dropout(x, 0.1), ("native_dropout", 128, 128 + 32, 0)),
+        (lambda x, row: torch.empty_like(x.view(8, 4).T.detach()), None),
+    ],
+)
+def test_an_operation(run, expected):
+    assert counted_of(run, X, ROW) == ([] if expected is None else [expected])
+
+
+def test_a_layer_of_ours_is_counted_launch_by_launch():
+    """By hand, for 128 tokens, K = 256, N = 384, r = 16 in bfloat16: tiles of 64 rows, and 128 or 64 columns."""
+    M, K, N, r = 128, 256, 384, 16
+    x, weight = torch.empty(M, K, dtype=BF16, requires_grad=True), torch.empty(N, K, dtype=BF16)
+    a, b = (torch.empty(*shape, dtype=BF16, requires_grad=True) for shape in ((r, K), (N, r)))
+    with FakeTensorMode() as mode, counted() as operations:
+        x, weight, a, b = (mode.from_tensor(tensor) for tensor in (x, weight, a, b))
+        y = lora_linear(x, weight, None, a, b, 2.0)
+        forward = len(operations)
+        y.backward(torch.empty_like(y))
+    gemm = 2 * M * K * N
+    rank = M * r * 4
+    assert operations[:forward] == [
+        # 2 tiles of rows, not split: K is 4 steps, the least of a split
+        Traffic("down_kernel", 2 * (M * K + r * K), rank, 2 * M * K * r, reread=2 * r * K, grid=(2, 1)),
+        Traffic("up_kernel", rank + 2 * N * r, 2 * M * N, 2 * M * N * r, reread=2 * rank + 2 * N * r, grid=(6,)),
+        Traffic("aten.addmm_", 2 * (M * N + M * K + N * K), 2 * M * N, gemm),
+    ]
+    both, sums, grad_a, sum_a, dx, accumulated, *casts = operations[forward:]
+    # 2 strips of one tile of rows, 2 tiles of 256 columns, of which N fills one and a half
+    assert both == Traffic(
+        "both_kernel",
+        2 * (M * N + N * r) + rank,
+        2 * rank + 2 * N * r * 4,
+        2 * 2 * M * 512 * r,
+        reread=2 * N * r + rank,
+        grid=(4,),
+    )
+    assert sums == Traffic("sum_parts_kernel", both.written, rank + N * r * 4, 0, grid=(8 + 24,))
+    assert (grad_a.name, grad_a.read, grad_a.grid) == ("down_weight_gradient_kernel", 2 * M * K + rank, (8,))
+    assert (grad_a.written, grad_a.flops) == (2 * r * K * 4, 2 * M * K * r)
+    assert (sum_a.name, sum_a.read, sum_a.written) == ("sum_parts_kernel", grad_a.written, r * K * 4)
+    assert (dx.name, dx.read, dx.written) == ("down_input_gradient_kernel", rank + 2 * r * K, 2 * M * K)
+    assert accumulated == Traffic("aten.addmm_", 2 * (M * N + N * K + M * K), 2 * M * K, gemm)
+    assert [(of.name, of.read, of.written) for of in casts] == [  # autograd's, to the dtypes of A and B
+        ("aten._to_copy", 4 * n, 2 * n) for n in sorted((r * K, N * r))
+    ]
+
+
+def test_the_roofline_takes_the_longer_of_copying_and_multiplying():
+    copies, multiplies = Traffic("a", 43 * 10**8, 0, 0), Traffic("b", 0, 0, 78 * 10**10, reread=43 * 10**9)
+    counts = summed([copies, multiplies])
+    assert (counts.modelled_ms, counts.modelled_ms_no_cache) == pytest.approx((1 + 1, 1 + 10))
+
+
+AVAILABLE = [(of, setting) for setting in traffic.SETTINGS for of in PROVIDERS if not of.unavailable(setting)]
+
+
+@pytest.mark.parametrize(("provider", "setting"), AVAILABLE, ids=lambda of: getattr(of, "name", str(of)))
+def test_every_further_layer_counts_as_the_second(provider, setting):
+    step = traffic.step_of(provider, setting, SMALL)
+    third = summed(*traffic.operations_of(provider, setting, SMALL, 3))
+    by_line = step.per_layer(3) * 3
+    assert all(getattr(by_line, name) == pytest.approx(getattr(third, name), rel=1e-12) for name in vars(Counts()))
+
+
+def test_h0_is_kept_once_per_network():
+    setting = Setting(fp32_adapters=True, dropout=0.05)
+    plain, mixed = (
+        traffic.step_of(next(of for of in PROVIDERS if of.name == name), setting, SMALL)
+        for name in ("ours, lambda = 0", "ours, SIBO")
+    )
+    assert mixed.one_layer.saved - plain.one_layer.saved == 2 * SMALL.tokens * SMALL.hidden
+    assert mixed.further_layer.saved == plain.further_layer.saved
+
+
+def results_file():
+    return json.loads(traffic.RESULTS.read_text(encoding="utf-8"))
+
+
+def test_the_committed_results_are_what_is_counted_now():
+    found, kept = traffic.document(), results_file()
+    different = [key for key in found if json.loads(json.dumps(found[key])) != kept[key]]
+    assert not different, f"{different} changed: run {traffic.COMMAND}, and look at what it costs"
+
+
+def test_committed_counts():
+    """The numbers that a change of a kernel or of a pass must not raise unseen, in MiB over the frozen layer."""
+    settings = results_file()["settings"]
+    of = {
+        (name, setting): counts[f"added_per_layer_of_{traffic.LAYERS}"]
+        for setting, providers_ in settings.items()
+        for name, counts in providers_.items()
+        if f"added_per_layer_of_{traffic.LAYERS}" in counts
+    }
+    moved = {key: round((counts["read"] + counts["written"]) / traffic.MIB) for key, counts in of.items()}
+    bf16, fp32 = (str(setting) for setting in traffic.SETTINGS)
+    assert moved == {
+        ("PEFT LoRA", bf16): 10386,
+        ("addmm_ scheme", bf16): 5144,
+        ("addmm_ scheme, siblings grouped", bf16): 4760,
+        ("ours, lambda = 0", bf16): 4794,
+        ("PEFT LoRA + eager mix", bf16): 11986,
+        ("ours, SIBO", bf16): 5434,
+        ("PEFT LoRA", fp32): 33444,
+        ("ours, lambda = 0", fp32): 4791,
+        ("PEFT LoRA + eager mix", fp32): 37604,
+        ("ours, SIBO", fp32): 5431,
+    }
+    for (name, setting), counts in of.items():
+        least = settings[setting][name]["minimum"]
+        assert counts["read"] > least["read"] and counts["written"] > least["written"]
+    # h0's two reads by each of five linears, forward and for dA, are all that the mix adds
+    h0 = 2 * 5 * 2 * traffic.LLAMA_3_8B.tokens * traffic.LLAMA_3_8B.hidden // traffic.MIB
+    assert moved["ours, SIBO", bf16] - moved["ours, lambda = 0", bf16] == h0
+
+
+def step_values(provider, setting):
+    """The output and the gradients of A and B of a real, small model, all from the same numbers."""
+    torch.manual_seed(0)
+    model = traffic.frozen_model(traffic.Shape(hidden=64, ffn=96, heads=4, kv_heads=2), layers=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.ones(()) if "norm" in name else torch.randn(parameter.shape) / 8)
+    wrapped = provider.wrap(model.float(), setting)
+    model.rotary_emb.inv_freq = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
+    adapters = {
+        name: parameter
+        for name, parameter in sorted(wrapped.named_parameters())
+        if "lora_A" in name or "lora_B" in name
+    }
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.copy_(torch.randn(parameter.shape) / 8)
+    output = wrapped(input_ids=torch.arange(12).reshape(2, 6)).last_hidden_state
+    output.backward(torch.randn(output.shape))
+    return [output.detach(), *(parameter.grad for parameter in adapters.values())]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (providers.Addmm(), providers.Peft()),
+        (providers.AddmmGrouped(), providers.Peft()),
+        (providers.OursLora(), providers.Peft()),
+        (providers.OursSibo(), providers.PeftMixed()),
+    ],
+    ids=lambda provider: provider.name,
+)
+def test_providers_compute_the_same(one, other):
+    setting = Setting(fp32_adapters=True, dropout=0.0, rank=4, lambda_=0.3)
+    ours, theirs = step_values(one, setting), step_values(other, setting)
+    assert len(ours) == 1 + 2 * 2 * 7
+    for value, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    plain = step_values(providers.Peft(), setting)[0]
+    assert torch.allclose(ours[0], plain, rtol=1e-3) != one.mixes
