@@ -30,8 +30,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton compile-check bench gpu demo \
-	quality env clean
+.PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton compile-check bench gpu \
+	demo quality env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,8 +75,10 @@ endif
 compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (25 minutes on 2 cores)
 	@$(BIN)/python benchmarks/compile_check.py --workers $(WORKERS)
 
-bench: $(READY) ## what this machine can count and time: bytes, launches and kept bytes of LoRA on a Llama-3-8B layer
+bench: $(READY) ## count and time what needs no GPU (3 minutes; writes benchmarks/results/ and the README's tables)
 	@$(BIN)/python -m benchmarks.traffic
+	@$(BIN)/python -m benchmarks.cpu
+	@$(BIN)/python -m benchmarks.readme_table
 
 # The running Python, as it is: torch must be the build for the device.
 gpu: ## the tests on this machine's CUDA device, with $(PYTHON): installs nothing, needs torch, triton, peft, pytest
