@@ -124,6 +124,15 @@ def test_strided_and_expanded_inputs_and_gradients():
     torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("elements", [-1, 2**20])
+def test_what_is_made_without_gradients_may_be_written_into_with_them(elements, monkeypatch):
+    monkeypatch.setattr(small, "ELEMENTS", elements)
+    x, weight, lora_a, lora_b = (torch.randn(shape) for shape in ((2, 3, 8), (4, 8), (2, 8), (4, 2)))
+    with torch.no_grad():
+        y = lora_linear(x, weight, None, lora_a, lora_b, 1.0)
+    y.mul_(torch.ones(4, requires_grad=True)).sum().backward()
+
+
 def test_y_may_be_written_into():
     """As models do to q: y is no view to autograd."""
     arguments = make(OpCase(wants=("x",)))

@@ -89,9 +89,7 @@ def forward(settings: Settings, inputs: Inputs, wants_difference: bool) -> tuple
                 y = torch.addmm(y, x_frozen, weight)
             else:
                 y.addmm_(x_frozen, weight)
-    # Not a view to autograd, which forbids writing into a view that a Function returns: q.mul_(...) is common.
-    shape = inputs.x.shape
-    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.shape[1])), t, difference
+    return shaped_like(inputs.x, y), t, difference
 
 
 def _through_t(wants: Inputs) -> tuple[bool, bool]:
@@ -200,6 +198,15 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 def as_matrix(tensor: Tensor) -> Tensor:
     """``[M, K]``, a view where strides allow; also where a size is 0."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def shaped_like(x: Tensor, y: Tensor) -> Tensor:
+    """A fresh y, ``[M, N]``, with the leading dimensions of x: ``[..., N]``.
+
+    Not a view to autograd, which forbids writing into a view that a Function returned or that was made without
+    gradients: q.mul_(...) is common.
+    """
+    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sibo_triton import reference
-from sibo_triton.ops.autograd import Inputs, as_matrix
+from sibo_triton.ops.autograd import Inputs, as_matrix, shaped_like
 from sibo_triton.ops.tiles import keep_whole
 
 #: Elements of x up to which plain PyTorch runs this way.
@@ -21,8 +21,8 @@ ELEMENTS = 2**13
 def low_rank(inputs: Inputs, scaling: float | Tensor, lambda_: float | Tensor, dropout_p: float) -> Tensor:
     """y, ``[..., N]``: `sibo_triton.reference.lora_linear`, or `add_lora` where a base output is given."""
     base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, _, seed = inputs
-    shape = x.shape
-    if len(shape) != 2:  # once, or every product below would
+    given = x
+    if x.dim() != 2:  # once, or every product below would
         x = as_matrix(x)
         base = None if base is None else as_matrix(base)
         initial_residual = None if initial_residual is None else as_matrix(initial_residual)
@@ -46,6 +46,4 @@ def low_rank(inputs: Inputs, scaling: float | Tensor, lambda_: float | Tensor, d
         y = base + F.linear(t if scale == 1 else t * scale, lora_b, lora_bias) * scaling
     else:
         y = torch.add(base, F.linear(t, lora_b), alpha=scaling * scale)
-    if y.dtype != base.dtype:
-        y = y.to(base.dtype)
-    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
+    return shaped_like(given, y if y.dtype == base.dtype else y.to(base.dtype))
