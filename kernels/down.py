@@ -30,6 +30,7 @@ from .checks import check_dropout, check_matrix, check_mix
 from .dropout import drawn, dropout_rows, keep_tile
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, operands, split_dot
+from .siblings import DownProjection
 from .targets import Target, cdiv
 
 
@@ -156,26 +157,6 @@ def down_kernel(
     if HAS_DROPOUT:
         b_t *= scale_own
     tl.store(b_p_t, b_t, mask=m_t)
-
-
-@dataclass(frozen=True)
-class DownProjection:
-    """One of the layers that share x and h0."""
-
-    lora_a: Tensor  # [r, K]
-    lambda_: float | Tensor = 0.0  # a number in [0, 1], or a floating point tensor with one element
-    dropout_p: float = 0.0
-    dropout_seed: Tensor | None = None  # int64, one element; needed if dropout_p > 0
-    difference: bool = False  # also ask for d, which the gradient of lambda needs
-
-    @property
-    def mixes(self) -> bool:
-        return self.difference or isinstance(self.lambda_, Tensor) or self.lambda_ != 0
-
-    @property
-    def kind(self) -> tuple[torch.dtype, bool, bool, bool]:
-        """What must be the same to share a launch."""
-        return self.lora_a.dtype, self.mixes, self.dropout_p > 0, self.difference
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sibo_triton import reference
 from sibo_triton.kernels import up as up_module
-from sibo_triton.kernels.down import DownProjection, down_siblings
+from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.up_backward import up_backward
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

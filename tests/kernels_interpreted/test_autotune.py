@@ -11,9 +11,10 @@ from triton.runtime.errors import OutOfResources
 from sibo_triton.kernels import autotune
 from sibo_triton.kernels import up as up_module
 from sibo_triton.kernels.autotune import neighbours
-from sibo_triton.kernels.down import DownProjection, down_siblings
+from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.targets import STAND_IN
 from sibo_triton.kernels.up import add_up, plan, up
 from sibo_triton.kernels.up_backward import up_backward

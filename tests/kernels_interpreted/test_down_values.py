@@ -14,7 +14,8 @@ from inputs import BF16, FP16, FP32, LAYOUTS, randn
 import sibo_triton.kernels.down as down_file
 from sibo_triton import reference
 from sibo_triton.kernels import targets
-from sibo_triton.kernels.down import DownProjection, cut, down, down_siblings, plan, steps_of_split
+from sibo_triton.kernels.down import cut, down, down_siblings, plan, steps_of_split
+from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.targets import KNOWN
 
 

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.counting import counted
 from benchmarks.launch_traffic import recorded_launches
 from sibo_triton.kernels import targets
-from sibo_triton.kernels.down import DownProjection, down_siblings
+from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
+from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.ops import add_lora, lora_linear
 
 SM_90 = targets.KNOWN["sm_90"]  # with many multiprocessors, sums are cut into parts
