@@ -26,6 +26,13 @@ def draw_seed(device: torch.device | str | None = None, generator: torch.Generat
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
 
 
+def draw_seeds(count: int, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
+    """Several seeds at once, as :func:`draw_seed` draws them; on the CPU the same ones as in as many calls."""
+    seeds = torch.empty((count, 2), dtype=torch.int64, device=device)  # 16 bytes apart, as a kernel wants its pointers
+    seeds[:, 0].random_(0, 2**63 - 1)
+    return seeds[:, :1].unbind()
+
+
 def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
     """``drop(x) = x * mask / (1 - p')`` with the mask of :func:`dropout_mask`, in which p' is p on its 2^-16 grid.
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sibo_triton.dropout import draw_seed, dropout, dropout_mask
+from sibo_triton.dropout import draw_seed, draw_seeds, dropout, dropout_mask
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,6 +28,7 @@ __all__ = [
     "bottleneck_adapter",
     "down",
     "draw_seed",
+    "draw_seeds",
     "dropout",
     "dropout_mask",
     "lora_linear",

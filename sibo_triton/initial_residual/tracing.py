@@ -9,6 +9,7 @@ stream. No names of models or layers are involved.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ from sibo_triton.initial_residual.binding import first_hidden_state
 from sibo_triton.initial_residual.stacks import BlockStack, path_between
 
 _TOKENS = 5  # a prime that is no common width, so that shapes tell tokens from features
+
+_numbers = itertools.count()
 
 _ADDITIONS = {"add", "add_", "sub", "sub_", "rsub"}
 _SCALINGS = {"mul", "mul_", "div", "div_"}
@@ -39,11 +42,13 @@ class Feeds:
 
     Attributes:
         marks: module name -> the streams that its input carried, one entry a call: a stack's name, or None.
+        inputs: module name -> a number for the tensor of each call: modules that got the same one have the same number.
         problems: stack name -> why it could not be run.
         repeated: the stacks that one sequence passes several times, in calls of their own.
     """
 
     marks: dict[str, set[str | None]] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)
 
@@ -76,6 +81,13 @@ class _StreamMode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._marks: dict[tuple, tuple[torch.Tensor, str]] = {}  # the tensor is kept so that its memory is not reused
+        self._numbers: dict[int, tuple[torch.Tensor, int]] = {}  # likewise
+
+    def number_of(self, tensor: torch.Tensor) -> int:
+        """A number of its own for every tensor, in all runs."""
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = tensor, next(_numbers)
+        return self._numbers[id(tensor)][1]
 
     def mark(self, tensor: torch.Tensor, stream: str) -> None:
         self._marks[_memory(tensor)] = (tensor, stream)
@@ -164,7 +176,11 @@ def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[Bloc
         return hook
 
     def see_input(submodule: nn.Module, args: tuple, kwargs: dict) -> None:
-        feeds.marks.setdefault(names[id(submodule)], set()).add(mode.mark_of(first_hidden_state(args, kwargs)))
+        name, hidden_states = names[id(submodule)], first_hidden_state(args, kwargs)
+        feeds.marks.setdefault(name, set()).add(mode.mark_of(hidden_states))
+        if hidden_states is not None:
+            number = mode.number_of(hidden_states)
+            feeds.inputs[name] = (*feeds.inputs.get(name, ()), number)
 
     def see_norm(submodule: nn.Module, args: tuple, output: Any) -> None:
         # norms may be one opaque kernel; what has per-channel weights only does not mix channels or tokens
@@ -215,6 +231,8 @@ def _spread_to_like_blocks(stack: BlockStack, feeds: Feeds, names: dict[int, str
             continue
         for key in [key for key in feeds.marks if key.startswith(example + ".")]:
             feeds.marks.setdefault(name + key[len(example) :], set()).update(feeds.marks[key])
+            if key in feeds.inputs:  # alike within the block is all that they say
+                feeds.inputs.setdefault(name + key[len(example) :], feeds.inputs[key])
 
 
 def _trial_runs(root: nn.Module, stack: BlockStack) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:

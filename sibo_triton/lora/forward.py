@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from sibo_triton import reference
 from sibo_triton.lora.layer import initial_residual_for, lambda_of, site_of
 from sibo_triton.lora.paths import adapter_modules, obstacle_in, obstacle_to_adapter, obstacle_to_fusing, parameter
+from sibo_triton.lora.siblings import shared_output
 from sibo_triton.ops import add_lora, lora_linear
 
 
@@ -26,18 +28,33 @@ class FusedLinear(LoraLinear):
         return "Linear"  # printed as before: what it holds is the same
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter_name = None if args or kwargs else self._fused_adapter(x)
-        if adapter_name is None:
+        if args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base: Any = self._modules["base_layer"]
-        weight, bias = parameter(base, "weight"), parameter(base, "bias")
-        return lora_linear(x, weight, bias, **_adapter_arguments(self, adapter_name, x))
+        if not torch.compiler.is_compiling():
+            y = shared_output(self, x)
+            if y is not None:
+                return y
+        adapter_name = self.fused_adapter(x)
+        if adapter_name is None:
+            return super().forward(x)
+        return lora_linear(x, **self.arguments_of([self], adapter_name, x)[0])
 
-    def _fused_adapter(self, x: torch.Tensor) -> str | None:
+    @staticmethod
+    def arguments_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
+        """What the operation takes of each of these layers, which get the same x."""
+        arguments = []
+        for layer, of_adapter in zip(layers, _adapter_arguments(layers, adapter_name, x), strict=True):
+            base: Any = layer._modules["base_layer"]
+            arguments.append({"weight": parameter(base, "weight"), "bias": parameter(base, "bias"), **of_adapter})
+        return arguments
+
+    def weight_of_a(self, adapter_name: str) -> torch.Tensor:
+        """A."""
+        return parameter(adapter_modules(self, adapter_name)[0], "weight")
+
+    def fused_adapter(self, x: torch.Tensor) -> str | None:
         """The adapter, if it alone runs and nothing stands in the way."""
-        if self._disable_adapters or self.merged_adapters:
-            return None
-        name = self._only_active()
+        name = self.only_active()
         if name is None or name not in self.__dict__.get("sibo_sites", ()):
             return None
         if obstacle_to_adapter(self, name, x) is not None:
@@ -49,8 +66,10 @@ class FusedLinear(LoraLinear):
             return None
         return name
 
-    def _only_active(self) -> str | None:
-        """The one active adapter that the layer has, or None if it has several of them or none."""
+    def only_active(self) -> str | None:
+        """The one adapter that is active, and that the layer has; None if several are, or none, or it is merged."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
         active = self.active_adapter
         if isinstance(active, str):
             active = (active,)
@@ -87,7 +106,7 @@ class SiboLoraVariant(LoraVariant):
         """
         obstacle = obstacle_to_adapter(module, active_adapter, x)
         if obstacle is None:
-            return add_lora(result, x, **_adapter_arguments(module, active_adapter, x))
+            return add_lora(result, x, **_adapter_arguments([module], active_adapter, x)[0])
         site = site_of(module, active_adapter)
         site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
         if site.residual is not None:
@@ -128,18 +147,30 @@ def _dropped(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return reference.dropout(x, dropout.p, reference.draw_seed(x.device))
 
 
-def _adapter_arguments(layer: LoraLayer, adapter_name: str, x: torch.Tensor) -> dict[str, Any]:
-    """What the operations take of an adapter, beside x."""
-    lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)
-    arguments: dict[str, Any] = {
-        "lora_a": parameter(lora_a, "weight"),
-        "lora_b": parameter(lora_b, "weight"),
-        "lora_bias": parameter(lora_b, "bias"),
-        "scaling": layer.scaling[adapter_name],
-    }
-    if site_of(layer, adapter_name).residual is not None:
-        arguments["initial_residual"] = initial_residual_for(layer, adapter_name, x)
-        arguments["lambda_"] = lambda_of(layer, adapter_name)
-    if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-        arguments["dropout_p"], arguments["dropout_seed"] = dropout.p, reference.draw_seed(x.device)
-    return arguments
+def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
+    """What the operations take of an adapter of each layer, beside x."""
+    all_arguments, dropping, residuals = [], [], {}
+    for layer in layers:
+        lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)
+        arguments: dict[str, Any] = {
+            "lora_a": parameter(lora_a, "weight"),
+            "lora_b": parameter(lora_b, "weight"),
+            "lora_bias": parameter(lora_b, "bias"),
+            "scaling": layer.scaling[adapter_name],
+        }
+        residual = site_of(layer, adapter_name).residual
+        if residual is not None:
+            if id(residual) not in residuals:  # siblings get the same tensor
+                residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
+            arguments["initial_residual"] = residuals[id(residual)]
+            arguments["lambda_"] = lambda_of(layer, adapter_name)
+        if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
+            arguments["dropout_p"] = dropout.p
+            dropping.append(arguments)
+        all_arguments.append(arguments)
+    if len(dropping) == 1:
+        dropping[0]["dropout_seed"] = reference.draw_seed(x.device)
+    elif dropping:
+        for arguments, seed in zip(dropping, reference.draw_seeds(len(dropping), x.device), strict=True):
+            arguments["dropout_seed"] = seed
+    return all_arguments

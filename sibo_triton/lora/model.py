@@ -15,9 +15,11 @@ from torch import nn
 from sibo_triton.initial_residual import BlockStack, Feeds, attach, attached, detach, find_block_stacks, trace_feeds
 from sibo_triton.lora.checkpoints import check_checkpoint
 from sibo_triton.lora.config import SiboLoraConfig
+from sibo_triton.lora.forward import FusedLinear
 from sibo_triton.lora.install import forget, install, is_linear, match_class
 from sibo_triton.lora.layer import MixingSite, dispatches_variants, lora_layers
 from sibo_triton.lora.paths import Notices
+from sibo_triton.lora.siblings import attach_siblings, detach_unused_siblings, find_siblings
 from sibo_triton.lora.snapshot import Snapshot, is_loading, undo_if_loading_fails
 from sibo_triton.lora.targets import matches, shortest_names
 
@@ -100,8 +102,10 @@ def _inject_sibo(
         requested = requested or config.sibo_mixing_modules
     if requested is None or not is_saved:
         feeds = trace_feeds(model, stacks)
+    shared = trace_feeds(model, stacks) if feeds is None else feeds
     original(tuner, model, adapter_name, *args, **kwargs)
     _make_sibo(model, adapter_name, config, requested, stacks, feeds, active=adapter_name in tuner.active_adapters)
+    attach_siblings(model, find_siblings(model, shared))
 
 
 def _make_sibo(
@@ -270,6 +274,7 @@ def remove_unused_hooks(model: nn.Module) -> None:
     """Take off the hooks of initial residuals that no layer of `model` mixes in any more, and its layers' class."""
     for _, layer in lora_layers(model):
         match_class(layer)
+    detach_unused_siblings(model, FusedLinear)
     used = {id(site.residual) for _, layer in lora_layers(model) for site in getattr(layer, "sibo_sites", {}).values()}
     for residual in attached(model):
         if id(residual) not in used:

@@ -2,6 +2,16 @@
 
 from sibo_triton.ops.autograd import autocast_dtype
 from sibo_triton.ops.dispatch import BACKEND_VARIABLE, Choice, backend_for
-from sibo_triton.ops.low_rank import add_lora, lora_linear
+from sibo_triton.ops.group import Group
+from sibo_triton.ops.low_rank import add_lora, lora_linear, lora_linear_group
 
-__all__ = ["BACKEND_VARIABLE", "Choice", "add_lora", "autocast_dtype", "backend_for", "lora_linear"]
+__all__ = [
+    "BACKEND_VARIABLE",
+    "Choice",
+    "Group",
+    "add_lora",
+    "autocast_dtype",
+    "backend_for",
+    "lora_linear",
+    "lora_linear_group",
+]

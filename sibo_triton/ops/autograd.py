@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sibo_triton.kernels.siblings import DownGradients, UpGradients
 from sibo_triton.ops.dispatch import implementation
 
 
@@ -74,22 +76,30 @@ class Saved(NamedTuple):
 def forward(settings: Settings, inputs: Inputs, wants_difference: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, ``[..., N]``, t and, if wanted, d, ``[M, r]``."""
     ops = implementation(settings.backend)
-    with _without_autocast(inputs.x.device.type):
+    with without_autocast(inputs.x.device.type):
         x = as_matrix(inputs.x)
-        a, b = inputs.lora_a.to(settings.adapter_dtype), inputs.lora_b.to(settings.adapter_dtype)
+        a = inputs.lora_a.to(settings.adapter_dtype)
         lambda_ = settings.lambda_ if inputs.lambda_ is None else inputs.lambda_
         h0 = None if inputs.initial_residual is None else as_matrix(inputs.initial_residual)
         t, difference = ops.down(x, a, h0, lambda_, settings.dropout_p, inputs.seed, wants_difference)
+    return output(settings, inputs, t), t, difference
+
+
+def output(settings: Settings, inputs: Inputs, t: Tensor) -> Tensor:
+    """y, ``[..., N]``, of t: the low-rank product and the frozen layer's, or the base output."""
+    ops = implementation(settings.backend)
+    with without_autocast(inputs.x.device.type):
+        b = inputs.lora_b.to(settings.adapter_dtype)
         if inputs.weight is None:
             y = ops.add_up(as_matrix(inputs.base), t, b, settings.scaling, inputs.lora_bias)
         else:
             y = ops.up(t, b, settings.scaling, settings.dtype, inputs.lora_bias, inputs.bias)
-            x_frozen, weight = x.to(settings.dtype), inputs.weight.to(settings.dtype).t()
+            x_frozen, weight = as_matrix(inputs.x).to(settings.dtype), inputs.weight.to(settings.dtype).t()
             if torch._C._len_torch_dispatch_stack() > 0:  # selective checkpointing keeps what an operator returned
                 y = torch.addmm(y, x_frozen, weight)
             else:
                 y.addmm_(x_frozen, weight)
-    return shaped_like(inputs.x, y), t, difference
+    return shaped_like(inputs.x, y)
 
 
 def _through_t(wants: Inputs) -> tuple[bool, bool]:
@@ -114,44 +124,94 @@ def saved_for(inputs: Inputs, wants: Inputs, t: Tensor, difference: Tensor | Non
     )
 
 
-def backward(settings: Settings, saved: Saved, grad_y: Tensor, wants: Inputs) -> Inputs:
-    """The gradients that are wanted, each in a dtype that autograd casts to its tensor's; None for the others."""
-    ops = implementation(settings.backend)
-    s, p, seed = settings.scaling, settings.dropout_p, saved.seed
-    lambda_ = settings.lambda_ if saved.lambda_ is None else saved.lambda_
-    wants_input, wants_u = _through_t(wants)
-    base = weight = bias = dx = dh = grad_a = grad_b = lora_bias = dlambda = u = cast(Any, None)
-    with _without_autocast(grad_y.device.type):
-        g = as_matrix(grad_y)  # [M, N]
-        leading = grad_y.shape[:-1]
-        if wants_u or wants.lora_b:
-            b = saved.lora_b.to(settings.adapter_dtype)
-            u, grad_b = ops.up_backward(g, saved.t, b, s, wants_u, wants.lora_b)
-        if wants.lora_a or wants_input:
-            x = as_matrix(saved.x) if wants.lora_a else None
-            h0 = None if saved.initial_residual is None else as_matrix(saved.initial_residual)
-            a = saved.lora_a.to(settings.adapter_dtype) if wants_input else None
-            dx_dtype = None if not wants.x else settings.x_dtype if saved.weight is None else settings.dtype
-            residual_dtype = settings.residual_dtype if wants.initial_residual else None
-            outputs = (settings.adapter_dtype, dx_dtype, residual_dtype)
-            grad_a, dx, dh = ops.down_backward(u, a, x, h0, lambda_, p, seed, *outputs)
-        if wants.x:
-            if saved.weight is not None:
-                dx.addmm_(g, saved.weight.to(settings.dtype))
-            dx = dx.to(settings.x_dtype).view(*leading, dx.shape[1])
-        if wants.initial_residual:
-            dh = dh.view(*leading, dh.shape[1])
-        if wants.lambda_:
-            dlambda = (u * saved.difference).sum().reshape(saved.lambda_.shape)
-        if wants.base:
-            base = grad_y
-        if wants.weight:
-            weight = g.t() @ as_matrix(saved.x).to(settings.dtype)
-        if wants.bias:
-            bias = g.sum(0)
-        if wants.lora_bias:
-            lora_bias = g.sum(0, dtype=torch.promote_types(settings.adapter_dtype, torch.float32)) * s
-    return Inputs(base, dx, weight, bias, grad_a, grad_b, lora_bias, dh, dlambda, None)
+def backward(
+    settings: Sequence[Settings], saved: Sequence[Saved], grads_y: Sequence[Tensor], wants: Sequence[Inputs]
+) -> list[Inputs]:
+    """The gradients that are wanted of layers that share x and h0; None for the others.
+
+    Args:
+        settings, saved, wants: of each layer. They agree in x, h0 and their dtypes.
+        grads_y: dY of each, ``[..., N]``.
+
+    Returns:
+        For each layer the gradients of what is its own; those of x and h0 are sums, and the first layer's.
+    """
+    with without_autocast(grads_y[0].device.type):
+        gs = [as_matrix(grad_y) for grad_y in grads_y]  # [M, N]
+        us, grads_b = _up_backward(settings, saved, gs, wants)
+        grads_a, dx, dh = _down_backward(settings, saved, us, wants)
+        leading = grads_y[0].shape[:-1]
+        if dx is not None:
+            for own, kept, g in zip(settings, saved, gs, strict=True):
+                if kept.weight is not None:
+                    dx.addmm_(g, kept.weight.to(own.dtype))
+            dx = dx.to(settings[0].x_dtype).view(*leading, dx.shape[1])
+        dh = None if dh is None else dh.view(*leading, dh.shape[1])
+        gradients = []
+        for i, (own, kept, wanted, g) in enumerate(zip(settings, saved, wants, gs, strict=True)):
+            weight = bias = lora_bias = dlambda = None
+            if wanted.lambda_:
+                dlambda = (us[i] * kept.difference).sum().reshape(kept.lambda_.shape)
+            if wanted.weight:
+                weight = g.t() @ as_matrix(kept.x).to(own.dtype)
+            if wanted.bias:
+                bias = g.sum(0)
+            if wanted.lora_bias:
+                lora_bias = g.sum(0, dtype=torch.promote_types(own.adapter_dtype, torch.float32)) * own.scaling
+            base = grads_y[i] if wanted.base else None
+            of_x, of_h = (dx, dh) if i == 0 else (None, None)
+            gradients.append(Inputs(base, of_x, weight, bias, grads_a[i], grads_b[i], lora_bias, of_h, dlambda, None))
+    return gradients
+
+
+def _up_backward(
+    settings: Sequence[Settings], saved: Sequence[Saved], gs: list[Tensor], wants: Sequence[Inputs]
+) -> tuple[list[Any], list[Any]]:
+    """u and dB of each layer, where wanted."""
+    us: list[Any] = [None] * len(gs)
+    grads_b: list[Any] = [None] * len(gs)
+    asked, places = [], []
+    for i, (own, kept, g, wanted) in enumerate(zip(settings, saved, gs, wants, strict=True)):
+        wants_u = _through_t(wanted)[1]
+        if wants_u or wanted.lora_b:
+            grad_dtype = kept.lora_b.dtype if wanted.lora_b else None
+            b = kept.lora_b.to(own.adapter_dtype)
+            asked.append(UpGradients(g, kept.t, b, own.scaling, wants_u, grad_dtype))
+            places.append(i)
+    if asked:
+        for i, (u, grad_b) in zip(places, implementation(settings[0].backend).up_backward_siblings(asked), strict=True):
+            us[i], grads_b[i] = u, grad_b
+    return us, grads_b
+
+
+def _down_backward(
+    settings: Sequence[Settings], saved: Sequence[Saved], us: list[Any], wants: Sequence[Inputs]
+) -> tuple[list[Any], Tensor | None, Tensor | None]:
+    """dA of each layer, and the low-rank part of dx and dh0, where wanted."""
+    grads_a: list[Any] = [None] * len(us)
+    asked, places = [], []
+    for i, (own, kept, u, wanted) in enumerate(zip(settings, saved, us, wants, strict=True)):
+        wants_input = _through_t(wanted)[0]
+        if wanted.lora_a or wants_input:
+            a = kept.lora_a.to(own.adapter_dtype) if wants_input else None
+            lambda_ = own.lambda_ if kept.lambda_ is None else kept.lambda_
+            mixing = (lambda_, own.dropout_p, kept.seed)
+            asked.append(DownGradients(u, a, own.adapter_dtype, *mixing, kept.lora_b.dtype if wanted.lora_a else None))
+            places.append(i)
+    if not asked:
+        return grads_a, None, None
+    own = settings[0]
+    x = next((as_matrix(kept.x) for kept, wanted in zip(saved, wants, strict=True) if wanted.lora_a), None)
+    h0 = next((as_matrix(kept.initial_residual) for kept in saved if kept.initial_residual is not None), None)
+    has_frozen = any(kept.weight is not None for kept in saved)
+    dx_dtype = None if not wants[0].x else own.dtype if has_frozen else own.x_dtype
+    residual_dtype = next(
+        (of.residual_dtype for of, w in zip(settings, wants, strict=True) if w.initial_residual), None
+    )
+    found, dx, dh = implementation(own.backend).down_backward_siblings(asked, x, h0, dx_dtype, residual_dtype)
+    for i, grad_a in zip(places, found, strict=True):
+        grads_a[i] = grad_a
+    return grads_a, dx, dh
 
 
 class LowRank(torch.autograd.Function):
@@ -172,11 +232,15 @@ class LowRank(torch.autograd.Function):
         *saved, scaling = ctx.saved_tensors
         settings = ctx.settings if scaling is None else ctx.settings._replace(scaling=scaling)
         if not torch.is_grad_enabled():
-            return None, *backward(settings, Saved(*saved), grad_y, wants)
+            return None, *backward([settings], [Saved(*saved)], [grad_y], [wants])[0]
         with torch.no_grad():  # create_graph=True
-            gradients = backward(settings, Saved(*saved), grad_y, wants)
-        gradients = Inputs(*_RefuseSecondDerivative.apply(len(gradients), *gradients, grad_y, *saved))
-        return None, *gradients
+            gradients = backward([settings], [Saved(*saved)], [grad_y], [wants])[0]
+        return None, *refuse_second_derivative(gradients, (grad_y, *saved))
+
+
+def refuse_second_derivative(gradients: Sequence[Tensor | None], depend_on: Sequence[Tensor | None]) -> tuple:
+    """First derivatives, of which a second one says that there is none."""
+    return _RefuseSecondDerivative.apply(len(gradients), *gradients, *depend_on)
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
@@ -222,5 +286,5 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 _AS_IT_IS = contextlib.nullcontext()
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return _AS_IT_IS if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)

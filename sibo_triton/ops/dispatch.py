@@ -141,4 +141,4 @@ def _obstacle(device: torch.device) -> str | None:
 @cache
 def implementation(name: str) -> ModuleType:
     """The module that holds the functions of backend "triton" or "torch": the same names and arguments in both."""
-    return importlib.import_module("sibo_triton.ops.kernels" if name == "triton" else "sibo_triton.ops.plain")
+    return importlib.import_module("sibo_triton.ops.kernels" if name == "triton" else "sibo_triton.ops.plain_siblings")

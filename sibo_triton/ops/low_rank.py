@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from sibo_triton import reference
 from sibo_triton.ops import small
 from sibo_triton.ops.autograd import Inputs, LowRank, Settings, autocast_dtype, forward
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
+from sibo_triton.ops.group import Group
 
 
 def lora_linear(
@@ -54,12 +58,50 @@ def lora_linear(
         TypeError, ValueError: as the definition; ValueError also for dtypes that do not meet.
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
-    if weight.dim() != 2 or weight.shape != (lora_b.shape[0], x.shape[-1]):
-        raise ValueError(f"weight has shape {list(weight.shape)}, but [{lora_b.shape[0]}, {x.shape[-1]}] fits x and B")
-    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
-        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: the frozen linear needs one dtype (or autocast)")
+    _check_frozen(x, weight, lora_b)
     adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    return _low_rank(None, x, weight, bias, *adapter)
+    return _low_rank(_prepared(None, x, weight, bias, *adapter))
+
+
+def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group | None:
+    """Layers that get the same x, so that one pass over it serves them all, forward and backward.
+
+    Args:
+        x: ``[..., K]``.
+        layers: the other arguments of :func:`lora_linear` for each layer, by their names. Those that mix in h0 get the
+            same tensor.
+
+    Returns:
+        What gives each layer's y once, by its place; None where the layers must be called one by one: under
+        `torch.compile`, in a transform of `torch.func`, on very small x, and where the dtypes of y or h0 differ.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`lora_linear`.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    prepared = []
+    for layer in layers:
+        _check_frozen(x, layer["weight"], layer["lora_b"])
+        prepared.append(_prepared(None, x, **{**_DEFAULTS, **layer}))
+    settings, inputs = [of.settings for of in prepared], [of.inputs for of in prepared]
+    backend = settings[0].backend
+    if backend == "reference" or (backend == "torch" and x.numel() <= small.ELEMENTS):
+        return None
+    if len({(of.backend, of.dtype) for of in settings}) > 1:
+        return None
+    if len({id(of.initial_residual) for of in inputs if of.initial_residual is not None}) > 1:
+        return None
+    return Group(settings, inputs)
+
+
+_DEFAULTS: dict[str, Any] = {
+    "initial_residual": None,
+    "lambda_": 0.0,
+    "dropout_p": 0.0,
+    "dropout_seed": None,
+    "lora_bias": None,
+}
 
 
 def add_lora(
@@ -92,10 +134,18 @@ def add_lora(
     if base.shape != (*x.shape[:-1], lora_b.shape[0]):
         raise ValueError(f"base has shape {list(base.shape)}, but {[*x.shape[:-1], lora_b.shape[0]]} fits x and B")
     adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    return _low_rank(base, x, None, None, *adapter)
+    return _low_rank(_prepared(base, x, None, None, *adapter))
 
 
-def _low_rank(
+class Prepared(NamedTuple):
+    """A layer's arguments, checked, and what computes it."""
+
+    settings: Settings
+    inputs: Inputs
+    arguments: tuple  # of the definition, beside base, weight and bias
+
+
+def _prepared(
     base: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
@@ -108,7 +158,7 @@ def _low_rank(
     dropout_p: float,
     dropout_seed: Tensor | None,
     lora_bias: Tensor | None,
-) -> Tensor:
+) -> Prepared:
     _check_shapes(x, lora_a, lora_b, initial_residual, lora_bias)
     _check_options(scaling, initial_residual, lambda_, dropout_p, dropout_seed)
     autocast = None if torch.float64 in (x.dtype, lora_a.dtype) else autocast_dtype(x.device.type)
@@ -120,21 +170,23 @@ def _low_rank(
     choice = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
     if choice.fell_off:
         say_if_fell_off(choice)
-    backend = choice.name
-    if backend == "reference":
-        args = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-        if weight is None:
-            assert base is not None
-            return reference.add_lora(base, x, *args)
-        return reference.lora_linear(x, weight, bias, *args)
-
+    arguments = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
     number, tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
     if tensor is None and number == 0:
         initial_residual = None
     inputs = Inputs(base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, tensor, dropout_seed)
-    if backend == "torch" and x.numel() <= small.ELEMENTS and not torch.compiler.is_compiling():
-        return small.low_rank(inputs, scaling, lambda_, dropout_p)
-    settings = Settings(backend, scaling, number, dropout_p, dtype, x.dtype, residual_dtype, adapter_dtype)
+    settings = Settings(choice.name, scaling, number, dropout_p, dtype, x.dtype, residual_dtype, adapter_dtype)
+    return Prepared(settings, inputs, arguments)
+
+
+def _low_rank(prepared: Prepared) -> Tensor:
+    settings, inputs, arguments = prepared
+    if settings.backend == "reference":
+        if inputs.weight is None:
+            return reference.add_lora(inputs.base, inputs.x, *arguments)
+        return reference.lora_linear(inputs.x, inputs.weight, inputs.bias, *arguments)
+    if settings.backend == "torch" and inputs.x.numel() <= small.ELEMENTS and not torch.compiler.is_compiling():
+        return small.low_rank(inputs, settings.scaling, arguments[4], settings.dropout_p)
     if torch.compiler.is_compiling():
         from sibo_triton.ops.registered import low_rank  # registering takes time, and only compiled code needs it
 
@@ -142,6 +194,13 @@ def _low_rank(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return LowRank.apply(settings, *inputs)
     return forward(settings, inputs, wants_difference=False)[0]
+
+
+def _check_frozen(x: Tensor, weight: Tensor, lora_b: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape != (lora_b.shape[0], x.shape[-1]):
+        raise ValueError(f"weight has shape {list(weight.shape)}, but [{lora_b.shape[0]}, {x.shape[-1]}] fits x and B")
+    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: the frozen linear needs one dtype (or autocast)")
 
 
 def _check_options(

@@ -96,25 +96,27 @@ def _backward(
 ) -> list[Tensor]:
     saved = Saved(x, weight, lora_a, lora_b, initial_residual, lambda_, seed, t, difference)
     settings = _unpack(grad_y.device, scaling, numbers, dtype, x_dtype, residual_dtype, adapter_dtype)
-    gradients = autograd.backward(settings, saved, grad_y, Inputs(*wants))
-    kinds = _kinds(grad_y, lambda_, settings, in_features, rank)
+    gradients = autograd.backward([settings], [saved], [grad_y], [Inputs(*wants)])[0]
+    kinds = _kinds(grad_y, lora_b, lambda_, settings, in_features, rank)
     return [
         grad_y.new_empty(0) if gradient is None else gradient.to(kind[1]).contiguous()
         for gradient, kind in zip(gradients, kinds, strict=True)
     ]
 
 
-def _kinds(grad_y: Tensor, lambda_: Tensor | None, settings: Settings, in_features: int, rank: int) -> Inputs:
+def _kinds(
+    grad_y: Tensor, lora_b: Tensor | None, lambda_: Tensor | None, settings: Settings, in_features: int, rank: int
+) -> Inputs:
     """The shape and dtype of each gradient."""
     (*leading, out_features), wide = grad_y.shape, torch.promote_types(settings.adapter_dtype, torch.float32)
-    x_shape = (*leading, in_features)
+    x_shape, own = (*leading, in_features), settings.adapter_dtype if lora_b is None else lora_b.dtype
     return Inputs(
         base=((0,), settings.dtype),
         x=(x_shape, settings.x_dtype),
         weight=((out_features, in_features), settings.dtype),
         bias=((out_features,), settings.dtype),
-        lora_a=((rank, in_features), wide),
-        lora_b=((out_features, rank), wide),
+        lora_a=((rank, in_features), own),
+        lora_b=((out_features, rank), own),
         lora_bias=((out_features,), wide),
         initial_residual=(x_shape, settings.residual_dtype),
         lambda_=(() if lambda_ is None else lambda_.shape, wide),
@@ -126,7 +128,7 @@ def _kinds(grad_y: Tensor, lambda_: Tensor | None, settings: Settings, in_featur
 def _(grad_y: Tensor, *rest: Any) -> list[Tensor]:
     settings = _unpack(grad_y.device, *rest[9:15])
     wants, in_features, rank = rest[15:]
-    kinds = _kinds(grad_y, rest[5], settings, in_features, rank)
+    kinds = _kinds(grad_y, rest[3], rest[5], settings, in_features, rank)
     return [
         grad_y.new_empty(shape, dtype=dtype) if wanted else grad_y.new_empty(0)
         for (shape, dtype), wanted in zip(kinds, wants, strict=True)

@@ -1,0 +1,187 @@
+"""LoRA layers that get the same x (q, k and v; gate and up) meet, and share their passes over it.
+
+Who shares x was seen in a trial run of the model. At run time nothing is taken for granted: the first sibling that is
+called computes the down-projections of all, and each of the others takes its own only if it is called by the same run
+of their parent, with the very same x, unchanged, and by the same adapter. Else it runs alone, which is always right.
+
+The run of the parent is a scope, opened and closed by its hooks: nothing is kept past it, threads do not meet, and a
+recompute (gradient checkpointing), which runs the hooks again, groups as its forward did.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sibo_triton.initial_residual import Feeds
+from sibo_triton.lora.layer import lora_layers
+from sibo_triton.ops import Group, autocast_dtype, lora_linear_group
+
+Names = tuple[tuple[str, ...], ...]
+
+
+class _Scopes(threading.local):
+    def __init__(self) -> None:
+        self.open: list[_Scope] = []
+
+
+_scopes = _Scopes()
+
+
+class _Run:
+    """What was computed for siblings, until each of them has taken its own."""
+
+    def __init__(self, x: torch.Tensor, adapter_name: str, group: Group, members: list[tuple[str, Any]]) -> None:
+        self._key = self._key_of(x, adapter_name)
+        self._x = x
+        self._group = group
+        # by the child's name: its place, and the version of its A
+        self.waiting = {name: (i, layer.weight_of_a(adapter_name)._version) for i, (name, layer) in enumerate(members)}
+
+    @staticmethod
+    def _key_of(x: torch.Tensor, adapter_name: str) -> tuple:
+        return x._version, adapter_name, torch.is_grad_enabled(), autocast_dtype(x.device.type)
+
+    def take(self, name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output, once; None where it is not the one that was computed."""
+        place, version = self.waiting.pop(name)
+        adapter_name = self._key[1]
+        if x is not self._x or self._key_of(x, adapter_name) != self._key:
+            return None
+        if layer.only_active() != adapter_name or layer.weight_of_a(adapter_name)._version != version:
+            return None
+        return self._group.output(place)
+
+
+class _Scope:
+    """One run of the module whose children the siblings are."""
+
+    def __init__(self, parent: nn.Module, names: Names) -> None:
+        self.parent = parent
+        self._names = names
+        self._runs: dict[tuple[str, ...], _Run | None] = {}
+
+    def output(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        children = self.parent._modules
+        for names in self._names:
+            for name in names:
+                if children.get(name) is layer:
+                    return self._output(names, name, layer, x)
+        return None
+
+    def _output(self, names: tuple[str, ...], name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        if names not in self._runs:
+            self._runs[names] = None  # of a group that cannot be, every layer runs alone
+            self._runs[names] = self._start(names, name, x)
+        run = self._runs[names]
+        if run is None or name not in run.waiting:
+            return None
+        y = run.take(name, layer, x)
+        if not run.waiting:
+            del self._runs[names]  # a parent may run its children several times
+        return y
+
+    def _start(self, names: tuple[str, ...], first: str, x: torch.Tensor) -> _Run | None:
+        if x.is_inference():  # no versions, which tell that x was written to
+            return None
+        layer: Any = self.parent._modules[first]
+        adapter_name = layer.fused_adapter(x)
+        if adapter_name is None or layer.weight_of_a(adapter_name).is_inference():
+            return None
+        members = [(first, layer)]
+        for name in names:
+            sibling: Any = self.parent._modules.get(name)
+            if name == first or type(sibling) is not type(layer) or sibling.fused_adapter(x) != adapter_name:
+                continue
+            if not sibling.weight_of_a(adapter_name).is_inference():
+                members.append((name, sibling))
+        if len(members) < 2:
+            return None
+        arguments = type(layer).arguments_of([sibling for _, sibling in members], adapter_name, x)
+        group = lora_linear_group(x, arguments)
+        return None if group is None else _Run(x, adapter_name, group, members)
+
+
+def shared_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """What a fused layer returns for x if it shares it with siblings; None where it is to run alone."""
+    scopes = _scopes.open
+    return scopes[-1].output(layer, x) if scopes else None
+
+
+class _SiblingHook:
+    """Put on a parent. It can be told from other hooks, copied and pickled: it holds names only."""
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+
+
+class _OpenScope(_SiblingHook):
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling():
+            return
+        scopes = _scopes.open
+        for place, scope in enumerate(scopes):
+            if scope.parent is module:  # left behind by Ctrl-C or the like, for which torch calls no hooks
+                del scopes[place:]
+                break
+        scopes.append(_Scope(module, self.names))
+
+
+class _CloseScope(_SiblingHook):
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        scopes = _scopes.open
+        while scopes and scopes.pop().parent is not module:
+            pass
+
+
+def find_siblings(model: nn.Module, feeds: Feeds) -> dict[str, Names]:
+    """The LoRA layers below one parent that got the same tensor in the trial run: parent's name -> its groups."""
+    found: dict[str, dict[tuple[int, ...], list[str]]] = {}
+    for name, layer in lora_layers(model):
+        inputs = feeds.inputs.get(name)
+        if inputs and isinstance(layer.get_base_layer(), nn.Linear):
+            parent, _, own = name.rpartition(".")
+            found.setdefault(parent, {}).setdefault(inputs, []).append(own)
+    groups = {parent: tuple(tuple(names) for names in of.values() if len(names) > 1) for parent, of in found.items()}
+    return {parent: names for parent, names in groups.items() if names}
+
+
+def attach_siblings(model: nn.Module, siblings: dict[str, Names]) -> None:
+    """Let the layers meet, by hooks on their parents; what an earlier adapter put there is replaced."""
+    for parent, names in siblings.items():
+        module = model.get_submodule(parent)
+        _remove(module)
+        module.register_forward_pre_hook(_OpenScope(names))
+        module.register_forward_hook(_CloseScope(names), always_call=True)
+
+
+def detach_unused_siblings(model: nn.Module, layer_class: type) -> None:
+    """Take the hooks off parents below which no two layers of a group are fused any more."""
+    for module in model.modules():
+        names = siblings_below(module)
+        if names and not any(_count(module, group, layer_class) > 1 for group in names):
+            _remove(module)
+
+
+def siblings_below(module: nn.Module) -> Names:
+    """The groups among the children of a module."""
+    hooks = module._forward_pre_hooks.values()
+    return next((hook.names for hook in hooks if isinstance(hook, _OpenScope)), ())
+
+
+def _count(module: nn.Module, names: Iterable[str], layer_class: type) -> int:
+    return sum(type(module._modules.get(name)) is layer_class for name in names)
+
+
+def _remove(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, _SiblingHook):
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)

@@ -1,0 +1,201 @@
+"""Layers that get the same x: their down-projections are one pass over it, and so is their backward.
+
+Autograd sees one node that holds all their inputs, and one small node for each layer that is asked for its output:
+
+    x, h0, and each layer's tensors  ->  Siblings  ->  a token for each layer  ->  SiblingOutput  ->  y
+
+A token has the shape of y and no memory: every stride is 0. The gradient that comes back to it is dY itself, so that
+the first node has every dY in hand: it sums dx in place, and reads x once. A layer that is never asked for its output
+has no dY, and its tensors get no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sibo_triton.kernels.siblings import DownProjection
+from sibo_triton.ops.autograd import (
+    Inputs,
+    Saved,
+    Settings,
+    as_matrix,
+    backward,
+    output,
+    refuse_second_derivative,
+    saved_for,
+    without_autocast,
+)
+from sibo_triton.ops.dispatch import implementation
+
+
+class _Own(NamedTuple):
+    """The tensors of one layer, in the order in which autograd gets them."""
+
+    weight: Any
+    bias: Any
+    lora_a: Any
+    lora_b: Any
+    lora_bias: Any
+    lambda_: Any
+    seed: Any
+
+
+class _Kept(NamedTuple):
+    """What is kept of one layer beside x and h0."""
+
+    weight: Any
+    lora_a: Any
+    lora_b: Any
+    lambda_: Any
+    seed: Any
+    t: Any
+    difference: Any
+    scaling: Any
+
+
+class Group:
+    """The outputs of layers that share x, each to be asked for once, in any order.
+
+    Args:
+        settings, inputs: of each layer, as `low_rank.prepared` makes them: with one backend, x, h0 (or None, where a
+            layer does not mix) and dtype of y, a frozen weight and no base output.
+    """
+
+    def __init__(self, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
+        self._settings, self._inputs = list(settings), list(inputs)
+        self._ts: list[Tensor | None] = []
+        self._tokens: tuple[Tensor, ...] | None = None
+        x, h0 = inputs[0].x, next((of.initial_residual for of in inputs if of.initial_residual is not None), None)
+        tensors = [tensor for of in inputs for tensor in _own_of(of)]
+        wanted = torch.is_grad_enabled()
+        if wanted and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, *tensors)):
+            self._tokens = Siblings.apply(self, x, h0, *tensors)
+        else:
+            self._down(self._inputs, [False] * len(inputs))
+
+    def output(self, i: int) -> Tensor:
+        """y of layer i, ``[..., N]``."""
+        t, self._ts[i] = self._ts[i], None
+        settings, inputs = self._settings[i], self._inputs[i]
+        assert t is not None
+        if self._tokens is None:
+            return output(settings, inputs, t)
+        return SiblingOutput.apply(settings, inputs, t, self._tokens[i])
+
+    def _down(self, inputs: Sequence[Inputs], wants_differences: Sequence[bool]) -> list[tuple[Tensor, Tensor | None]]:
+        """t and d of each layer, which stay here until it is asked for its output."""
+        settings = self._settings[0]
+        with without_autocast(inputs[0].x.device.type):
+            projections = [
+                DownProjection(
+                    of.lora_a.to(own.adapter_dtype),
+                    own.lambda_ if of.lambda_ is None else of.lambda_,
+                    own.dropout_p,
+                    of.seed,
+                    wants,
+                )
+                for own, of, wants in zip(self._settings, inputs, wants_differences, strict=True)
+            ]
+            h0 = next((as_matrix(of.initial_residual) for of in inputs if of.initial_residual is not None), None)
+            ops = implementation(settings.backend)
+            results = ops.down_siblings(as_matrix(inputs[0].x), projections, h0)
+        self._ts = [t for t, _ in results]
+        return results
+
+
+class Siblings(torch.autograd.Function):
+    """The shared node: down-projections forward, every gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, x: Tensor, h0: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        inputs = _by_layer(group._settings, x, h0, tensors)
+        _, wants_x, wants_h0, *wants_own = ctx.needs_input_grad
+        wants = _by_layer(group._settings, wants_x, wants_h0, wants_own, inputs)
+        results = group._down(inputs, [wanted.lambda_ for wanted in wants])
+        kept_x = kept_h0 = None
+        flat: list[Tensor | None] = []
+        settings = []
+        for own, of, wanted, (t, difference) in zip(group._settings, inputs, wants, results, strict=True):
+            saved = saved_for(of, wanted, t, difference)
+            kept_x = saved.x if kept_x is None else kept_x
+            kept_h0 = saved.initial_residual if kept_h0 is None else kept_h0
+            scaling = own.scaling if isinstance(own.scaling, Tensor) else None  # PEFT changes it in place
+            settings.append(own if scaling is None else own._replace(scaling=1.0))
+            flat += [getattr(saved, name) for name in _Kept._fields[:-1]] + [scaling]
+        ctx.settings, ctx.wants = settings, wants
+        ctx.save_for_backward(kept_x, kept_h0, *flat)
+        ctx.set_materialize_grads(False)
+        return tuple(
+            # not expanded, which would be a view
+            torch.empty_strided((*x.shape[:-1], n), (0,) * x.dim(), dtype=own.dtype, device=x.device)
+            for own, n in zip(settings, (of.lora_b.shape[0] for of in inputs), strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h0, *flat = ctx.saved_tensors
+        size, kept = len(_Kept._fields), []
+        for start in range(0, len(flat), size):
+            kept.append(_Kept(*flat[start : start + size]))
+        called = [i for i, grad_y in enumerate(grads_y) if grad_y is not None]
+        nothing = (None,) * (3 + len(_Own._fields) * len(grads_y))
+        if not called:
+            return nothing
+        settings, saved = [], []
+        for i in called:
+            of = kept[i]
+            settings.append(ctx.settings[i] if of.scaling is None else ctx.settings[i]._replace(scaling=of.scaling))
+            own_h0 = h0 if _mixes(ctx.settings[i], of.lambda_) else None
+            own = {name: getattr(of, name) for name in _Kept._fields[:-1]}
+            saved.append(Saved(x=x, initial_residual=own_h0, **own))
+        dys = [grad_y for grad_y in grads_y if grad_y is not None]
+        wanted = [ctx.wants[i] for i in called]
+        with torch.no_grad():  # also under create_graph=True
+            gradients = backward(settings, saved, dys, wanted)
+        result: list[Tensor | None] = list(nothing)
+        result[1], result[2] = gradients[0].x, gradients[0].initial_residual
+        for i, of_layer in zip(called, gradients, strict=True):
+            start = 3 + i * len(_Own._fields)
+            result[start : start + len(_Own._fields)] = _own_of(of_layer)
+        if torch.is_grad_enabled():
+            return refuse_second_derivative(result, (x, h0, *flat, *dys))
+        return tuple(result)
+
+
+class SiblingOutput(torch.autograd.Function):
+    """y of one layer; the gradient of its token is dY."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, inputs: Inputs, t: Tensor, token: Tensor) -> Tensor:
+        return output(settings, inputs, t)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, None, None, Tensor]:
+        return None, None, None, grad_y
+
+
+def _own_of(inputs: Inputs) -> _Own:
+    return _Own(*(getattr(inputs, name) for name in _Own._fields))
+
+
+def _by_layer(
+    settings: Sequence[Settings], x: Any, h0: Any, tensors: Sequence[Any], inputs: Sequence[Inputs] | None = None
+) -> list[Inputs]:
+    """What autograd gets, or what it wants of it, layer by layer; h0 for those that mix, by what they get."""
+    size, result = len(_Own._fields), []
+    for i, own in enumerate(settings):
+        of = _Own(*tensors[i * size : (i + 1) * size])
+        if not _mixes(own, of.lambda_ if inputs is None else inputs[i].lambda_):
+            own_h0 = None if inputs is None else False
+        else:
+            own_h0 = h0
+        result.append(Inputs(base=None, x=x, initial_residual=own_h0, **of._asdict()))
+    return result
+
+
+def _mixes(settings: Settings, lambda_: Tensor | None) -> bool:
+    return lambda_ is not None or settings.lambda_ != 0
