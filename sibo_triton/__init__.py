@@ -10,8 +10,9 @@ append_repository_root(__path__)
 
 from sibo_triton.explain import explain  # noqa: E402
 from sibo_triton.lora import SiboLoraConfig  # noqa: E402
+from sibo_triton.lora.acceleration import accelerate, accelerate_all, restore  # noqa: E402
 from sibo_triton.registration import register  # noqa: E402
 
 register()
 
-__all__ = ["SiboLoraConfig", "__version__", "explain"]
+__all__ = ["SiboLoraConfig", "__version__", "accelerate", "accelerate_all", "explain", "restore"]

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from sibo_triton.lora.acceleration import obstacle_to_acceleration
 from sibo_triton.lora.forward import SiboLoraVariant
 from sibo_triton.lora.layer import LAMBDA_NAME, MixingSite, lora_layers, sibo_adapters
 from sibo_triton.lora.paths import path_of
+from sibo_triton.lora.siblings import siblings_below
 from sibo_triton.ops import backend_for
 
 _PATHS = {
@@ -20,6 +22,7 @@ _PATHS = {
     "adapter": "run the adapter fused, beside their frozen layer",
     "modules": "run module by module",
     "definition": "run the definition",
+    "PEFT": "run PEFT's forward",
 }
 _BACKENDS = {"triton": "by Triton kernels", "torch": "in plain PyTorch"}
 
@@ -42,6 +45,8 @@ class ModuleExplanation:
             sibo_triton.reference runs; "PEFT": PEFT's own forward runs.
         backend: "triton", "torch" or "reference": what computes that operation; None where PEFT's forward runs.
         runs_reason: why it does not run by a faster path or backend, in words; None where it runs by the fastest.
+        siblings: the names, below the same parent, of the layers that get the same input. Where they and this layer run
+            fused, they share their passes over it.
     """
 
     module: str
@@ -54,6 +59,7 @@ class ModuleExplanation:
     runs: str
     backend: str | None
     runs_reason: str | None
+    siblings: tuple[str, ...]
 
 
 class Explanation(list[ModuleExplanation]):
@@ -82,11 +88,18 @@ class Explanation(list[ModuleExplanation]):
         return "\n".join([lines[0], rule, *lines[1:], summary, *self._speed()])
 
     def _speed(self) -> Iterator[str]:
-        """A line for each way in which layers run, other than PEFT's own."""
-        ways = Counter((row.runs, row.backend, row.runs_reason) for row in self if row.backend is not None)
+        """A line for each way in which layers run."""
+        ways = Counter((row.runs, row.backend, row.runs_reason) for row in self)
         for (runs, backend, reason), count in ways.items():
             means = _PATHS[runs] + (f", {_BACKENDS[backend]}" if backend in _BACKENDS and runs != "modules" else "")
             yield f"{count} {means}" + (f": {reason}." if reason else ".")
+        shared = Counter(
+            " + ".join(sorted((row.module.rpartition(".")[2], *row.siblings)))
+            for row in self
+            if row.siblings and row.runs == "fused"
+        )
+        if shared:
+            yield f"{sum(shared.values())} share passes over their input: {', '.join(shared)}."
 
     __repr__ = __str__
 
@@ -117,26 +130,30 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
+    modules = dict(model.named_modules())
     for name, layer in lora_layers(model):
+        parent, _, own = name.rpartition(".")
+        group = next((names for names in siblings_below(modules[parent]) if own in names), ())
+        siblings = tuple(other for other in group if other != own)
         for adapter in dict.fromkeys([*layer.lora_A, *layer.lora_embedding_A]):
             site: MixingSite | None = getattr(layer, "sibo_sites", {}).get(adapter)
             speed = _speed_of(layer, adapter)
             if adapter not in sibo_adapters(layer):
                 reason = site.reason if site is not None else "plain LoRA adapter"
-                yield ModuleExplanation(name, adapter, False, None, False, None, reason, *speed)
+                yield ModuleExplanation(name, adapter, False, None, False, None, reason, *speed, siblings)
                 continue
             assert site is not None and site.residual is not None
             lambda_ = getattr(layer, LAMBDA_NAME)[adapter]
             origin = f"{site.residual.source} of {site.residual.stack_name}"
             yield ModuleExplanation(
-                name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason, *speed
+                name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason, *speed, siblings
             )
 
 
 def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | None]:
     """`runs`, `backend` and `runs_reason` of a layer."""
     if not isinstance(layer.lora_variant.get(adapter), SiboLoraVariant):
-        return "PEFT", None, None
+        return "PEFT", None, obstacle_to_acceleration(layer, adapter) or "sibo_triton.accelerate(model) would fuse it"
     path, obstacle = path_of(layer, adapter)
     weight, base = layer.lora_A[adapter].weight, getattr(layer.get_base_layer(), "weight", None)
     dtypes = {weight.dtype}

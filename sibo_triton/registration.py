@@ -28,7 +28,7 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.integrations.peft import PeftAdapterMixin
 
-from sibo_triton.lora import checkpoints, refusals
+from sibo_triton.lora import acceleration, checkpoints, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
 from sibo_triton.lora.forward import refuse_merge
@@ -85,6 +85,13 @@ def _wrap_everywhere_in_peft(owner: ModuleType, name: str, wrapper: Callable) ->
             setattr(module, name, getattr(owner, name))
 
 
+def wrap_layer_classes(model: nn.Module) -> None:
+    """Wrap the classes of LoRA layers on which adapters of ours are, which PEFT may have imported just now."""
+    for _, layer in lora_layers(model):
+        if layer.__dict__.get("sibo_sites"):
+            _wrap_layer_class(type(layer))
+
+
 def _wrap_layer_class(layer_class: type) -> None:
     """Wrap what a class of LoRA layers defines or inherits. PEFT imports those of its backends when it needs them."""
     for name, wrapper in _LAYER_WRAPPERS.items():
@@ -97,9 +104,8 @@ def _inject_adapter(
     original: Callable, tuner: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
     sibo_lora.inject_adapter(original, tuner, model, adapter_name, *args, **kwargs)
-    for _, layer in lora_layers(model):
-        if sibo_adapters(layer):
-            _wrap_layer_class(type(layer))
+    acceleration.accelerate_if_all(model, adapter_name)
+    wrap_layer_classes(model)
 
 
 def _merge_adapter(original: Callable, tuner: LoraModel, adapter_names: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +145,13 @@ def _merge_layer(
     for name in adapter_names or layer.active_adapters:  # before PEFT merges a plain one in front
         if name in sibo_adapters(layer):
             refuse_merge(f"{site_of(layer, name).name}, adapter {name!r}")
-    return original(layer, safe_merge, adapter_names, **kwargs)
+    with acceleration.as_peft_made_it(layer):
+        return original(layer, safe_merge, adapter_names, **kwargs)
+
+
+def _unmerge_layer(original: Callable, layer: LoraLayer, *args: Any, **kwargs: Any) -> Any:
+    with acceleration.as_peft_made_it(layer):
+        return original(layer, *args, **kwargs)
 
 
 def _supports_lora_conversion(original: Callable, layer: LoraLayer, adapter_name: str = "default") -> bool:
@@ -153,6 +165,7 @@ def _mixed_batch_forward(original: Callable, layer: LoraLayer, x: Any, *args: An
 
 _LAYER_WRAPPERS: dict[str, Callable] = {
     "merge": _merge_layer,
+    "unmerge": _unmerge_layer,
     "supports_lora_conversion": _supports_lora_conversion,
     "_mixed_batch_forward": _mixed_batch_forward,
 }

@@ -24,14 +24,9 @@ def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float,
         learnable: whether lambda is trained.
         train: whether the adapter is active and trainable now.
     """
-    if "sibo_sites" not in layer.__dict__:
-        layer.sibo_sites = {}
-        # an instance's, not the class's, so that plain LoRA layers stay stock; PEFT deletes an adapter by these
-        layer.other_param_names = (*layer.other_param_names, "sibo_sites", "lora_variant")
-    layer.sibo_sites[adapter_name] = site
+    add_site(layer, adapter_name, site)
     if is_linear(layer) and dispatches_variants(layer):
         layer.lora_variant[adapter_name] = SiboLoraVariant()
-    match_class(layer)
     if site.residual is None:
         return
     if LAMBDA_NAME not in layer._modules:
@@ -41,6 +36,16 @@ def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float,
     lambda_ = SiboLambda(value, learnable, None if device.type == "meta" else device)
     lambda_.requires_grad_(train)
     getattr(layer, LAMBDA_NAME)[adapter_name] = lambda_
+
+
+def add_site(layer: LoraLayer, adapter_name: str, site: MixingSite) -> None:
+    """Note that an adapter of the layer is ours, and let the layer be."""
+    if "sibo_sites" not in layer.__dict__:
+        layer.sibo_sites = {}
+        # an instance's, not the class's, so that plain LoRA layers stay stock; PEFT deletes an adapter by these
+        layer.other_param_names = (*layer.other_param_names, "sibo_sites", "lora_variant")
+    layer.sibo_sites[adapter_name] = site
+    match_class(layer)
 
 
 def forget(layer: LoraLayer, adapter_name: str) -> None:
