@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from captured import Captured
+from group_cases import GROUPS, assert_group_as_good_as_the_definition, make_group, outputs_of_group, results_of
 from op_cases import CASES, WANTABLE, OpCase, assert_as_good_as_the_definition, make, name_of
 
 from sibo_triton import reference
@@ -68,3 +69,16 @@ def test_a_training_step_in_a_graph(device):
         assert all(torch.equal(results[name], again[name]) for name in again)
         seeds.add(int(results["seed"]))
     assert len(seeds) == 3
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_layers_that_share_x(name, device):
+    dtype = GROUPS[name][0].dtype
+    assert_group_as_good_as_the_definition(GROUPS[name], device, margin=MARGINS[dtype])
+
+
+def test_gradients_of_layers_that_share_x_repeat_bitwise(device):
+    layers = make_group(GROUPS["bf16, fp32 adapters, dropout"], device)
+    grads_y = [torch.randn(70, layer["weight"].shape[0], device=device).to(BF16) for layer in layers]
+    first, *others = (results_of(outputs_of_group, layers, grads_y) for _ in range(2 if INTERPRETED else 20))
+    assert all(all(torch.equal(first[name], other[name]) for name in first) for other in others)
