@@ -14,8 +14,8 @@ from tiny_models import llama, randomise_adapters
 
 from sibo_triton import SiboLoraConfig
 
-TARGETS = ["q_proj", "o_proj", "up_proj"]
-MIXING = ("q_proj", "up_proj")
+TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj"]  # of which q and v share their input
+MIXING = ("q_proj", "v_proj", "up_proj")
 
 
 def base_model(build=llama):
