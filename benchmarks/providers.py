@@ -15,10 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from sibo_triton.lora import SiboLoraConfig
-from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
-from sibo_triton.lora.layer import MixingSite
-from sibo_triton.lora.paths import Notices
+from sibo_triton import SiboLoraConfig, accelerate
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MIXING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # they have the hidden state's width, as h0 has
@@ -218,17 +215,12 @@ def _triples(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 class OursLora(Peft):
-    """Our kernels at lambda = 0: PEFT's layers, ours by their class."""
+    """Plain LoRA, accelerated, as a user gets it."""
 
     name = "ours, lambda = 0"
 
     def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
-        wrapped = super().wrap(model, setting)
-        for name, layer in _lora_linears(wrapped):
-            layer.sibo_sites = {ADAPTER: MixingSite(name, None, "", Notices())}
-            layer.lora_variant[ADAPTER] = SiboLoraVariant()
-            layer.__class__ = FusedLinear
-        return wrapped
+        return accelerate(super().wrap(model, setting)).train()
 
 
 class OursSibo(Peft):

@@ -46,7 +46,7 @@ def test_several_active_adapters_add_up():
         assert different(outputs[-1], output(zero, inputs))
         expected = gradients(oracle, inputs)
         found = gradients(model, inputs)
-        assert found.keys() == expected.keys() and len(found) == len(names) * 9 * 2
+        assert found.keys() == expected.keys() and len(found) == len(names) * 12 * 2
         for name in found:
             close(found[name], expected[name])
     assert different(outputs[0], outputs[1]) and different(outputs[0], outputs[2])
@@ -71,13 +71,13 @@ def test_set_adapter_moves_what_is_trainable():
 def test_learnable_lambdas_of_adapters_and_modules_are_their_own():
     model, inputs = build(one=sibo(0.3, sibo_learnable=True), other=sibo(0.3, sibo_learnable=True)), token_inputs()
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "sibo_lambda.one" in n], lr=10.0)
-    assert len(optimizer.param_groups[0]["params"]) == 6
+    assert len(optimizer.param_groups[0]["params"]) == 9
     before = output(model, inputs)
     model(**inputs).loss.backward()
     optimizer.step()
     assert different(output(model, inputs), before)
     values = {(row.adapter, round(row.lambda_, 6)) for row in explain(model) if row.mixes}
-    assert ("other", 0.3) in values and ("one", 0.3) not in values and len(values) == 7  # each of six moved by itself
+    assert ("other", 0.3) in values and ("one", 0.3) not in values and len(values) == 10  # each of nine moved by itself
 
 
 def test_disable_adapter_gives_the_base_model_and_enabling_brings_it_back():

@@ -131,7 +131,7 @@ def test_autocast_and_a_bfloat16_base_mix_as_the_oracle_does():
 
     halves = model.to(torch.bfloat16)
     lambdas = [buffer for name, buffer in halves.named_buffers() if "sibo_lambda" in name]
-    assert len(lambdas) == 6 and all(
+    assert len(lambdas) == 9 and all(
         value.dtype == torch.float32 and value.item() == torch.tensor(0.3) for value in lambdas
     )
     assert (output(halves, inputs).float() - exact).abs().max() < 0.2

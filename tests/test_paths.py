@@ -43,6 +43,15 @@ def calls(monkeypatch):
         monkeypatch.setattr(
             forward_file, name, lambda *a, _name=name, _original=original, **k: seen.append(_name) or _original(*a, **k)
         )
+    shared_output = forward_file.shared_output
+
+    def counted(layer, x):
+        y = shared_output(layer, x)
+        if y is not None:
+            seen.append("lora_linear")
+        return y
+
+    monkeypatch.setattr(forward_file, "shared_output", counted)
     return seen
 
 
@@ -135,7 +144,7 @@ def test_what_a_layer_cannot_run_fused_it_runs_slower_and_right(case, calls):
         found = output(model, inputs)
     messages = [str(warning.message) for warning in record if "explain(model)" in str(warning.message)]
     assert len(messages) == 1 and "model.layers.1.self_attn.q_proj" in messages[0] and reason in messages[0]
-    assert calls.count("lora_linear") == 7 and calls.count("add_lora") == (2 if path == "adapter" else 0)
+    assert calls.count("lora_linear") == 10 and calls.count("add_lora") == (2 if path == "adapter" else 0)
     close(found, output(oracle, inputs))
     assert different(found, output(without_mixing(model), inputs))
     with warnings.catch_warnings():
@@ -182,7 +191,7 @@ def test_other_base_layers_run_their_own_forward_and_the_adapter_fused(calls):
 def test_every_dense_layer_of_a_sibo_adapter_runs_fused(calls):
     model = build(default=sibo())
     output(model, token_inputs())
-    assert calls == ["lora_linear"] * 9
+    assert calls == ["lora_linear"] * 12
     assert {(row.runs, row.backend) for row in explain(model)} == {("fused", "torch")}
     assert all("on cpu" in row.runs_reason for row in explain(model))
 
@@ -195,11 +204,11 @@ def test_what_peft_handles_goes_to_peft(calls):
     assert not calls
     model.base_model.set_adapter(["one", "two"])
     output(model, inputs)
-    assert calls == ["add_lora"] * 18
+    assert calls == ["add_lora"] * 24
     del calls[:]
     model.set_adapter("one")
     output(model, inputs, adapter_names=["one", "two"])
-    assert calls == ["add_lora"] * 18
+    assert calls == ["add_lora"] * 24
 
 
 def test_a_plain_adapter_beside_a_sibo_adapter_runs_pefts_forward_bit_for_bit(calls):
@@ -358,7 +367,7 @@ def test_a_model_compiles_where_plain_pytorch_is_asked_for(monkeypatch):
 def test_explain_tells_what_the_environment_forces(monkeypatch):
     model = build(default=sibo())
     monkeypatch.setenv("SIBO_TRITON_BACKEND", "reference")
-    assert "9 run the definition: SIBO_TRITON_BACKEND=reference." in str(explain(model)).splitlines()
+    assert "12 run the definition: SIBO_TRITON_BACKEND=reference." in str(explain(model)).splitlines()
     monkeypatch.setenv("SIBO_TRITON_BACKEND", "triton")
     assert "SIBO_TRITON_BACKEND=triton, but the tensors are on cpu" in str(explain(model))
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from sibo_triton.initial_residual import Feeds
 from sibo_triton.lora.layer import lora_layers
-from sibo_triton.ops import Group, autocast_dtype, lora_linear_group
+from sibo_triton.ops import Group, autocast_dtype, lora_linear_group, shares_passes
 
 Names = tuple[tuple[str, ...], ...]
 
@@ -86,7 +86,7 @@ class _Scope:
         return y
 
     def _start(self, names: tuple[str, ...], first: str, x: torch.Tensor) -> _Run | None:
-        if x.is_inference():  # no versions, which tell that x was written to
+        if x.is_inference() or not shares_passes(x):  # inference: no versions, which tell that x was written to
             return None
         layer: Any = self.parent._modules[first]
         adapter_name = layer.fused_adapter(x)

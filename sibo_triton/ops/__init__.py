@@ -3,7 +3,7 @@
 from sibo_triton.ops.autograd import autocast_dtype
 from sibo_triton.ops.dispatch import BACKEND_VARIABLE, Choice, backend_for
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.low_rank import add_lora, lora_linear, lora_linear_group
+from sibo_triton.ops.low_rank import add_lora, lora_linear, lora_linear_group, shares_passes
 
 __all__ = [
     "BACKEND_VARIABLE",
@@ -14,4 +14,5 @@ __all__ = [
     "backend_for",
     "lora_linear",
     "lora_linear_group",
+    "shares_passes",
 ]

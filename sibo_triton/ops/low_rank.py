@@ -78,21 +78,26 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`.
     """
-    if torch.compiler.is_compiling():
+    if not shares_passes(x):
         return None
     prepared = []
     for layer in layers:
         _check_frozen(x, layer["weight"], layer["lora_b"])
         prepared.append(_prepared(None, x, **{**_DEFAULTS, **layer}))
     settings, inputs = [of.settings for of in prepared], [of.inputs for of in prepared]
-    backend = settings[0].backend
-    if backend == "reference" or (backend == "torch" and x.numel() <= small.ELEMENTS):
-        return None
     if len({(of.backend, of.dtype) for of in settings}) > 1:
         return None
     if len({id(of.initial_residual) for of in inputs if of.initial_residual is not None}) > 1:
         return None
     return Group(settings, inputs)
+
+
+def shares_passes(x: Tensor) -> bool:
+    """Whether layers that get this x may be one operation: what there is to know before their seeds are drawn."""
+    if torch.compiler.is_compiling():
+        return False
+    backend = backend_for(x.device, (x.dtype,)).name
+    return backend != "reference" and not (backend == "torch" and x.numel() <= small.ELEMENTS)
 
 
 _DEFAULTS: dict[str, Any] = {
