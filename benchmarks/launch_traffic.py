@@ -103,7 +103,7 @@ def _sum_parts(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int,
     """Every part once, every total once."""
     for parts in a["p_parts"]:
         loads.add(parts, 1)
-    return FLOAT32 * sum(a["numel"]), 0
+    return sum(map(bytes_of, a["p_total"])), 0
 
 
 def _up(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
@@ -146,37 +146,47 @@ def _product(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, i
 
 
 def _down_weight_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
-    """A tile of dA over a part of the rows: x and h0 by every tile of the rank, u by every tile of columns."""
-    K, r = a["K"], a["r"]
-    r_tiles, k_tiles = cdiv(r, a["BR"]), cdiv(K, a["BK"])
-    loads.add(a["p_u"], k_tiles)
+    """A tile of all siblings' columns over a part of the rows: x and h0 by every such tile, each u by every tile of K.
+
+    Every program loads every sibling's lambda, and its own seed.
+    """
+    K, r_tiles, k_tiles = a["K"], a["r_tiles"], cdiv(a["K"], a["BK"])
+    parts = grid[0] // r_tiles // k_tiles
+    for u in a["p_u"]:
+        loads.add(u, k_tiles)
     loads.add(a["p_x"], r_tiles)
     mixes = a["HAS_INITIAL_RESIDUAL"]
     if mixes:
         loads.add(a["p_initial_residual"], r_tiles)
-        loads.add(a["lambda_"], grid[0])
+        for lambda_ in a["lambda_"]:
+            loads.add(lambda_, grid[0])
     if a["HAS_DROPOUT"]:
-        loads.add(a["p_seed"], grid[0])
-    parts = grid[0] // r_tiles // k_tiles
+        for seed, r in zip(a["p_seed"], a["r"], strict=True):
+            loads.add(seed, cdiv(r, a["BR"]) * k_tiles * parts)
     dots = _dots(a["SPLIT_X"], a["SPLIT_U"])
     if mixes and not a["MIX_FIRST"]:
         dots += _dots(a["SPLIT_H"], a["SPLIT_U_H"])
-    return parts * r * K * FLOAT32, grid[0] * a["STEPS"] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
+    return parts * sum(a["r"]) * K * FLOAT32, grid[0] * a["STEPS"] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
 
 
 def _down_input_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
-    """A tile of dx and dh0: u by every tile of columns, A by every tile of rows, and dx once where it accumulates."""
+    """A tile of dx and dh0, for all siblings: each u by every tile of columns, A by every tile of rows.
+
+    dx is loaded once where it accumulates. Every program loads every lambda and every seed.
+    """
     k_tiles = cdiv(a["K"], a["BK"])
-    loads.add(a["p_u"], k_tiles)
-    loads.add(a["p_lora_a"], grid[0] // k_tiles)
-    if a["HAS_DROPOUT"]:
-        loads.add(a["p_seed"], grid[0])
-    if a["MIXES"]:
-        loads.add(a["lambda_"], grid[0])
+    dots = 0
+    for i, u in enumerate(a["p_u"]):
+        loads.add(u, k_tiles)
+        loads.add(a["p_lora_a"][i], grid[0] // k_tiles)
+        if a["HAS_DROPOUT"][i]:
+            loads.add(a["p_seed"][i], grid[0])
+        if a["MIXES"][i]:
+            loads.add(a["lambda_"][i], grid[0])
+        dots += cdiv(a["R"][i], a["BR"]) * _dots(a["SPLIT_U"], a["SPLIT_A"])
     if a["ACCUMULATE"]:
         loads.add(a["p_dx"], 1)
     written = sum(bytes_of(a[name]) for name in ("p_dx", "p_dh") if a[name] is not None)
-    dots = cdiv(a["R"], a["BR"]) * _dots(a["SPLIT_U"], a["SPLIT_A"])
     return written, grid[0] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
 
 

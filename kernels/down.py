@@ -366,7 +366,7 @@ def _launch(
 
     key = ("down", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
     parts, t_start = launch(tuned(key, chosen.config, launch, "BM"))
-    (flat,) = sum_parts(parts)
+    (flat,) = sum_parts([parts], [torch.float32])
     results = []
     for r, start in zip(ranks, t_start, strict=True):
         t = flat.as_strided((M, r), (r, 1), start)

@@ -1,12 +1,15 @@
-"""The gradients of x and h0 through the down-projection ``t = drop(x~) A^T``, from u, the gradient of t.
+"""The gradients of x and h0 through the down-projections ``t = drop(x~) A^T``, from u, the gradient of each t.
 
-    dx~ = drop'(u A)        dx = (1 - lambda) dx~        dh0 = lambda dx~
+    dx~ = drop'(u A)        dx = sum of (1 - lambda) dx~        dh0 = sum of lambda dx~
 
-The gradient of lambda is taken in the rank space, elsewhere. Called by ``sibo_triton.ops``.
+The sums are over siblings (q, k, v) that share x and h0; each is taken in registers and written once. The gradient of
+lambda is taken in the rank space, elsewhere. Called by ``sibo_triton.ops``.
 
-Compiled once for every rank, dtypes and what is wanted; whatever M, and K but for what divides it.
+Compiled once for all ranks, dtypes, what each sibling does and what is wanted; whatever M, and K but for what divides
+it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,29 +23,32 @@ from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_one_value
 from .dropout import drawn, dropout_rows, keep_tile
 from .precision import Operands, float32_is_exact, operands, split_dot
+from .siblings import DownGradients
 from .targets import Target, cdiv
 
 
 @triton.jit(do_not_specialize=["M"])
 def down_input_gradient_kernel(
-    p_u,  # [M, r], contiguous
-    p_lora_a,  # [r, K]
-    p_seed,  # int64, [1], or None
     p_dx,  # [M, K], or None
     p_dh,  # [M, K], contiguous, or None
-    lambda_,  # a number, or a pointer to one
-    keep_from,
-    scale,
-    M,
-    K,
+    p_u,  # tuples from here, with one element for each sibling: [M, r], contiguous
+    p_lora_a,  # [r, K]
+    p_seed,  # int64, [1], or None
+    lambda_,  # numbers, or pointers to one
+    keep_from,  # these two from dropout.drawn
+    dropout_scale,
     stride_a_r,
     stride_a_k,
+    M,  # numbers again
+    K,
     stride_dx_m,
     stride_dx_k,
-    R: tl.constexpr,  # the rank: so that the loop's bound is constant
-    MIXES: tl.constexpr,
+    R: tl.constexpr,  # the ranks, a tuple: so that each loop's bound is constant
+    SIBLINGS: tl.constexpr,
+    MIXES: tl.constexpr,  # tuples, these four
     LAMBDA_IS_TENSOR: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    OWN_SUM: tl.constexpr,  # a sibling's own sum, to be masked or shared out to dx and dh0; else all add to one
     HAS_DX: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # add to what dx holds
     HAS_DH: tl.constexpr,
@@ -63,28 +69,37 @@ def down_input_gradient_kernel(
     m_k = o_k < K
     m_g = m_m[:, None] & m_k[None, :]  # [BM, BK]
 
-    b_g = tl.zeros([BM, BK], dtype=tl.float32)  # [BM, BK]
-    for i_r in range(tl.cdiv(R, BR)):
-        o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-        m_r = o_r < R
-        b_p_u = p_u + o_m[:, None] * R + o_r[None, :]
-        b_p_a = p_lora_a + o_r.to(tl.int64)[:, None] * stride_a_r + o_k64[None, :] * stride_a_k
-        b_u = tl.load(b_p_u, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
-        b_a = tl.load(b_p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
-        b_g = split_dot(b_u, b_a, b_g, SPLIT_U, SPLIT_A, DOT_DTYPE)
-
-    if HAS_DROPOUT:
-        row1, row2, col_key1, col_key2 = dropout_rows(p_seed, o_m)
-        b_keep = keep_tile(row1, row2, col_key1, col_key2, o_k, keep_from)  # [BM, BK]
-        b_g *= b_keep.to(tl.float32) * scale
-    if MIXES:
-        if LAMBDA_IS_TENSOR:
-            b_lambda = tl.load(lambda_).to(tl.float32)
+    b_dx = tl.zeros([BM, BK], dtype=tl.float32)  # [BM, BK]
+    b_dh = tl.zeros([BM, BK], dtype=tl.float32)  # [BM, BK]
+    for i in tl.static_range(SIBLINGS):
+        if not MIXES[i]:
+            b_lambda = 0.0
+        elif LAMBDA_IS_TENSOR[i]:
+            b_lambda = tl.load(lambda_[i]).to(tl.float32)
         else:
-            b_lambda = lambda_
-        b_dx = (1.0 - b_lambda) * b_g
-    else:
-        b_dx = b_g
+            b_lambda = lambda_[i]
+        b_g = tl.zeros([BM, BK], dtype=tl.float32) if OWN_SUM[i] else b_dx  # [BM, BK]
+        for i_r in range(tl.cdiv(R[i], BR)):
+            o_r = i_r * BR + tl.arange(0, BR)  # [BR]
+            m_r = o_r < R[i]
+            b_p_u = p_u[i] + o_m[:, None] * R[i] + o_r[None, :]
+            b_p_a = p_lora_a[i] + o_r.to(tl.int64)[:, None] * stride_a_r[i] + o_k64[None, :] * stride_a_k[i]
+            b_u = tl.load(b_p_u, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
+            b_a = tl.load(b_p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
+            if MIXES[i] and not OWN_SUM[i]:
+                b_u *= 1.0 - b_lambda  # and not the sum, which is larger
+            b_g = split_dot(b_u, b_a, b_g, SPLIT_U, SPLIT_A, DOT_DTYPE)
+        if HAS_DROPOUT[i]:
+            row1, row2, col_key1, col_key2 = dropout_rows(p_seed[i], o_m)
+            b_keep = keep_tile(row1, row2, col_key1, col_key2, o_k, keep_from[i])  # [BM, BK]
+            b_g *= b_keep.to(tl.float32) * dropout_scale[i]
+        if OWN_SUM[i]:
+            b_dx += (1.0 - b_lambda) * b_g
+            if MIXES[i]:
+                b_dh += b_lambda * b_g
+        else:
+            b_dx = b_g
+
     if HAS_DX:
         b_p_dx = p_dx + o_m[:, None] * stride_dx_m + o_k64[None, :] * stride_dx_k
         if ACCUMULATE:
@@ -92,7 +107,7 @@ def down_input_gradient_kernel(
         tl.store(b_p_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_g)
     if HAS_DH:
         b_p_dh = p_dh + o_m[:, None] * K + o_k64[None, :]
-        tl.store(b_p_dh, (b_lambda * b_g).to(p_dh.dtype.element_ty), mask=m_g)
+        tl.store(b_p_dh, b_dh.to(p_dh.dtype.element_ty), mask=m_g)
 
 
 @dataclass(frozen=True)
@@ -105,41 +120,46 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def plan(
-    rank: int, lora_a_dtype: torch.dtype, output_dtypes: frozenset[torch.dtype], target: Target, exact: bool = True
+    ranks: tuple[int, ...],
+    lora_a_dtype: torch.dtype,
+    output_dtypes: frozenset[torch.dtype],
+    sums: int,
+    target: Target,
+    exact: bool = True,
 ) -> Plan:
-    """The plan of a launch; ``exact``: float32 is multiplied as float32."""
+    """The plan of a launch; ``sums``: [BM, BK] tiles that a program adds; ``exact``: float32 is multiplied so."""
     throughout = output_dtypes | {lora_a_dtype} == {torch.float32}
     product = operands(lora_a_dtype, lora_a_dtype, throughout and exact)  # u counts as A's dtype
-    BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
+    BR = max(16, triton.next_power_of_2(max(ranks)))  # 16: the least that a dot takes
     if product.dtype == torch.float32:
-        return Plan(product, {"BM": 64, "BK": 64, "BR": 16, "num_warps": 4, "num_stages": 2})
+        # Multiplied without tensor cores, and so that operands pass through registers.
+        BM = 32 if len(ranks) > 1 and not target.hip else 64
+        num_warps = 8 if len(ranks) > 1 and target.capability == 100 else 4
+        return Plan(product, {"BM": BM, "BK": 64, "BR": 16, "num_warps": num_warps, "num_stages": 2})
     split = product.split_a or product.split_b
-    num_warps = 8 if split and BR > 16 and target.hip else 4  # there 4 warps spill at rank 128
+    # On AMD's GPUs, whose warps are wider, 4 spill only at rank 128, with operands in parts.
+    num_warps = 8 if (split and BR > 16 if target.hip else sums > 1) else 4
     config = {"BM": 64, "BK": 128, "BR": min(BR, 32 if split else 64), "num_warps": num_warps, "num_stages": 2}
     return Plan(product, config)
 
 
 def down_input_gradient(
-    u: Tensor,  # [M, r]
-    lora_a: Tensor,  # [r, K]
-    lambda_: float | Tensor = 0.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,  # [1]
+    siblings: Sequence[DownGradients],
     *,
     dtype: torch.dtype | None = None,
     accumulate_into: Tensor | None = None,  # [M, K]
     residual_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # [M, K], [M, K]
-    """``dx = (1 - lambda) dx~`` and ``dh0 = lambda dx~``, where ``dx~ = drop'(u A)``; either or both.
+    """``dx = sum of (1 - lambda) dx~`` and ``dh0 = sum of lambda dx~``, where ``dx~ = drop'(u A)``; either or both.
 
-    With A in 16 bits, u is rounded to A's dtype. With A in float32 and a result in 16 bits, the product before its last
-    rounding is within 1e-5 (norm-wise) of float32's, by ``precision.split_dot``.
+    One launch for all siblings, and one rounding of the sum. With A in 16 bits, u is rounded to A's dtype; unless the
+    siblings' A differ in dtype: then all count as float32. With A in float32 and a result in 16 bits, the product
+    before its last rounding is within 1e-5 (norm-wise) of float32's, by ``precision.split_dot``.
 
     Args:
-        u: the gradient of t, float32, ``[M, r]``, contiguous.
-        lora_a: A, ``[r, K]``, float16, bfloat16 or float32, with any strides.
-        lambda_: a number in [0, 1], or a floating point tensor with one element on the device of u.
-        dropout_p, dropout_seed: as for the down-projection.
+        siblings: u, the gradient of t, float32, ``[M, r]``, contiguous; A, ``[r, K]``, float16, bfloat16 or float32,
+            with any strides; lambda, a number in [0, 1], or a floating point tensor with one element on the device of
+            u; dropout and its seed. Any ranks. One or more.
         dtype: of a fresh dx. None, and no ``accumulate_into``: dx is not wanted.
         accumulate_into: the gradient of the frozen path, to which dx is added in place, in float32 and rounded once;
             any of these dtypes, and any strides by which no two elements meet.
@@ -151,16 +171,12 @@ def down_input_gradient(
     Raises:
         TypeError: a dtype that the kernel does not take.
         ValueError: a shape that does not fit, u not contiguous, the seed missing, a rate of dropout
-            outside [0, 1), both ``dtype`` and ``accumulate_into``, or dh0 wanted of what does not mix.
+            outside [0, 1), both ``dtype`` and ``accumulate_into``, or dh0 wanted where nothing mixes.
     """
-    mixes = isinstance(lambda_, Tensor) or lambda_ != 0
-    check_low_rank("u", u)
-    check_one_value("lambda_", lambda_)
-    check_dropout(dropout_p, dropout_seed)
-    check_matrix("lora_a", lora_a, u.shape[1], "K", "u")
-    (M, r), K = u.shape, lora_a.shape[1]
-    if residual_dtype is not None and not mixes:
+    M, K = _checked_sizes(siblings)
+    if residual_dtype is not None and not any(sibling.mixes for sibling in siblings):
         raise ValueError("residual_dtype asks for the gradient of h0, but lambda_ is the number 0: it has none")
+    device = siblings[0].u.device
     if accumulate_into is not None:
         if dtype is not None:
             raise ValueError("both dtype and accumulate_into: a fresh dx or a sum, not both")
@@ -169,45 +185,76 @@ def down_input_gradient(
             raise ValueError("accumulate_into is expanded, its elements share memory: clone it first")
         dx = accumulate_into
     else:
-        dx = None if dtype is None else torch.empty((M, K), dtype=dtype, device=u.device)
-    dh = None if residual_dtype is None else torch.empty((M, K), dtype=residual_dtype, device=u.device)
+        dx = None if dtype is None else torch.empty((M, K), dtype=dtype, device=device)
+    dh = None if residual_dtype is None else torch.empty((M, K), dtype=residual_dtype, device=device)
     written = [tensor for tensor in (dx, dh) if tensor is not None]
     for tensor in written:
         check_dtype("the gradient", tensor.dtype)
     if M == 0 or K == 0 or not written:
         return dx, dh
-    if r == 0:
+    with_share = [sibling for sibling in siblings if sibling.u.shape[1] and (dx is not None or sibling.mixes)]
+    if not with_share:
         return dx if dx is None or accumulate_into is not None else dx.zero_(), None if dh is None else dh.zero_()
+    _launch(with_share, dx, dh, accumulate_into is not None)
+    return dx, dh
 
+
+def _checked_sizes(siblings: Sequence[DownGradients]) -> tuple[int, int]:
+    """M and K, which are all siblings'."""
+    M, K = "M", "K"
+    for sibling in siblings:
+        check_low_rank("u", sibling.u)
+        check_matrix("u", sibling.u, M, "r", "the other siblings'")
+        check_one_value("lambda_", sibling.lambda_)
+        check_dropout(sibling.dropout_p, sibling.dropout_seed)
+        check_matrix("lora_a", sibling.lora_a, sibling.u.shape[1], K, "u")
+        M, K = sibling.u.shape[0], sibling.lora_a.shape[1]
+    return M, K
+
+
+def _launch(siblings: Sequence[DownGradients], dx: Tensor | None, dh: Tensor | None, accumulates: bool) -> None:
+    """:func:`down_input_gradient` into dx and dh0, for siblings that each have a share in something wanted."""
+    written = [tensor for tensor in (dx, dh) if tensor is not None]
+    (M, K), device = written[0].shape, written[0].device
+    ranks = tuple(sibling.u.shape[1] for sibling in siblings)
+    mixes = tuple(sibling.mixes for sibling in siblings)
+    drops = tuple(sibling.dropout_p > 0 for sibling in siblings)
+    dtypes = {sibling.lora_a.dtype for sibling in siblings}
+    lora_a_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     written_dtypes = frozenset(tensor.dtype for tensor in written)
-    chosen = plan(r, lora_a.dtype, written_dtypes, targets.target_of(u.device), float32_is_exact())
+    own_sum = tuple(of_drops or (dh is not None and of_mixes) for of_drops, of_mixes in zip(drops, mixes, strict=True))
+    sums = 1 if len(siblings) == 1 else len(written) + any(own_sum)
+    chosen = plan(ranks, lora_a_dtype, written_dtypes, sums, targets.target_of(device), float32_is_exact())
     product = chosen.operands
-    keep_from, scale = drawn(dropout_p)
+    rates = [drawn(sibling.dropout_p) for sibling in siblings]
+    lambdas = [sibling.lambda_ for sibling in siblings]
 
     def launch(config: dict[str, int], dx: Tensor | None = dx) -> None:
         grid = (cdiv(M, config["BM"]) * cdiv(K, config["BK"]),)
-        with torch.cuda.device_of(u):  # Triton launches on the current device; does nothing for a CPU tensor
+        with torch.cuda.device_of(written[0]):  # Triton launches on the current device; nothing for a CPU tensor
             down_input_gradient_kernel[grid](
-                p_u=u,
-                p_lora_a=lora_a,
-                p_seed=dropout_seed if dropout_p else None,
                 p_dx=dx,
                 p_dh=dh,
-                lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
-                keep_from=keep_from,
-                scale=scale,
+                p_u=tuple(sibling.u for sibling in siblings),
+                p_lora_a=tuple(sibling.lora_a for sibling in siblings),
+                p_seed=tuple(sibling.dropout_seed if sibling.dropout_p else None for sibling in siblings),
+                lambda_=tuple(value if isinstance(value, Tensor) else float(value) for value in lambdas),
+                keep_from=tuple(keep_from for keep_from, _ in rates),
+                dropout_scale=tuple(scale for _, scale in rates),
+                stride_a_r=tuple(sibling.lora_a.stride(0) for sibling in siblings),
+                stride_a_k=tuple(sibling.lora_a.stride(1) for sibling in siblings),
                 M=M,
                 K=K,
-                stride_a_r=lora_a.stride(0),
-                stride_a_k=lora_a.stride(1),
                 stride_dx_m=0 if dx is None else dx.stride(0),
                 stride_dx_k=0 if dx is None else dx.stride(1),
-                R=r,
+                R=ranks,
+                SIBLINGS=len(siblings),
                 MIXES=mixes,
-                LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
-                HAS_DROPOUT=dropout_p != 0,
+                LAMBDA_IS_TENSOR=tuple(isinstance(value, Tensor) for value in lambdas),
+                HAS_DROPOUT=drops,
+                OWN_SUM=own_sum,
                 HAS_DX=dx is not None,
-                ACCUMULATE=accumulate_into is not None,
+                ACCUMULATE=accumulates,
                 HAS_DH=dh is not None,
                 SPLIT_U=product.split_a,
                 SPLIT_A=product.split_b,
@@ -216,9 +263,8 @@ def down_input_gradient(
             )
 
     def trial(config: dict[str, int]) -> None:
-        launch(config, dx if accumulate_into is None else dx.clone())  # to which only the launch itself may add
+        launch(config, dx.clone() if accumulates else dx)  # to which only the launch itself may add
 
-    key = ("input gradient", M.bit_length(), K, r, lora_a.dtype, written_dtypes, dx is None, dh is None)
-    key += (product, mixes, dropout_p != 0, accumulate_into is not None, u.device)
+    key = ("input gradient", M.bit_length(), K, ranks, lora_a_dtype, written_dtypes, dx is None, dh is None)
+    key += (product, mixes, drops, accumulates, device)
     launch(tuned(key, chosen.config, trial, "BM"))
-    return dx, dh

@@ -1,11 +1,17 @@
-"""The gradient of A through the down-projection ``t = drop(x~) A^T``, from u, the gradient of t: ``dA = u^T drop(x~)``.
+"""The gradients of A through down-projections ``t = drop(x~) A^T``, from u, the gradient of t: ``dA = u^T drop(x~)``.
 
-One pass over x and h0. No atomics: dA is summed over parts of the rows, and the parts in a second stage, always in the
-same order. Called by ``sibo_triton.ops``.
+One pass over x and h0 for siblings (q, k, v) that share them. No atomics: dA is summed over parts of the rows, and the
+parts in a second stage, always in the same order. Called by ``sibo_triton.ops``.
 
-Compiled once for every K, dtypes, rank's tile and plan; whatever M, but for the length of the parts, a power of two.
+The siblings' u lie side by side, as columns of one matrix. Where it can, a tile has columns of several siblings, whose
+program loads x once for all. Where x is masked, or mixed before it is multiplied, a tile has columns of one, and its
+neighbour finds x in the cache.
+
+Compiled once for every K, dtypes, ranks, kind and number of siblings, and plan; whatever M, but for the length of the
+parts, a power of two.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +26,7 @@ from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, ch
 from .dropout import drawn, keep_tile, row_hashes, seed_keys
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, operands, split_dot
+from .siblings import DownGradients
 from .targets import Target, cdiv
 
 #: About how many programs compute dA, for each multiprocessor.
@@ -28,24 +35,28 @@ PROGRAMS = 4
 
 @triton.jit(do_not_specialize=["M"])
 def down_weight_gradient_kernel(
-    p_u,  # [M, r], contiguous
     p_x,  # [M, K]
     p_initial_residual,  # [M, K], or None
-    p_seed,  # int64, [1], or None
+    p_u,  # tuples from here, with one element for each sibling: [M, r], contiguous
     p_partial,  # [parts, r, K], contiguous
-    lambda_,  # a number, or a pointer to one
-    keep_from,
-    scale,
-    M,
+    p_seed,  # int64, [1], or None
+    lambda_,  # numbers, or pointers to one
+    keep_from,  # these two from dropout.drawn
+    dropout_scale,
     r,
+    first,  # of the sibling's columns among those of all, of which a tile has BR
+    M,  # numbers again
+    r_tiles,  # of all siblings
     stride_x_m,
     stride_x_k,
     stride_h_m,
     stride_h_k,
     K: tl.constexpr,
     STEPS: tl.constexpr,  # tiles of rows to a part: constant, as every loop's bound
+    SIBLINGS: tl.constexpr,
+    SHARES_TILES: tl.constexpr,  # whether a tile has columns of several siblings; then neither masked nor mixed first
     HAS_INITIAL_RESIDUAL: tl.constexpr,
-    LAMBDA_IS_TENSOR: tl.constexpr,
+    LAMBDA_IS_TENSOR: tl.constexpr,  # a tuple
     HAS_DROPOUT: tl.constexpr,
     MIX_FIRST: tl.constexpr,  # mix the tiles and not the accumulators
     SPLIT_X: tl.constexpr,  # of x, or of the mixed tile
@@ -58,31 +69,47 @@ def down_weight_gradient_kernel(
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    r_tiles = tl.cdiv(r, BR)
     i_r = tl.program_id(0) % r_tiles  # neighbouring programs share a tile of x, which then comes from the cache
     i_k = tl.program_id(0) // r_tiles % tl.cdiv(K, BK)
     i_part = tl.program_id(0) // r_tiles // tl.cdiv(K, BK)
     o_m = i_part.to(tl.int64) * (STEPS * BM) + tl.arange(0, BM)  # [BM]
     o_k = i_k * BK + tl.arange(0, BK)  # [BK]
-    o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-    m_k = o_k < K
-    m_r = o_r < r
+    o_r = i_r * BR + tl.arange(0, BR)  # [BR]: among the columns of all siblings
+    i_col = o_r if SHARES_TILES else i_r * BR  # what is chosen by it is then a [BR], else a number or pointer
+
+    p_u_own, p_partial_own, r_own, first_own = p_u[0], p_partial[0], r[0], 0
+    for i in tl.static_range(1, SIBLINGS):
+        is_own = i_col >= first[i]
+        p_u_own = tl.where(is_own, p_u[i], p_u_own)
+        p_partial_own = tl.where(is_own, p_partial[i], p_partial_own)
+        r_own = tl.where(is_own, r[i], r_own)
+        first_own = tl.where(is_own, first[i], first_own)
+    if HAS_INITIAL_RESIDUAL:
+        b_lambda = tl.load(lambda_[0]).to(tl.float32) if LAMBDA_IS_TENSOR[0] else lambda_[0]
+        for i in tl.static_range(1, SIBLINGS):
+            b_lambda_i = tl.load(lambda_[i]).to(tl.float32) if LAMBDA_IS_TENSOR[i] else lambda_[i]
+            b_lambda = tl.where(i_col >= first[i], b_lambda_i, b_lambda)
+    if HAS_DROPOUT:
+        p_seed_own, keep_from_own, scale_own = p_seed[0], keep_from[0], dropout_scale[0]
+        for i in tl.static_range(1, SIBLINGS):
+            is_own = i_col >= first[i]
+            p_seed_own = tl.where(is_own, p_seed[i], p_seed_own)
+            keep_from_own = tl.where(is_own, keep_from[i], keep_from_own)
+            scale_own = tl.where(is_own, dropout_scale[i], scale_own)
+        row_key1, row_key2, col_key1, col_key2 = seed_keys(p_seed_own)
 
     # int64 throughout: a row times its stride passes 2^31 in long batches.
     o_k64 = o_k.to(tl.int64)
-    b_p_u = p_u + o_m[:, None] * r + o_r[None, :]  # [BM, BR]
+    o_r -= first_own
+    m_k = o_k < K
+    m_r = o_r < r_own
+    b_p_u = p_u_own + o_m[:, None] * r_own + o_r[None, :]  # [BM, BR]
     b_p_x = p_x + o_m[:, None] * stride_x_m + o_k64[None, :] * stride_x_k  # [BM, BK]
-    step_u = tl.cast(BM, tl.int64) * r
+    step_u = tl.cast(BM, tl.int64) * r_own
     step_x = tl.cast(BM, tl.int64) * stride_x_m
     if HAS_INITIAL_RESIDUAL:
         b_p_h = p_initial_residual + o_m[:, None] * stride_h_m + o_k64[None, :] * stride_h_k  # [BM, BK]
         step_h = tl.cast(BM, tl.int64) * stride_h_m
-        if LAMBDA_IS_TENSOR:
-            b_lambda = tl.load(lambda_).to(tl.float32)
-        else:
-            b_lambda = lambda_
-    if HAS_DROPOUT:
-        row_key1, row_key2, col_key1, col_key2 = seed_keys(p_seed)
 
     # Transposed: the side of K, which is long, is then the one of which Hopper's tensor cores want 64.
     b_da = tl.zeros([BK, BR], dtype=tl.float32)  # [BK, BR]
@@ -97,7 +124,7 @@ def down_weight_gradient_kernel(
         b_x = tl.load(b_p_x, mask=m_x, other=0.0)  # [BM, BK]
         if HAS_DROPOUT:
             row1, row2 = row_hashes(o_m, row_key1, row_key2)
-            b_keep = keep_tile(row1, row2, col_key1, col_key2, o_k, keep_from)  # [BM, BK]
+            b_keep = keep_tile(row1, row2, col_key1, col_key2, o_k, keep_from_own)  # [BM, BK]
         if HAS_INITIAL_RESIDUAL:
             b_h = tl.load(b_p_h, mask=m_x, other=0.0)  # [BM, BK]
             if MIX_FIRST:
@@ -116,9 +143,9 @@ def down_weight_gradient_kernel(
     if HAS_INITIAL_RESIDUAL and not MIX_FIRST:
         b_da = (1.0 - b_lambda) * b_da + b_lambda * b_da_h
     if HAS_DROPOUT:
-        b_da *= scale
+        b_da *= scale_own
 
-    b_p_partial = p_partial + (i_part.to(tl.int64) * r + o_r[None, :]) * K + o_k64[:, None]  # [BK, BR]
+    b_p_partial = p_partial_own + (i_part.to(tl.int64) * r_own + o_r[None, :]) * K + o_k64[:, None]  # [BK, BR]
     tl.store(b_p_partial, b_da, mask=m_k[:, None] & m_r[None, :])
 
 
@@ -133,38 +160,50 @@ def _drop(b, b_keep, SPLIT: tl.constexpr, DOT_DTYPE: tl.constexpr):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a launch multiplies, and its tiles."""
+    """How a launch multiplies, its tiles, and which of all columns of u^T a sibling has."""
 
     mix_first: bool
     product: Operands  # of x, or of the mixed tile, and u
     product_h: Operands  # of h0 and u
     config: dict[str, int]  # BM, BK, BR, num_warps, num_stages
+    shares_tiles: bool
+    first: tuple[int, ...]
+    columns: int
 
 
 @lru_cache(maxsize=1024)
 def plan(
-    rank: int,
+    ranks: tuple[int, ...],
     x_dtype: torch.dtype,
     h0_dtype: torch.dtype | None,
-    adapter_dtype: torch.dtype,
+    kind: tuple,
     target: Target,
     exact: bool = True,
 ) -> Plan:
-    """The plan of a launch; ``h0_dtype`` is None where nothing mixes; ``exact``: float32 is multiplied as float32."""
-    mixes = h0_dtype is not None
+    """The plan of a launch for siblings of these ranks, none 0; ``kind`` is :attr:`DownGradients.kind`.
+
+    ``h0_dtype`` is None where nothing mixes; ``exact``: float32 is multiplied as float32.
+    """
+    adapter_dtype, mixes, drops = kind
     dtypes = {x_dtype, adapter_dtype} | ({h0_dtype} if mixes else set())
     throughout = dtypes == {torch.float32}
     exact = exact and throughout
     # Where the second product would cost more than mixing the tiles, and where nothing is lost by mixing them first.
-    mix_first = mixes and (throughout or rank > 64)
+    mix_first = mixes and (throughout or max(ranks) > 64)
     product = operands(x_dtype if len(dtypes) == 1 or not mix_first else torch.float32, adapter_dtype, exact)
     product_h = operands(h0_dtype, adapter_dtype, exact) if mixes and not mix_first else product
 
-    BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
+    # Where columns are few, a tile has those of all siblings, and x is read once. Not where x is mixed or masked for
+    # one of them, nor on AMD's GPUs, whose compiler takes no tile of several pointers. Columns start at multiples of 16: u
+    # is loaded 16 bytes at a time.
+    columns = sum(cdiv(r, 16) * 16 for r in ranks)
+    shares_tiles = len(ranks) > 1 and columns <= 64 and not (mix_first or drops or target.hip)
+    BR = triton.next_power_of_2(columns if shares_tiles else max(16, *ranks))  # 16: the least that a dot takes
     if product.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
         BM, BR = 16, min(BR, 64)
-        num_warps = 8 if BR == 64 and target.capability in (80, 100) else 4  # there 4 warps spill
+        spills = target.capability in (80, 100) or target.capability == 90 and len(ranks) > 1
+        num_warps = 8 if BR == 64 and spills else 4
     elif any(of.split_a or of.split_b for of in (product, product_h)):
         BM, BR, num_warps = 32, min(BR, 64), 4 if BR <= 32 else 8
         if target.capability == 120 and BR == 64 and product.split_a and product.split_b:
@@ -173,97 +212,129 @@ def plan(
         BM, num_warps = 64, 4
     else:
         BM, BR, num_warps = 32, min(BR, 128), 4
+    if shares_tiles and BM >= 32 and target.capability in (80, 120):
+        num_warps = (
+            8  # a pointer for each column takes registers, of which tensor cores that multiply from them have few
+        )
     BK = 64
     bytes_of_stage = BM * (BK * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + 4 * BR)
     num_stages = target.stages(3, bytes_of_stage, programs=2)
     config = {"BM": BM, "BK": BK, "BR": BR, "num_warps": num_warps, "num_stages": num_stages}
-    return Plan(mix_first, product, product_h, config)
+    widths = [cdiv(r, of) * of for of in (16 if shares_tiles else BR,) for r in ranks]
+    first = tuple(sum(widths[:i]) for i in range(len(ranks)))
+    return Plan(mix_first, product, product_h, config, shares_tiles, first, sum(widths))
 
 
 @lru_cache(maxsize=1024)
-def cut(M: int, K: int, r: int, BM: int, BK: int, BR: int, multiprocessors: int) -> tuple[int, int, int]:
+def cut(M: int, K: int, columns: int, BM: int, BK: int, BR: int, multiprocessors: int) -> tuple[int, int, int]:
     """Tiles of dA, parts of each, and the tiles of rows in a part: a power of two."""
-    tiles = cdiv(K, BK) * cdiv(r, BR)
+    tiles = cdiv(K, BK) * cdiv(columns, BR)
     m_tiles = cdiv(M, BM)
     steps = 1 << max(0, (m_tiles * tiles // (PROGRAMS * multiprocessors)).bit_length() - 1)
     return tiles, cdiv(m_tiles, steps), steps
 
 
 def down_weight_gradient(
-    u: Tensor,  # [M, r]
+    siblings: Sequence[DownGradients],
     x: Tensor,  # [M, K]
     initial_residual: Tensor | None = None,  # [M, K]
-    lambda_: float | Tensor = 0.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,  # [1]
-    *,
-    adapter_dtype: torch.dtype,
-) -> Tensor:  # [r, K]
-    """``dA = u^T drop((1 - lambda) x + lambda h0)``, in float32 whatever the inputs' dtypes.
+) -> list[Tensor | None]:  # [r, K] each
+    """``dA = u^T drop((1 - lambda) x + lambda h0)`` for layers that share x and h0, summed in float32 and rounded once.
 
     Where x, h0 and the adapter have one 16-bit dtype, u is rounded to it, and above rank 64 so is the mix; where dtypes
     meet, the products are within 1e-5 (norm-wise) of float32's, by ``precision.split_dot``.
 
+    Siblings share a launch, and x in the cache, if their adapters have one dtype and all or none of them mix and drop;
+    without dropout and up to rank 64 they share also what their programs load of it.
+
     Args:
-        u: the gradient of t, float32, ``[M, r]``, contiguous.
+        siblings: u, ``[M, r]``, contiguous; lambda, dropout and its seed; the dtypes of A and, unless None, of dA. A is
+            not looked at. Any ranks.
         x: ``[M, K]``, float16, bfloat16 or float32, with any strides.
-        initial_residual: h0, likewise, of the shape of x. Not read when ``lambda_`` is the number 0, and may then be
-            None.
-        lambda_: a number in [0, 1], or a floating point tensor with one element on the device of x.
-        dropout_p: the probability of dropping an element, in [0, 1).
-        dropout_seed: int64, one element, on the device of x; needed, and read, when ``dropout_p`` is not 0.
-        adapter_dtype: of A.
+        initial_residual: h0, likewise, of the shape of x. Not read where ``lambda_`` is the number 0; if it is for all,
+            it may be None.
 
     Returns:
-        dA, float32, ``[r, K]``, contiguous. The same bits for the same arguments on the same kind of GPU.
+        dA for each sibling, contiguous; None where its ``grad_dtype`` is. The same bits for the same arguments on the
+        same kind of GPU.
 
     Raises:
         TypeError: a dtype that the kernel does not take.
         ValueError: a shape that does not fit, u not contiguous, or h0 or the seed missing, or
             a rate of dropout outside [0, 1).
     """
-    mixes = isinstance(lambda_, Tensor) or lambda_ != 0
-    check_mix(lambda_, mixes, initial_residual)
-    check_low_rank("u", u)
-    check_dropout(dropout_p, dropout_seed)
-    check_dtype("adapter_dtype", adapter_dtype)
-    check_matrix("x", x, u.shape[0], "K", "u")
-    (M, K), r = x.shape, u.shape[1]
-    if mixes:
-        check_matrix("initial_residual", initial_residual, M, K, "x")
-    if M == 0 or K == 0 or r == 0:
-        return torch.zeros((r, K), dtype=torch.float32, device=x.device)
+    check_matrix("x", x, "M", "K")
+    (M, K), kinds = x.shape, {}
+    totals: list[Tensor | None] = [None] * len(siblings)
+    for i, sibling in enumerate(siblings):
+        if sibling.grad_dtype is None:
+            continue
+        _check(sibling, x, initial_residual)
+        if M == 0 or K == 0 or sibling.u.shape[1] == 0:
+            totals[i] = torch.zeros((sibling.u.shape[1], K), dtype=sibling.grad_dtype, device=x.device)
+        else:
+            kinds.setdefault(sibling.kind, []).append(i)
+    parts: dict[int, Tensor] = {}
+    for kind, of_kind in kinds.items():
+        launched = _launch([siblings[i] for i in of_kind], x, initial_residual if kind[1] else None, kind)
+        parts |= zip(of_kind, launched, strict=True)
+    sums = sum_parts(list(parts.values()), [siblings[i].grad_dtype for i in parts])
+    for i, total in zip(parts, sums, strict=True):
+        totals[i] = total
+    return totals
 
+
+def _check(sibling: DownGradients, x: Tensor, initial_residual: Tensor | None) -> None:
+    check_low_rank("u", sibling.u)
+    check_matrix("x", x, sibling.u.shape[0], "K", "u")
+    check_mix(sibling.lambda_, sibling.mixes, initial_residual)
+    check_dropout(sibling.dropout_p, sibling.dropout_seed)
+    check_dtype("adapter_dtype", sibling.adapter_dtype)
+    check_dtype("grad_dtype", sibling.grad_dtype)
+    if sibling.mixes:
+        check_matrix("initial_residual", initial_residual, *x.shape, "x")
+
+
+def _launch(siblings: Sequence[DownGradients], x: Tensor, h0: Tensor | None, kind: tuple) -> list[Tensor]:
+    """The parts of dA, ``[parts, r, K]``, for siblings of one kind; there is something to sum."""
+    (M, K), ranks = x.shape, tuple(sibling.u.shape[1] for sibling in siblings)
+    adapter_dtype, _, drops = kind
     target = targets.target_of(x.device)
-    h0 = initial_residual if mixes else None
-    chosen = plan(r, x.dtype, None if h0 is None else h0.dtype, adapter_dtype, target, float32_is_exact())
+    h0_dtype = None if h0 is None else h0.dtype
+    chosen = plan(ranks, x.dtype, h0_dtype, kind, target, float32_is_exact())
     product, product_h = chosen.product, chosen.product_h
-    keep_from, scale = drawn(dropout_p)
+    rates = [drawn(sibling.dropout_p) for sibling in siblings]
+    lambdas = [sibling.lambda_ for sibling in siblings]
 
-    def launch(config: dict[str, int]) -> Tensor:
-        tiles, parts, steps = cut(M, K, r, config["BM"], config["BK"], config["BR"], target.multiprocessors)
-        partial = torch.empty((parts, r, K), dtype=torch.float32, device=x.device)
+    def launch(config: dict[str, int]) -> list[Tensor]:
+        BR = config["BR"]
+        tiles, parts, steps = cut(M, K, chosen.columns, config["BM"], config["BK"], BR, target.multiprocessors)
+        partial = [torch.empty((parts, r, K), dtype=torch.float32, device=x.device) for r in ranks]
         with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
             down_weight_gradient_kernel[(tiles * parts,)](
-                p_u=u,
                 p_x=x,
                 p_initial_residual=h0,
-                p_seed=dropout_seed if dropout_p else None,
-                p_partial=partial,
-                lambda_=lambda_ if isinstance(lambda_, Tensor) else float(lambda_),
-                keep_from=keep_from,
-                scale=scale,
+                p_u=tuple(sibling.u for sibling in siblings),
+                p_partial=tuple(partial),
+                p_seed=tuple(sibling.dropout_seed for sibling in siblings) if drops else None,
+                lambda_=tuple(value if isinstance(value, Tensor) else float(value) for value in lambdas),
+                keep_from=tuple(keep_from for keep_from, _ in rates) if drops else None,
+                dropout_scale=tuple(scale for _, scale in rates) if drops else None,
+                r=ranks,
+                first=chosen.first,
                 M=M,
-                r=r,
+                r_tiles=cdiv(chosen.columns, BR),
                 stride_x_m=x.stride(0),
                 stride_x_k=x.stride(1),
                 stride_h_m=0 if h0 is None else h0.stride(0),
                 stride_h_k=0 if h0 is None else h0.stride(1),
                 K=K,
                 STEPS=steps,
-                HAS_INITIAL_RESIDUAL=mixes,
-                LAMBDA_IS_TENSOR=isinstance(lambda_, Tensor),
-                HAS_DROPOUT=dropout_p != 0,
+                SIBLINGS=len(siblings),
+                SHARES_TILES=chosen.shares_tiles,
+                HAS_INITIAL_RESIDUAL=h0 is not None,
+                LAMBDA_IS_TENSOR=tuple(isinstance(value, Tensor) for value in lambdas),
+                HAS_DROPOUT=drops,
                 MIX_FIRST=chosen.mix_first,
                 SPLIT_X=product.split_a,
                 SPLIT_U=product.split_b,
@@ -275,6 +346,5 @@ def down_weight_gradient(
             )
         return partial
 
-    dtypes = x.dtype, None if h0 is None else h0.dtype, adapter_dtype
-    key = ("weight gradient", M.bit_length(), K, r, dtypes, product, dropout_p != 0, x.device)
-    return sum_parts(launch(tuned(key, chosen.config, launch, "BM")))[0]
+    key = ("weight gradient", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
+    return launch(tuned(key, chosen.config, launch, "BM"))

@@ -5,6 +5,8 @@ torch's ``sum(0)`` moves the same bytes, every part once and the total once, but
 pass over dY leaves two, and its order is its own, by heuristics that change with the version.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -19,23 +21,23 @@ BP = 8  # parts to a step
 @triton.jit
 def sum_parts_kernel(
     p_parts,  # tuples, with one element for each sum: [parts, numel], contiguous, float32
-    p_total,  # [numel], likewise
-    parts,
+    p_total,  # [numel], contiguous
     numel,
+    parts,  # these two by `odd`
     first_block,  # of the sum's blocks, among those of all sums
     SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
     BP: tl.constexpr,
 ):
     i_block = tl.program_id(0)
-    p_parts_own, p_total_own, parts_own, numel_own, first_own = p_parts[0], p_total[0], parts[0], numel[0], 0
+    i_own, p_parts_own, numel_own, parts_own, first_own = 0, p_parts[0], numel[0], parts[0] // 2, 0
     for i in tl.static_range(1, SUMS):
-        is_own = i_block >= first_block[i]
+        is_own = i_block >= first_block[i] // 2
+        i_own = tl.where(is_own, i, i_own)
         p_parts_own = tl.where(is_own, p_parts[i], p_parts_own)
-        p_total_own = tl.where(is_own, p_total[i], p_total_own)
-        parts_own = tl.where(is_own, parts[i], parts_own)
         numel_own = tl.where(is_own, numel[i], numel_own)
-        first_own = tl.where(is_own, first_block[i], first_own)
+        parts_own = tl.where(is_own, parts[i] // 2, parts_own)
+        first_own = tl.where(is_own, first_block[i] // 2, first_own)
 
     o = (i_block - first_own).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m = o < numel_own
@@ -47,21 +49,24 @@ def sum_parts_kernel(
         b_parts = tl.load(b_p_parts, mask=(o_p < parts_own)[:, None] & m[None, :], other=0.0)  # [BP, BLOCK]
         b_total += tl.sum(b_parts, axis=0)
         i_part += BP
-    tl.store(p_total_own + o, b_total, mask=m)
+    for i in tl.static_range(SUMS):  # each total has a dtype of its own
+        if i_own == i:
+            tl.store(p_total[i] + o, b_total.to(p_total[i].dtype.element_ty), mask=m)
 
 
-def sum_parts(*parts: Tensor | None) -> list[Tensor | None]:
-    """The sums of tensors over their first dimension, in one launch.
+def sum_parts(parts: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+    """The sums of tensors over their first dimension, in one launch: in float32, and rounded once.
 
     Args:
         parts: float32, contiguous, on one device, with one part or more; or None.
+        dtypes: of the totals; of no meaning where there are no parts.
 
     Returns:
-        The totals, each of its tensor's shape without the first dimension; a view where there is one part, and None
-        for None.
+        The totals, each of its tensor's shape without the first dimension; a view where there is one part in the
+        total's dtype, and None for None.
     """
-    totals = [None if of is None else of[0] if len(of) == 1 else _empty_total(of) for of in parts]
-    sums = [i for i, of in enumerate(parts) if of is not None and len(of) > 1]
+    totals = [None if of is None else _total(of, dtype) for of, dtype in zip(parts, dtypes, strict=True)]
+    sums = [i for i, of in enumerate(parts) if of is not None and (len(of) > 1 or dtypes[i] != of.dtype)]
     if sums:
         numels = [totals[i].numel() for i in sums]
         blocks = [cdiv(numel, BLOCK) for numel in numels]
@@ -69,9 +74,9 @@ def sum_parts(*parts: Tensor | None) -> list[Tensor | None]:
             sum_parts_kernel[(sum(blocks),)](
                 p_parts=tuple(parts[i] for i in sums),
                 p_total=tuple(totals[i] for i in sums),
-                parts=tuple(len(parts[i]) for i in sums),
                 numel=tuple(numels),
-                first_block=tuple(sum(blocks[:i]) for i in range(len(blocks))),
+                parts=tuple(odd(len(parts[i])) for i in sums),
+                first_block=tuple(odd(sum(blocks[:i])) for i in range(len(blocks))),
                 SUMS=len(sums),
                 BLOCK=BLOCK,
                 BP=BP,
@@ -79,5 +84,16 @@ def sum_parts(*parts: Tensor | None) -> list[Tensor | None]:
     return totals
 
 
-def _empty_total(parts: Tensor) -> Tensor:
-    return torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
+def odd(number: int) -> int:
+    """A number whose half, rounded down, is the given one.
+
+    Triton compiles a kernel again where an integer in a tuple is 1, or divisible by 16, and was not: which of several
+    sums it is so of would differ with every M.
+    """
+    return 2 * number + 1
+
+
+def _total(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    if len(parts) == 1 and dtype == parts.dtype:
+        return parts[0]
+    return torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)

@@ -55,3 +55,8 @@ class DownGradients(NamedTuple):
     def mixes(self) -> bool:
         """Whether h0 has a share."""
         return isinstance(self.lambda_, Tensor) or self.lambda_ != 0
+
+    @property
+    def kind(self) -> tuple[torch.dtype, bool, bool]:
+        """What must be the same to share a launch for dA."""
+        return self.adapter_dtype, self.mixes, self.dropout_p > 0

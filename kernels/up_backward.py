@@ -1,15 +1,16 @@
-"""The gradients of the up-projection: ``u = s dY B`` and ``dB = s dY^T t``, from the gradient dY of y.
+"""The gradients of up-projections: ``u = s dY B`` and ``dB = s dY^T t``, from the gradient dY of each y.
 
 dY is by far the largest tensor. One pass reads it once for both, but no order of its tiles finishes both sums: it
 writes partial sums, which a second stage adds. They grow with the rank, so that from some rank on two passes, one for u
 and one for dB, move fewer bytes: :func:`plan` counts them and chooses. Either way the order of every sum is fixed, and
-gradients are bitwise the same from run to run.
+gradients are bitwise the same from run to run. The second stage is one launch for all siblings (q, k, v).
 
 Called by ``sibo_triton.ops``.
 
 Compiled once for every rank, dtypes and plan; whatever M and N, but for what divides N and for STEPS, a power of two.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from . import targets
 from .autotune import tuned
-from .checks import check_low_rank, check_matrix, check_one_value
+from .checks import check_dtype, check_low_rank, check_matrix, check_one_value
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, operands, split_dot
+from .siblings import UpGradients
 from .targets import Target, cdiv
 
 
@@ -159,12 +161,16 @@ class Plan:
 #: About how many programs a launch has for each multiprocessor, or up to twice as many, where there is work for them.
 PROGRAMS = 2
 
+#: What a launch more is worth: the bytes that an H200 moves in a microsecond, about what it takes to start a kernel. By
+#: count, not measured.
+BYTES_OF_LAUNCH = 4 * 2**20
+
 
 @lru_cache(maxsize=1024)
 def plan(
     M: int, N: int, r: int, grad_y_dtype: torch.dtype, lora_b_dtype: torch.dtype, target: Target, exact: bool = True
 ) -> Plan:
-    """The plan for sizes of at least 1: one pass where that moves fewer bytes than two."""
+    """The plan for sizes of at least 1: one pass where two move no fewer bytes, or fewer than a launch."""
     exact = exact and grad_y_dtype == lora_b_dtype == torch.float32
     t_dtype = grad_y_dtype if grad_y_dtype == lora_b_dtype else torch.float32  # t counts as 16-bit where both are
     dots = operands(grad_y_dtype, lora_b_dtype, exact), operands(grad_y_dtype, t_dtype, exact)
@@ -175,7 +181,7 @@ def plan(
     if both is not None:
         sizes = (M, N, r, itemsize, lora_b_dtype.itemsize)
         one = bytes_moved(*sizes, 1, both.parts, both.grad_b_parts)
-        if one >= bytes_moved(*sizes, 2, u.parts, grad_b.parts):
+        if one >= bytes_moved(*sizes, 2, u.parts, grad_b.parts) + BYTES_OF_LAUNCH:
             both = None
     return Plan(*dots, both, u, grad_b)
 
@@ -256,57 +262,62 @@ def bytes_moved(
     return inputs + of_sum(u_parts, M * r) + of_sum(grad_b_parts, N * r)
 
 
-def up_backward(
-    grad_y: Tensor,  # [M, N]
-    t: Tensor | None,  # [M, r]
-    lora_b: Tensor,  # [N, r]
-    scaling: float | Tensor,
-    wants_u: bool = True,
-    wants_grad_b: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:  # [M, r], [N, r]
-    """``u = s dY B`` and ``dB = s dY^T t``, both in float32.
+def up_backward_siblings(siblings: Sequence[UpGradients]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """``u = s dY B``, in float32, and ``dB = s dY^T t``, summed in float32 and rounded once, for each sibling.
 
     Where dY and B have one 16-bit dtype, t is rounded to it; elsewhere the products are within 1e-4 of float32's, by
     ``precision.split_dot``. Where both are float32, they are multiplied as float32 unless torch allows less.
 
     Args:
-        grad_y: dY, ``[M, N]``, float16, bfloat16 or float32, with any strides.
-        t: float32, ``[M, r]``, contiguous; not looked at, and may be None, when dB is not wanted.
-        lora_b: B, ``[N, r]``, float16, bfloat16 or float32, with any strides.
-        scaling: s, a number, or a floating point tensor with one element on the device of dY.
-        wants_u, wants_grad_b: what to compute.
+        siblings: on one device. Each has dY, ``[M, N]``, and B, ``[N, r]``, float16, bfloat16 or float32, with any
+            strides; t, float32, ``[M, r]``, contiguous; s, a number, or a floating point tensor with one element; and
+            what is wanted: u, and dB in a dtype. M too may differ.
 
     Returns:
-        u, ``[M, r]``, and dB, ``[N, r]``, contiguous; None for what is not wanted.
+        For each sibling u, ``[M, r]``, and dB, ``[N, r]``, contiguous; None for what is not wanted.
 
     Raises:
         TypeError: a dtype that the kernels do not take.
         ValueError: a shape that does not fit, t missing or not contiguous.
     """
+    for sibling in siblings:
+        _check(sibling)
+    parts = [part for sibling in siblings for part in _launch(sibling)]
+    dtypes = [dtype for sibling in siblings for dtype in (torch.float32, sibling.grad_dtype)]
+    sums = sum_parts(parts, dtypes)
+    return list(zip(sums[::2], sums[1::2], strict=True))
+
+
+def _check(sibling: UpGradients) -> None:
+    grad_y, t, lora_b, scaling, _, grad_dtype = sibling
     check_matrix("lora_b", lora_b, "N", "r")
-    if wants_grad_b:
+    if grad_dtype is not None:
         if t is None:
-            raise ValueError("t is None, but dB is wanted: pass t, or wants_grad_b=False")
+            raise ValueError("t is None, but dB is wanted: pass t, or grad_dtype=None")
         check_low_rank("t", t)
         check_matrix("lora_b", lora_b, "N", t.shape[1], "t")
+        check_dtype("grad_dtype", grad_dtype)
     check_one_value("scaling", scaling)
-    check_matrix("grad_y", grad_y, t.shape[0] if wants_grad_b else "M", lora_b.shape[0], "t and lora_b")
+    rows = "M" if grad_dtype is None else t.shape[0]
+    check_matrix("grad_y", grad_y, rows, lora_b.shape[0], "t and lora_b")
+
+
+def _launch(sibling: UpGradients) -> tuple[Tensor | None, Tensor | None]:
+    """The parts of u, ``[parts, M, r]``, and of dB, ``[parts, N, r]``, where they are wanted."""
+    grad_y, t, lora_b, scaling, wants_u, grad_dtype = sibling
+    wants_grad_b = grad_dtype is not None
     (M, N), r = grad_y.shape, lora_b.shape[1]
     if M == 0 or N == 0 or r == 0:
-        u = torch.zeros((M, r), dtype=torch.float32, device=grad_y.device) if wants_u else None
-        return u, torch.zeros((N, r), dtype=torch.float32, device=grad_y.device) if wants_grad_b else None
-
+        u = torch.zeros((1, M, r), dtype=torch.float32, device=grad_y.device) if wants_u else None
+        return u, torch.zeros((1, N, r), dtype=grad_dtype, device=grad_y.device) if wants_grad_b else None
     chosen = plan(M, N, r, grad_y.dtype, lora_b.dtype, targets.target_of(grad_y.device), float32_is_exact())
     with torch.cuda.device_of(grad_y):  # Triton launches on the current device; does nothing for a CPU tensor
         if chosen.both is not None and wants_u and wants_grad_b:
-            parts = _launch_both(chosen, grad_y, t, lora_b, scaling)
-        else:
-            parts = (
-                _launch_product(chosen.u, grad_y, lora_b, scaling, chosen.dot_u) if wants_u else None,
-                _launch_product(chosen.grad_b, grad_y.T, t, scaling, chosen.dot_grad_b) if wants_grad_b else None,
-            )
-    u, grad_b = sum_parts(*parts)
-    return u, grad_b
+            return _launch_both(chosen, grad_y, t, lora_b, scaling)
+        return (
+            _launch_product(chosen.u, grad_y, lora_b, scaling, chosen.dot_u) if wants_u else None,
+            _launch_product(chosen.grad_b, grad_y.T, t, scaling, chosen.dot_grad_b) if wants_grad_b else None,
+        )
 
 
 def _launch_both(

@@ -27,9 +27,9 @@ def _values() -> list[Launch]:
         launches += [
             Down(m, k, (rank,), x, adapter, lambda_, p, third, **common),
             Up(m, k, rank, x, adapter, mixes, third, scaling_is_tensor=is_tensor, strides=layout),
-            UpBackward(m, k, rank, x, adapter, scaling_is_tensor=is_tensor, strides=layout),
-            WeightGradient(m, k, rank, x, adapter, lambda_, p, **common),
-            InputGradient(m, k, rank, x, adapter, 0.3, p, third, mixes, is_tensor, LAYOUTS[n % 3]),
+            UpBackward(m, k, (rank,), x, adapter, scaling_is_tensor=is_tensor, strides=layout),
+            WeightGradient(m, k, (rank,), x, adapter, lambda_, p, **common),
+            InputGradient(m, k, (rank,), x, adapter, 0.3, p, third, mixes, is_tensor, LAYOUTS[n % 3]),
         ]
     # Dtypes that meet in no usual model, siblings that share a launch, few rows that are cut along K.
     launches += [
@@ -40,11 +40,11 @@ def _values() -> list[Launch]:
         Down(5, 1000, (16,), BF16, BF16, 0.3, 0.1, lambda_is_tensor=True),
         Up(65, 130, 24, FP32, BF16, has_bias=True),
         Up(65, 130, 24, BF16, FP16, adds=True),
-        UpBackward(65, 130, 16, FP32, BF16),
-        UpBackward(65, 130, 24, FP16, BF16, (True, False)),
-        UpBackward(65, 130, 24, BF16, FP16, (False, True)),
-        WeightGradient(65, 130, 24, FP16, BF16, 0.3, 0.1, h0_dtype=FP32),
-        InputGradient(65, 130, 24, FP16, BF16, 0.3, 0.1, wants_dh=True),
+        UpBackward(65, 130, (16,), FP32, BF16),
+        UpBackward(65, 130, (24,), FP16, BF16, (True, False)),
+        UpBackward(65, 130, (24,), BF16, FP16, (False, True)),
+        WeightGradient(65, 130, (24,), FP16, BF16, 0.3, 0.1, h0_dtype=FP32),
+        InputGradient(65, 130, (24,), FP16, BF16, 0.3, 0.1, wants_dh=True),
     ]
     return launches
 
@@ -58,9 +58,9 @@ LARGE: list[Launch] = [
     for launch in (
         Down(TOKENS, WIDTH, (rank,) * 3, x, adapter, 0.3, 0.1, difference=rank == 16, lambda_is_tensor=True),
         Up(TOKENS, WIDTH, rank, x, adapter, adds=True),
-        UpBackward(TOKENS, WIDTH, rank, x, adapter),
-        WeightGradient(TOKENS, WIDTH, rank, x, adapter, 0.3, 0.1, lambda_is_tensor=True),
-        InputGradient(TOKENS, WIDTH, rank, x, adapter, 0.3, 0.1, adds=True, lambda_is_tensor=True),
+        UpBackward(TOKENS, WIDTH, (rank,), x, adapter),
+        WeightGradient(TOKENS, WIDTH, (rank,), x, adapter, 0.3, 0.1, lambda_is_tensor=True),
+        InputGradient(TOKENS, WIDTH, (rank,), x, adapter, 0.3, 0.1, adds=True, lambda_is_tensor=True),
     )
 ]
 
@@ -68,9 +68,9 @@ LARGE: list[Launch] = [
 FAR: list[Launch] = [
     Down(3, 24, (16,), FP16, FP16, 0.5, strides="far"),
     Up(3, 24, 24, FP16, FP16, adds=True, strides="far"),
-    UpBackward(3, 24, 5, FP16, FP16, strides="far"),
-    WeightGradient(3, 24, 16, FP16, FP16, 0.5, strides="far"),
-    InputGradient(3, 24, 16, FP16, FP16, 0.5, adds=True, strides="far"),
+    UpBackward(3, 24, (5,), FP16, FP16, strides="far"),
+    WeightGradient(3, 24, (16,), FP16, FP16, 0.5, strides="far"),
+    InputGradient(3, 24, (16,), FP16, FP16, 0.5, adds=True, strides="far"),
 ]
 #: The same of a fresh y, by its size.
 FAR_Y = Up(130, 200, 16, BF16, BF16) if INTERPRETED else Up(2**16 + 128, 2**15, 16, BF16, BF16)
@@ -81,10 +81,10 @@ SMALL: list[Launch] = [
     Down(5, 1000, (16, 8), BF16, BF16, 0.3, 0.1, difference=True, lambda_is_tensor=True),
     Down(65, 130, (128,), BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
     Up(65, 130, 16, BF16, FP32, adds=True, has_bias=True, scaling_is_tensor=True),
-    UpBackward(ROWS, 130, 16, BF16, BF16, scaling_is_tensor=True),
-    UpBackward(ROWS, 130, 64, BF16, FP32),
-    WeightGradient(ROWS, 130, 16, BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
-    InputGradient(65, 130, 16, BF16, FP32, 0.3, 0.1, adds=True, lambda_is_tensor=True),
+    UpBackward(ROWS, 130, (16,), BF16, BF16, scaling_is_tensor=True),
+    UpBackward(ROWS, 130, (64,), BF16, FP32),
+    WeightGradient(ROWS, 130, (16,), BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
+    InputGradient(65, 130, (16,), BF16, FP32, 0.3, 0.1, adds=True, lambda_is_tensor=True),
 ]
 
 #: A is the identity: t shows the mask. The seed is drawn anew in each replay of a graph.

@@ -6,6 +6,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import product
 
 import torch
 from ahead_of_time import TARGETS, TENSOR_CORE, Binary, read_binary
@@ -89,24 +90,25 @@ def _up(rank: int, dtypes: tuple) -> Iterator[Case]:
 
 def _up_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
     for name, wants in (("u", (True, False)), ("dB", (False, True))):
-        yield Case("up_backward", rank, dtypes, name, UpBackward(TOKENS, WIDTH, rank, *dtypes, wants))
+        yield Case("up_backward", rank, dtypes, name, UpBackward(TOKENS, WIDTH, (rank,), *dtypes, wants))
     if rank == min(RANKS):  # larger ranks go through dY twice, as for u and dB alone
-        yield Case("up_backward", rank, dtypes, "u and dB", UpBackward(TOKENS, WIDTH, rank, *dtypes))
+        yield Case("up_backward", rank, dtypes, "u and dB", UpBackward(TOKENS, WIDTH, (rank,), *dtypes))
         if dtypes in DTYPES[:2]:
-            yield Case("up_backward", 32, dtypes, "u and dB", UpBackward(TOKENS, WIDTH, 32, *dtypes))
+            yield Case("up_backward", 32, dtypes, "u and dB", UpBackward(TOKENS, WIDTH, (32,), *dtypes))
 
 
 def _down_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
-    for p in (0.0, 0.1):
+    for siblings, p in product(range(1, SIBLINGS + 1), (0.0, 0.1)):
+        ranks = (rank,) * siblings
+        group = _of(("pair", siblings == 2), ("triple", siblings == 3), ("dropout", p > 0))
         for mixes in (False, True):
-            options = _of(("mixing", mixes), ("dropout", p > 0))
-            lambda_ = 0.3 if mixes else 0.0
-            launch = WeightGradient(TOKENS, WIDTH, rank, *dtypes, lambda_, p, lambda_is_tensor=mixes)
-            yield Case("down_weight_gradient", rank, dtypes, options, launch)
+            launch = WeightGradient(TOKENS, WIDTH, ranks, *dtypes, 0.3 * mixes, p, lambda_is_tensor=mixes)
+            yield Case("down_weight_gradient", rank, dtypes, _of(("mixing", mixes), (group, group != "")), launch)
         for adds in (True, False):
-            options = _of(("mixing, added", adds), ("mixing, with dh0", not adds), ("dropout", p > 0))
-            launch = InputGradient(TOKENS, WIDTH, rank, *dtypes, 0.3, p, adds, not adds, lambda_is_tensor=True)
-            yield Case("down_input_gradient", rank, dtypes, options, launch)
+            wants = "mixing, added" if adds and siblings == 1 else "mixing, with dh0" if not adds else "mixing"
+            adds &= siblings == 1
+            launch = InputGradient(TOKENS, WIDTH, ranks, *dtypes, 0.3, p, adds, "dh0" in wants, lambda_is_tensor=True)
+            yield Case("down_input_gradient", rank, dtypes, _of((wants, True), (group, group != "")), launch)
 
 
 CASES = [

@@ -23,36 +23,39 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compile_kernel(target, kernel, rank, config, arguments, constants):
+def compile_kernel(target, kernel, ranks, config, arguments, constants):
     config = dict(config)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    aligned = {name for name in arguments if name.startswith(("p_", "stride_", "keep")) or name == "K"}
-    aligned |= {"r"} & set(arguments) if rank % 16 == 0 else set()
+    of_launch = {name for name, kind in arguments.items() if "constexpr" not in kind}
+    aligned = {name for name in of_launch if name.startswith(("p_", "stride_", "keep", "first")) or name == "K"}
+    aligned |= {"r"} & set(arguments) if all(rank % 16 == 0 for rank in ranks) else set()
     return compile_for(target, kernel, arguments, constants | config, frozenset(aligned), options)
 
 
-def compile_weight_gradient(target, rank, dtype, a_dtype, dropout, mixes=True, k=4096):
+def compile_weight_gradient(target, ranks, dtype, a_dtype, dropout, mixes=True, k=4096):
     """A launch on contiguous activations of a usual width, with lambda a tensor."""
-    chosen = down_weight_gradient.plan(rank, dtype, dtype if mixes else None, a_dtype, KNOWN[target])
+    n = len(ranks)
+    chosen = down_weight_gradient.plan(ranks, dtype, dtype if mixes else None, (a_dtype, mixes, dropout), KNOWN[target])
     product, product_h = chosen.product, chosen.product_h
     arguments = {
-        "p_u": POINTER[FP32],
         "p_x": POINTER[dtype],
-        "p_partial": POINTER[FP32],
-        "lambda_": POINTER[FP32] if mixes else "fp32",
-        "keep_from": "i32",
-        "scale": "fp32",
-        **dict.fromkeys(("M", "r", "stride_x_m"), "i32"),
+        **dict.fromkeys(("p_u", "p_partial"), (POINTER[FP32],) * n),
+        "lambda_": (POINTER[FP32] if mixes else "fp32",) * n,
+        **dict.fromkeys(("r", "first"), ("i32",) * n),
+        **dict.fromkeys(("M", "r_tiles", "stride_x_m"), "i32"),
     }
     arguments |= {"p_initial_residual": POINTER[dtype], "stride_h_m": "i32"} if mixes else {}
-    arguments |= {"p_seed": "*i64"} if dropout else {}
+    of_dropout = {"p_seed": ("*i64",) * n, "keep_from": ("i32",) * n, "dropout_scale": ("fp32",) * n}
+    arguments |= of_dropout if dropout else {}
     constants = {
         "stride_x_k": 1,
         "stride_h_k": 1 if mixes else 0,
         "K": k,
         "STEPS": 8,
+        "SIBLINGS": n,
+        "SHARES_TILES": chosen.shares_tiles,
         "HAS_INITIAL_RESIDUAL": mixes,
-        "LAMBDA_IS_TENSOR": mixes,
+        "LAMBDA_IS_TENSOR": (mixes,) * n,
         "HAS_DROPOUT": dropout,
         "MIX_FIRST": chosen.mix_first,
         "SPLIT_X": product.split_a,
@@ -63,31 +66,37 @@ def compile_weight_gradient(target, rank, dtype, a_dtype, dropout, mixes=True, k
         "DOT_DTYPE_H": product_h.tl_dtype,
     }
     constants |= {} if mixes else {"p_initial_residual": None, "stride_h_m": 0}
-    constants |= {} if dropout else {"p_seed": None}
-    return compile_kernel(target, down_weight_gradient_kernel, rank, chosen.config, arguments, constants)
+    constants |= {} if dropout else dict.fromkeys(of_dropout)
+    return compile_kernel(target, down_weight_gradient_kernel, ranks, chosen.config, arguments, constants)
 
 
-def compile_input_gradient(target, rank, dtype, a_dtype, dropout, accumulate=True, wants_dh=False):
-    chosen = down_input_gradient.plan(rank, a_dtype, frozenset([dtype]), KNOWN[target])
+def compile_input_gradient(target, ranks, dtype, a_dtype, dropout, accumulate=True, wants_dh=False):
+    n = len(ranks)
+    sums = 1 if n == 1 else 1 + wants_dh + (wants_dh or dropout)
+    chosen = down_input_gradient.plan(ranks, a_dtype, frozenset([dtype]), sums, KNOWN[target])
     product = chosen.operands
     arguments = {
-        "p_u": POINTER[FP32],
-        "p_lora_a": POINTER[a_dtype],
         "p_dx": POINTER[dtype],
-        "lambda_": POINTER[FP32],
-        "keep_from": "i32",
-        "scale": "fp32",
-        **dict.fromkeys(("M", "K", "stride_a_r", "stride_dx_m"), "i32"),
+        "p_u": (POINTER[FP32],) * n,
+        "p_lora_a": (POINTER[a_dtype],) * n,
+        "p_seed": ("*i64" if dropout else "constexpr",) * n,
+        "lambda_": (POINTER[FP32],) * n,
+        "keep_from": ("i32",) * n,
+        "dropout_scale": ("fp32",) * n,
+        "stride_a_r": ("i32",) * n,
+        "stride_a_k": ("constexpr",) * n,
+        **dict.fromkeys(("M", "K", "stride_dx_m"), "i32"),
     }
-    arguments |= {"p_seed": "*i64"} if dropout else {}
     arguments |= {"p_dh": POINTER[dtype]} if wants_dh else {}
     constants = {
-        "stride_a_k": 1,
+        "stride_a_k": (1,) * n,
         "stride_dx_k": 1,
-        "R": rank,
-        "MIXES": True,
-        "LAMBDA_IS_TENSOR": True,
-        "HAS_DROPOUT": dropout,
+        "R": ranks,
+        "SIBLINGS": n,
+        "MIXES": (True,) * n,
+        "LAMBDA_IS_TENSOR": (True,) * n,
+        "HAS_DROPOUT": (dropout,) * n,
+        "OWN_SUM": (dropout or wants_dh,) * n,
         "HAS_DX": True,
         "ACCUMULATE": accumulate,
         "HAS_DH": wants_dh,
@@ -95,9 +104,9 @@ def compile_input_gradient(target, rank, dtype, a_dtype, dropout, accumulate=Tru
         "SPLIT_A": product.split_b,
         "DOT_DTYPE": product.tl_dtype,
     }
-    constants |= {} if dropout else {"p_seed": None}
+    constants |= {} if dropout else {"p_seed": (None,) * n}
     constants |= {} if wants_dh else {"p_dh": None}
-    return compile_kernel(target, down_input_gradient_kernel, rank, chosen.config, arguments, constants)
+    return compile_kernel(target, down_input_gradient_kernel, ranks, chosen.config, arguments, constants)
 
 
 def assert_fits(binary, target, x_dtype, tensor_cores):
@@ -115,37 +124,54 @@ def assert_fits(binary, target, x_dtype, tensor_cores):
 
 
 WEIGHT_CASES = [
-    ("sm_80", 64, FP16, FP32, True),
-    ("sm_120", 64, FP16, FP32, True),  # the most registers
-    ("sm_90", 16, BF16, FP32, True),
-    ("sm_90", 16, BF16, BF16, False),
-    ("sm_90", 512, BF16, BF16, True),
-    ("sm_90", 64, FP32, FP32, True),
-    ("gfx942", 32, BF16, BF16, True),
-    ("gfx942", 512, FP16, FP32, False),
+    ("sm_80", (64,), FP16, FP32, True),
+    ("sm_120", (64,), FP16, FP32, True),  # the most registers
+    ("sm_90", (16,), BF16, FP32, True),
+    ("sm_90", (16,), BF16, BF16, False),
+    ("sm_90", (512,), BF16, BF16, True),
+    ("sm_90", (64,), FP32, FP32, True),
+    ("gfx942", (32,), BF16, BF16, True),
+    ("gfx942", (512,), FP16, FP32, False),
+    ("sm_80", (16, 16, 16), FP16, FP32, False),  # a tile for all three
+    ("sm_90", (16, 8, 16), BF16, BF16, False),
+    ("sm_120", (16, 16), BF16, BF16, False),
+    ("gfx942", (16, 16, 16), BF16, BF16, False),
+    ("sm_100", (128, 16, 128), BF16, FP32, True),
 ]
 
 
-@pytest.mark.parametrize(("target", "rank", "dtype", "a_dtype", "dropout"), WEIGHT_CASES)
-def test_weight_gradient_fits_its_target(target, rank, dtype, a_dtype, dropout):
-    binary = compile_weight_gradient(target, rank, dtype, a_dtype, dropout)
+@pytest.mark.parametrize(("target", "ranks", "dtype", "a_dtype", "dropout"), WEIGHT_CASES)
+def test_weight_gradient_fits_its_target(target, ranks, dtype, a_dtype, dropout):
+    binary = compile_weight_gradient(target, ranks, dtype, a_dtype, dropout)
     assert_fits(binary, target, dtype, tensor_cores=dtype != FP32)
 
 
 INPUT_CASES = [
-    ("sm_80", 128, BF16, FP32, False),
-    ("sm_90", 16, BF16, FP32, True),
-    ("sm_90", 512, FP16, FP16, False),
-    ("gfx942", 16, BF16, BF16, True),
+    ("sm_80", (128,), BF16, FP32, False),
+    ("sm_90", (16,), BF16, FP32, True),
+    ("sm_90", (512,), FP16, FP16, False),
+    ("gfx942", (16,), BF16, BF16, True),
+    ("sm_90", (16, 16, 16), BF16, BF16, True),  # three sums
+    ("sm_100", (16, 8, 16), BF16, FP32, True),
+    ("sm_80", (512, 128), FP16, FP32, False),
+    ("gfx942", (64, 64, 64), FP16, FP16, False),
 ]
 
 
-@pytest.mark.parametrize(("target", "rank", "dtype", "a_dtype", "dropout"), INPUT_CASES)
-def test_input_gradient_fits_its_target(target, rank, dtype, a_dtype, dropout):
-    binary = compile_input_gradient(target, rank, dtype, a_dtype, dropout, wants_dh=rank == 16)
+@pytest.mark.parametrize(("target", "ranks", "dtype", "a_dtype", "dropout"), INPUT_CASES)
+def test_input_gradient_fits_its_target(target, ranks, dtype, a_dtype, dropout):
+    binary = compile_input_gradient(target, ranks, dtype, a_dtype, dropout, len(ranks) == 1, wants_dh=ranks[0] == 16)
     assert_fits(binary, target, dtype, tensor_cores=dtype != FP32)
 
 
+@pytest.mark.parametrize(("ranks", "products"), [((16,), 1), ((16, 16, 16), 3)])
+def test_products_without_dropout_and_dh0_have_one_sum(ranks, products):
+    """On Hopper, of 64 rows, 128 columns and 16 of the rank: one product for each sibling, and no tile of its own."""
+    binary = compile_input_gradient("sm_90", ranks, BF16, BF16, dropout=False, accumulate=False)
+    assert len(re.findall(r"HGMMA\.64x128x16\.F32\.BF16", binary.code)) == products
+    assert binary.spilled == 0 and binary.registers <= 128
+
+
 def test_gradients_compile_for_an_odd_width():
-    binary = compile_weight_gradient("sm_90", 16, BF16, BF16, False, k=4095)
+    binary = compile_weight_gradient("sm_90", (16,), BF16, BF16, False, k=4095)
     assert binary.spilled == 0 and "HGMMA" in binary.code

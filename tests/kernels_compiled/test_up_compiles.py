@@ -9,9 +9,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 from ahead_of_time import POINTER, TARGETS, TENSOR_CORE, compile_for
+from without_gpu import compiling_for
 
 from sibo_triton.kernels import up, up_backward
-from sibo_triton.kernels.partial_sums import BLOCK, BP, sum_parts_kernel
+from sibo_triton.kernels.partial_sums import BLOCK, BP, sum_parts, sum_parts_kernel
 from sibo_triton.kernels.targets import KNOWN
 from sibo_triton.kernels.up import up_kernel
 from sibo_triton.kernels.up_backward import both_kernel, launch_of_both, product_kernel
@@ -183,11 +184,23 @@ def test_two_passes_fit_their_target(target, rank, g_dtype, b_dtype, output):
     assert_fits(binary, target, tensor_cores=not g_dtype == b_dtype == FP32)
 
 
-@pytest.mark.parametrize("target", ["sm_90"])
-def test_second_stage_fits_its_target(target):
-    arguments = dict.fromkeys(("p_parts", "p_total"), (POINTER[FP32],) * 2)
+@pytest.mark.parametrize(("target", "dtypes"), [("sm_90", (FP32, BF16)), ("gfx942", (BF16, FP16))])
+def test_second_stage_fits_its_target(target, dtypes):
+    arguments = {"p_parts": (POINTER[FP32],) * 2, "p_total": tuple(POINTER[dtype] for dtype in dtypes)}
     arguments |= dict.fromkeys(("parts", "numel", "first_block"), ("i32",) * 2)
     config = {"num_warps": 4, "num_stages": 3}  # Triton's own choice
     constants = {"SUMS": 2, "BLOCK": BLOCK, "BP": BP}
     binary = compile_at(target, sum_parts_kernel, config, arguments, constants, ["numel"])
     assert_fits(binary, target, tensor_cores=False)
+
+
+def test_second_stage_is_one_kernel_whatever_the_number_of_parts():
+    """16 parts, or 1, in a tuple would compile another."""
+    gpu, _ = TARGETS["sm_90"]
+    hashes = set()
+    for parts in ((16, 1), (17, 1), (2, 3), (1, 32)):
+        with compiling_for(gpu) as compiled:
+            of = [torch.empty(n, 256, device="meta") for n in parts]
+            sum_parts(of, [BF16, BF16])
+        hashes |= {kernel.kernel.hash for kernel in compiled}
+    assert len(hashes) == 1

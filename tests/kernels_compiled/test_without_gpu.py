@@ -22,9 +22,9 @@ pytestmark = pytest.mark.skipif(
 LAUNCHES = [
     Down(130, 200, (16, 3), BF16, FP32, 0.3, 0.1, difference=True, lambda_is_tensor=True, strides="padded"),
     Up(130, 200, 16, BF16, BF16, adds=True, strides="transposed"),
-    UpBackward(130, 200, 16, BF16, FP32, scaling_is_tensor=True),
-    WeightGradient(130, 200, 24, BF16, BF16, 0.3, 0.1),
-    InputGradient(130, 200, 16, BF16, BF16, p=0.1, adds=True, strides="padded"),
+    UpBackward(130, 200, (16,), BF16, FP32, scaling_is_tensor=True),
+    WeightGradient(130, 200, (24,), BF16, BF16, 0.3, 0.1),
+    InputGradient(130, 200, (16,), BF16, BF16, p=0.1, adds=True, strides="padded"),
 ]
 
 

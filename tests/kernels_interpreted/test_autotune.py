@@ -14,10 +14,10 @@ from sibo_triton.kernels.autotune import neighbours
 from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
-from sibo_triton.kernels.siblings import DownProjection
+from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients
 from sibo_triton.kernels.targets import STAND_IN
 from sibo_triton.kernels.up import add_up, plan, up
-from sibo_triton.kernels.up_backward import up_backward
+from sibo_triton.kernels.up_backward import up_backward_siblings
 
 CONFIG = {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 2}
 
@@ -102,13 +102,15 @@ def test_every_launcher_can_be_tuned_and_repeats_bitwise(tuning):
 
     def launches():
         into = base.clone()
-        down_input_gradient(t, lora_a, accumulate_into=into)
+        pair = [DownGradients(t, lora_a, BF16, lambda_) for lambda_ in (0.5, 0.1)]
+        down_input_gradient(pair, accumulate_into=into)
+        up = UpGradients(grad_y, t, lora_b, 2.0)
         return [
             down_siblings(x, [DownProjection(lora_a, 0.5), DownProjection(lora_a, 0.1)], h0)[1][0],
             add_up(base, t, lora_b, 2.0),
-            *up_backward(grad_y, t, lora_b, 2.0),
-            *up_backward(grad_y, t, lora_b, 2.0, wants_u=False)[1:],
-            down_weight_gradient(t, x, h0, 0.5, adapter_dtype=BF16),
+            *up_backward_siblings([up])[0],
+            up_backward_siblings([up._replace(wants_u=False)])[0][1],
+            *down_weight_gradient(pair, x, h0),
             into,
         ]
 

@@ -10,40 +10,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from inputs import BF16, FP16, FP32, LAYOUTS, ROUNDING, randn
+from gradients import SEED, absolute_terms, assert_close, gradients
+from inputs import BF16, FP16, FP32, LAYOUTS, randn
 
-from sibo_triton import reference
 from sibo_triton.kernels import targets
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import cut, down_weight_gradient, plan
-
-SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
-
-
-def gradients(dtype, u, x, lora_a, h0, lambda_, p):
-    """Of the reference in a dtype, by autograd: dA, dx, dh0 (None without mixing)."""
-    x, lora_a, h0 = (tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in (x, lora_a, h0))
-    lambda_ = lambda_.to(dtype) if isinstance(lambda_, torch.Tensor) and dtype == torch.float64 else lambda_
-    reference.down(x, lora_a, h0, lambda_, p, SEED).backward(u.to(dtype))
-    return lora_a.grad, x.grad, h0.grad
-
-
-def absolute_terms(u, x, lora_a, h0, lambda_, p):
-    """What an element's error is measured by: the same sums over absolute values."""
-    u, x, lora_a, h0 = (tensor.double().abs() for tensor in (u, x, lora_a, h0))
-    return gradients(torch.float64, u, x, lora_a, h0, lambda_, p)
-
-
-def assert_close(result, exact, terms, by_torch, splits):
-    if exact.numel() == 0:
-        return
-    rounding = ROUNDING[result.dtype]
-    error, torch_error = (tensor.double() - exact for tensor in (result, by_torch))
-    # The interpreter's dots are float32. It truncates the parts of what is split: 2^-15 of each operand is lost, and
-    # 2^-14 of the product with the low parts' own.
-    assert (error.abs() <= rounding * exact.abs() + (1.3e-4 if splits else 1e-6) * terms + 2**-25).all()
-    margin = 2.1 if result.dtype == BF16 else 1.2  # see ROUNDING
-    assert error.norm() <= margin * torch_error.norm() + (4e-5 if splits else 2e-7) * terms.norm()
+from sibo_triton.kernels.siblings import DownGradients
 
 
 def check(u, x, lora_a, h0, lambda_, p, *, accumulate=None, wants_dx=True, wants_dh=True):
@@ -58,18 +31,15 @@ def check(u, x, lora_a, h0, lambda_, p, *, accumulate=None, wants_dx=True, wants
     by_torch = gradients(lora_a.dtype if len(read) == 1 else FP32, *arguments, lambda_, p)
     seed = SEED if p else None
 
-    da = down_weight_gradient(u, x, h0, lambda_, p, seed, adapter_dtype=lora_a.dtype)
+    own = DownGradients(u, lora_a, lora_a.dtype, lambda_, p, seed)
+    (da,) = down_weight_gradient([own], x, h0)
     assert (da.dtype, da.shape, da.is_contiguous()) == (FP32, lora_a.shape, True)
     assert_close(da, exact[0], terms[0], by_torch[0], splits=len(read) > 1)
 
     wants_dh = wants_dh and mixes
     base = None if accumulate is None else accumulate.clone()
     dx, dh = down_input_gradient(
-        u,
-        lora_a,
-        lambda_,
-        p,
-        seed,
+        [own],
         dtype=x.dtype if wants_dx and base is None else None,
         accumulate_into=accumulate,
         residual_dtype=h0_used.dtype if wants_dh else None,
@@ -122,7 +92,8 @@ def test_plain_lora_does_not_read_h0(dtype, r, p):
     u, x, lora_a = torch.randn(33, r), randn(33, 70, dtype), randn(r, 70, dtype)
     check(u, x, lora_a, None, 0.0, p)
     nan = torch.full_like(x, math.nan)
-    without, with_h0 = (down_weight_gradient(u, x, h0, 0.0, p, SEED, adapter_dtype=dtype) for h0 in (None, nan))
+    own = DownGradients(u, None, dtype, 0.0, p, SEED)
+    (without,), (with_h0,) = (down_weight_gradient([own], x, h0) for h0 in (None, nan))
     assert torch.equal(without, with_h0)
 
 
@@ -154,7 +125,7 @@ def test_rows_in_any_number_of_parts(k, multiprocessors, parts, monkeypatch):
     """One part, a last part that is not full, and a part for each tile."""
     target = dataclasses.replace(targets.STAND_IN, multiprocessors=multiprocessors)
     monkeypatch.setattr(targets, "target_of", lambda device: target)
-    config = plan(8, BF16, BF16, BF16, target).config
+    config = plan((8,), BF16, BF16, (BF16, True, True), target).config
     assert cut(333, k, 8, config["BM"], config["BK"], config["BR"], multiprocessors)[1] == parts
     x, h0, lora_a = randn(333, k, BF16), randn(333, k, BF16), randn(8, k, BF16)
     check(torch.randn(333, 8), x, lora_a, h0, 0.3, 0.1)
@@ -168,14 +139,15 @@ def test_what_is_not_finite_stays_so_under_the_mask(value, lambda_, r):
     u, x, h0, lora_a = torch.randn(40, r), randn(40, 70, FP32), randn(40, 70, FP32), randn(r, 70, FP32)
     x[3, 7:19] = value
     h0[5, 60:] = value
-    bad = ~down_weight_gradient(u, x, h0, lambda_, p, SEED, adapter_dtype=FP32).isfinite()
+    own = DownGradients(u, lora_a, FP32, lambda_, p, SEED)
+    bad = ~down_weight_gradient([own], x, h0)[0].isfinite()
     columns = torch.zeros(70, dtype=torch.bool)
     columns[7:19] = True
     if lambda_:
         columns[60:] = True
     assert torch.equal(bad, columns.expand_as(bad))
     u[11, 1] = value
-    dx, _ = down_input_gradient(u, lora_a, lambda_, p, SEED, dtype=FP32)
+    dx, _ = down_input_gradient([own], dtype=FP32)
     assert torch.equal(~dx.isfinite(), (torch.arange(40) == 11)[:, None].expand_as(dx))
 
 
@@ -189,9 +161,10 @@ def test_offsets_past_2_31():
         tensor.copy_(torch.randn(3, 24))
     check_base = dx.clone()
     u, lora_a = torch.randn(3, 16), randn(16, 24, FP16)
-    da = down_weight_gradient(u, x, x, 0.5, adapter_dtype=FP16)
+    own = DownGradients(u, lora_a, FP16, 0.5)
+    (da,) = down_weight_gradient([own], x, x)
     assert torch.allclose(da.double(), u.double().T @ x.double(), atol=1e-5)
-    down_input_gradient(u, lora_a, 0.5, accumulate_into=dx)
+    down_input_gradient([own], accumulate_into=dx)
     assert torch.allclose(dx.double(), check_base + 0.5 * u.double() @ lora_a.double(), atol=1e-2)
 
 
@@ -210,12 +183,15 @@ U, X, A = torch.zeros(4, 2), torch.zeros(4, 8), torch.zeros(2, 8)
         (ValueError, "contiguous", {"u": torch.zeros(2, 4).T}),
         (TypeError, "u is torch.float16", {"u": U.half()}),
         (TypeError, "x is torch.float64: the kernel takes torch.float16", {"x": X.double()}),
+        (TypeError, "adapter_dtype is torch.float64", {"adapter_dtype": torch.float64}),
+        (TypeError, "grad_dtype is torch.float64", {"grad_dtype": torch.float64}),
     ],
 )
 def test_wrong_arguments_of_the_weight_gradient_are_named(error, message, arguments):
-    right = {"u": U, "x": X, "initial_residual": X, "lambda_": 0.5, "adapter_dtype": FP32}
+    given = {"x": X, "initial_residual": X, "u": U, "lora_a": None, "lambda_": 0.5, "adapter_dtype": FP32} | arguments
+    x, h0 = given.pop("x"), given.pop("initial_residual")
     with pytest.raises(error, match=message):
-        down_weight_gradient(**right | arguments)
+        down_weight_gradient([DownGradients(**given)], x, h0)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +208,7 @@ def test_wrong_arguments_of_the_weight_gradient_are_named(error, message, argume
     ],
 )
 def test_wrong_arguments_of_the_input_gradient_are_named(error, message, arguments):
-    right = {"u": U, "lora_a": A, "lambda_": 0.5, "dtype": FP32}
+    given = {"u": U, "lora_a": A, "adapter_dtype": FP32, "lambda_": 0.5, "dtype": FP32} | arguments
+    wanted = {name: given.pop(name) for name in ("dtype", "accumulate_into", "residual_dtype") if name in given}
     with pytest.raises(error, match=message):
-        down_input_gradient(**right | arguments)
+        down_input_gradient([DownGradients(**given)], **wanted)

@@ -16,6 +16,7 @@ from inputs import FP16, FP32, randn
 from triton.runtime import interpreter
 
 from sibo_triton.kernels import down, down_input_gradient, down_weight_gradient, partial_sums, targets, up, up_backward
+from sibo_triton.kernels.siblings import DownGradients, UpGradients
 
 LONG = 2**22 + 70  # rows, of which the last tile has 6
 RANK = 512
@@ -60,7 +61,7 @@ def plan_for(monkeypatch, multiprocessors):
 
 
 def parts_instead_of_sums(monkeypatch, module):
-    monkeypatch.setattr(module, "sum_parts", lambda *parts: list(parts))
+    monkeypatch.setattr(module, "sum_parts", lambda parts, dtypes: list(parts))
 
 
 def tall(rows, cols, dtype):
@@ -84,9 +85,10 @@ def test_up():
 
 def test_input_gradient():
     u, lora_a = tall(LONG, RANK, FP32), randn(RANK, 520, FP16)
-    dx, dh = down_input_gradient.down_input_gradient(u, lora_a, 0.25, dtype=FP16, residual_dtype=FP16)
+    pair = [DownGradients(u, lora_a, FP16, lambda_) for lambda_ in (0.25, 0.0)]
+    dx, dh = down_input_gradient.down_input_gradient(pair, dtype=FP16, residual_dtype=FP16)
     exact = (u[-END:].double() @ lora_a.double())[:, -8:]
-    assert_end(dx[-END:, -8:], 0.75 * exact)
+    assert_end(dx[-END:, -8:], 1.75 * exact)
     assert_end(dh[-END:, -8:], 0.25 * exact)
 
 
@@ -104,7 +106,7 @@ def test_weight_gradient(monkeypatch):
     plan_for(monkeypatch, 2**20)
     parts_instead_of_sums(monkeypatch, down_weight_gradient)
     u, x = tall(LONG, RANK, FP32), tall(LONG, 72, FP16)
-    partial = down_weight_gradient.down_weight_gradient(u, x, adapter_dtype=FP16)
+    (partial,) = down_weight_gradient.down_weight_gradient([DownGradients(u, None, FP16)], x)
     assert partial.numel() > 2**31
     exact = u[-END:].double().T @ x[-END:].double()
     assert_end(partial[-1, -128:, -8:], exact[-128:, -8:])
@@ -125,7 +127,7 @@ def test_both_gradients_of_up(rows, multiprocessors, monkeypatch):
 
     monkeypatch.setattr(up_backward, "plan", one_pass)
     grad_y, t, lora_b = randn(rows, 8450, FP16, "expanded"), tall(rows, 16, FP32), randn(8450, 16, FP16)
-    u, grad_b = up_backward.up_backward(grad_y, t, lora_b, 0.5)
+    ((u, grad_b),) = up_backward.up_backward_siblings([UpGradients(grad_y, t, lora_b, 0.5)])
     assert max(u.numel(), grad_b.numel()) > 2**31
     assert_end(u[-1, -END:], 0.5 * grad_y[-END:, -2:].double() @ lora_b[-2:].double())
     assert_end(grad_b[-1, -2:], 0.5 * grad_y[-END:, -2:].double().T @ t[-END:].double())
@@ -136,7 +138,7 @@ def test_each_gradient_of_up(monkeypatch):
     plan_for(monkeypatch, 2**20)
     parts_instead_of_sums(monkeypatch, up_backward)
     grad_y, t, lora_b = tall(LONG, 24, FP16), tall(LONG, RANK, FP32), randn(24, RANK, FP16)
-    u, grad_b = up_backward.up_backward(grad_y, t, lora_b, 0.5)
+    ((u, grad_b),) = up_backward.up_backward_siblings([UpGradients(grad_y, t, lora_b, 0.5)])
     assert_end(u[-1, -END:, -128:], 0.5 * grad_y[-END:].double() @ lora_b[:, -128:].double())
     assert_end(grad_b[-1, :, -128:], 0.5 * grad_y[-END:].double().T @ t[-END:, -128:].double())
 
@@ -144,5 +146,5 @@ def test_each_gradient_of_up(monkeypatch):
 def test_sum_of_parts():
     parts = torch.empty(2, 2**31 + 70)
     parts[:, -70:] = torch.randn(2, 70)
-    (total,) = partial_sums.sum_parts(parts)
+    (total,) = partial_sums.sum_parts([parts], [FP32])
     assert_end(total[-70:], parts[:, -70:].double().sum(0))

@@ -22,7 +22,9 @@ from benchmarks.launch_traffic import recorded_launches
 from sibo_triton.kernels import targets
 from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
-from sibo_triton.kernels.siblings import DownProjection
+from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients
+from sibo_triton.kernels.up_backward import up_backward_siblings
 from sibo_triton.ops import add_lora, lora_linear
 
 SM_90 = targets.KNOWN["sm_90"]  # with many multiprocessors, sums are cut into parts
@@ -143,6 +145,27 @@ def test_siblings_and_a_gradient_to_add_to(mixes, dropout_p):
     shares = lambda_ if mixes else 0.0
     with Interpreted() as interpreted, torch.no_grad():
         down_siblings(x, [DownProjection(torch.randn(r, K), shares, dropout_p, seed) for r in (3, 200, 16)], h0)
-        u, a = torch.randn(M, 16), torch.randn(16, K)
-        down_input_gradient(u, a, shares, dropout_p, seed, accumulate_into=torch.zeros(M, K, dtype=BF16))
+        own = DownGradients(torch.randn(M, 16), torch.randn(16, K), BF16, shares, dropout_p, seed)
+        down_input_gradient([own], accumulate_into=torch.zeros(M, K, dtype=BF16))
+    interpreted.assert_as_modelled()
+
+
+@pytest.mark.parametrize("ranks", [(3, 16, 24), (3, 200, 16)])
+@pytest.mark.parametrize(("mixes", "dropout_p"), list(product((False, True), (0.0, 0.05))))
+def test_gradients_of_siblings(mixes, dropout_p, ranks):
+    """One of them neither mixes nor drops."""
+    x, h0, _, _, _, _, lambda_, seed = layer_inputs(BF16, BF16, 16, False)
+    with Interpreted() as interpreted, torch.no_grad():
+        ups = [
+            UpGradients(torch.randn(M, n), torch.randn(M, r), torch.randn(n, r), 2.0)
+            for n, r in zip((N, 40, 40), ranks, strict=True)
+        ]
+        gradients = up_backward_siblings([up._replace(grad_dtype=BF16) for up in ups])
+        siblings = [
+            DownGradients(u, torch.randn(u.shape[1], K), FP32, lambda_ if mixes else 0.0, dropout_p, seed, BF16)
+            for u, _ in gradients
+        ]
+        siblings[1] = siblings[1]._replace(lambda_=0.0, dropout_p=0.0)
+        down_weight_gradient(siblings, x, h0)
+        down_input_gradient(siblings, dtype=BF16, residual_dtype=BF16 if mixes else None)
     interpreted.assert_as_modelled()

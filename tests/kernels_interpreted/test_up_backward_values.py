@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +12,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from inputs import BF16, FP16, FP32, LAYOUTS, randn
+from inputs import BF16, FP16, FP32, LAYOUTS, ROUNDING, randn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.launch_traffic import recorded_launches
 from sibo_triton.kernels import up_backward as module
 from sibo_triton.kernels.partial_sums import sum_parts
+from sibo_triton.kernels.siblings import UpGradients
 from sibo_triton.kernels.targets import KNOWN
-from sibo_triton.kernels.up_backward import bytes_moved, launch_of_both, plan, up_backward
+from sibo_triton.kernels.up_backward import BYTES_OF_LAUNCH, bytes_moved, launch_of_both, plan, up_backward_siblings
 
 
 @pytest.fixture(params=["one pass", "two passes"])
@@ -29,6 +35,11 @@ def passes(request, monkeypatch):
 
     monkeypatch.setattr(module, "plan", forced)
     return request.param
+
+
+def up_backward(grad_y, t, lora_b, scaling, wants_u=True, wants_grad_b=True):
+    own = UpGradients(grad_y, t, lora_b, scaling, wants_u, FP32 if wants_grad_b else None)
+    return up_backward_siblings([own])[0]
 
 
 def assert_product_as_good_as_torch(out, g, w, scaling, adapter_dtype):
@@ -170,13 +181,24 @@ def test_repeats_bitwise(passes):
 @pytest.mark.parametrize(
     "parts", [(1, 2), (9, 1), (17, 8), (2, None), (None, 3), (1, 1), (None, None), (3,), (5, 2, 12)]
 )
-def test_sum_of_parts(parts):
+@pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (FP32, FP16, BF16)])
+def test_sum_of_parts(parts, dtypes):
+    """Rounded once: bfloat16 truncates in the interpreter."""
     shapes = ((100, 3), (7, 300), (257,))
     given = [None if n is None else torch.randn(n, *shape) for n, shape in zip(parts, shapes, strict=False)]
-    for of, total in zip(given, sum_parts(*given), strict=True):
+    totals = sum_parts(given, dtypes[: len(parts)])
+    for of, total, dtype in zip(given, totals, dtypes, strict=False):
         assert (total is None) == (of is None)
         if of is not None:
-            torch.testing.assert_close(total.double(), of.double().sum(0), rtol=0, atol=3e-6)
+            exact = of.double().sum(0)
+            assert (total.dtype, total.shape, total.is_contiguous()) == (dtype, exact.shape, True)
+            rounding = 0.0 if dtype == FP32 else ROUNDING[dtype]
+            assert ((total.double() - exact).abs() <= 1.01 * rounding * exact.abs() + 3e-6).all()
+
+
+def test_one_part_in_its_dtype_is_not_copied():
+    part = torch.randn(1, 100)
+    assert sum_parts([part], [FP32])[0].data_ptr() == part.data_ptr()
 
 
 def test_passes_are_chosen_by_the_bytes_they_move():
@@ -197,6 +219,50 @@ def test_passes_are_chosen_by_the_bytes_they_move():
         assert (plan(8192, 4096, rank, *dtypes, KNOWN["sm_90"]).both is not None) is chosen, (rank, dtypes)
 
 
+def test_a_launch_is_worth_some_bytes():
+    """k and v of the same layer, N = 1024: two passes move as many bytes as one, and take a launch more."""
+    target = KNOWN["sm_90"]
+    chosen = plan(8192, 1024, 16, BF16, BF16, target)
+    sizes, both = (8192, 1024, 16, 2, 2), chosen.both
+    one = bytes_moved(*sizes, 1, both.parts, both.grad_b_parts)
+    two = bytes_moved(*sizes, 2, chosen.u.parts, chosen.grad_b.parts)
+    assert two <= one < two + BYTES_OF_LAUNCH
+    # At rank 32 the parts of dB weigh more than a launch.
+    assert plan(8192, 1024, 32, BF16, BF16, target).both is None
+
+
+SIBLINGS = [
+    # M, N, r, of B, scaling, u wanted, of dB
+    (130, 300, 16, BF16, 2.0, True, BF16),
+    (130, 70, 3, BF16, torch.tensor([0.5]), True, BF16),
+    (66, 33, 24, FP32, 0.7, True, FP32),
+    (66, 33, 16, FP16, -0.3, False, FP16),
+    (130, 40, 70, FP32, 1.0, True, None),
+    (0, 40, 16, BF16, 1.0, True, BF16),
+    (40, 30, 0, BF16, 1.0, False, FP32),
+]
+
+
+def test_siblings(passes):
+    """Each with its own dY, N, rank and dtypes; and all sums in one launch."""
+    siblings, names = [], []
+    for m, n, r, dtype, scaling, wants_u, grad_dtype in SIBLINGS:
+        grad_y, t = randn(m, n, BF16 if dtype == FP32 else dtype), torch.randn(m, r)
+        siblings.append(UpGradients(grad_y, t, randn(n, r, dtype), scaling, wants_u, grad_dtype))
+    with recorded_launches(lambda launch: names.append(launch.name), run=True):
+        results = up_backward_siblings(siblings)
+    assert names.count("sum_parts_kernel") == 1 and names[-1] == "sum_parts_kernel"
+    assert len(names) - 1 == (6 if passes == "one pass" else 8)  # dB is not wanted of one, and u not of another
+    for (grad_y, t, lora_b, scaling, wants_u, grad_dtype), (u, grad_b) in zip(siblings, results, strict=True):
+        assert (u is not None, None if grad_b is None else grad_b.dtype) == (wants_u, grad_dtype)
+        assert_both_as_good_as_torch(u, None, grad_y, t, lora_b, scaling)
+        (alone,) = up_backward_siblings([UpGradients(grad_y, t, lora_b, scaling)])
+        assert u is None or torch.equal(u, alone[0])
+        if grad_b is not None:
+            exact = alone[1].double()
+            assert ((grad_b.double() - exact).abs() <= 1.01 * ROUNDING[grad_dtype] * exact.abs() + 2**-25).all()
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
@@ -207,11 +273,12 @@ def test_passes_are_chosen_by_the_bytes_they_move():
         (ValueError, r"grad_y has shape \[5, 8\], but \[4, 8\] fits t and lora_b", {"grad_y": torch.zeros(5, 8)}),
         (ValueError, r"lora_b has shape \[8, 3\], but \[N, 2\] fits t", {"lora_b": torch.zeros(8, 3)}),
         (ValueError, r"t has shape \[4, 2\] and strides \(1, 4\)", {"t": torch.zeros(2, 4).T}),
-        (ValueError, "t is None, but dB is wanted: pass t, or wants_grad_b=False", {"t": None}),
+        (ValueError, "t is None, but dB is wanted: pass t, or grad_dtype=None", {"t": None}),
+        (TypeError, "grad_dtype is torch.float64: the kernel takes torch.float16", {"grad_dtype": torch.float64}),
         (ValueError, r"scaling is a torch.float32 tensor of shape \[2\]", {"scaling": torch.zeros(2)}),
     ],
 )
 def test_wrong_arguments_are_named(error, message, arguments):
     right = {"grad_y": torch.zeros(4, 8), "t": torch.zeros(4, 2), "lora_b": torch.zeros(8, 2), "scaling": 1.0}
     with pytest.raises(error, match=message):
-        up_backward(**right | arguments)
+        up_backward_siblings([UpGradients(**right | arguments)])
