@@ -72,7 +72,7 @@ def test_a_layer_of_ours_is_counted_launch_by_launch():
         Traffic("up_kernel", rank + 2 * N * r, 2 * M * N, 2 * M * N * r, reread=2 * rank + 2 * N * r, grid=(6,)),
         Traffic("aten.addmm_", 2 * (M * N + M * K + N * K), 2 * M * N, gemm),
     ]
-    both, sums, grad_a, sum_a, dx, accumulated, *casts = operations[forward:]
+    both, sums, grad_a, sum_a, dx, accumulated = operations[forward:]
     # 2 strips of one tile of rows, 2 tiles of 256 columns, of which N fills one and a half
     assert both == Traffic(
         "both_kernel",
@@ -82,15 +82,12 @@ def test_a_layer_of_ours_is_counted_launch_by_launch():
         reread=2 * N * r + rank,
         grid=(4,),
     )
-    assert sums == Traffic("sum_parts_kernel", both.written, rank + N * r * 4, 0, grid=(8 + 24,))
+    assert sums == Traffic("sum_parts_kernel", both.written, rank + N * r * 2, 0, grid=(8 + 24,))
     assert (grad_a.name, grad_a.read, grad_a.grid) == ("down_weight_gradient_kernel", 2 * M * K + rank, (8,))
     assert (grad_a.written, grad_a.flops) == (2 * r * K * 4, 2 * M * K * r)
-    assert (sum_a.name, sum_a.read, sum_a.written) == ("sum_parts_kernel", grad_a.written, r * K * 4)
+    assert (sum_a.name, sum_a.read, sum_a.written) == ("sum_parts_kernel", grad_a.written, r * K * 2)
     assert (dx.name, dx.read, dx.written) == ("down_input_gradient_kernel", rank + 2 * r * K, 2 * M * K)
     assert accumulated == Traffic("aten.addmm_", 2 * (M * N + N * K + M * K), 2 * M * K, gemm)
-    assert [(of.name, of.read, of.written) for of in casts] == [  # autograd's, to the dtypes of A and B
-        ("aten._to_copy", 4 * n, 2 * n) for n in sorted((r * K, N * r))
-    ]
 
 
 def test_the_roofline_takes_the_longer_of_copying_and_multiplying():
@@ -145,19 +142,19 @@ def test_committed_counts():
         ("PEFT LoRA", bf16): 10386,
         ("addmm_ scheme", bf16): 5144,
         ("addmm_ scheme, siblings grouped", bf16): 4760,
-        ("ours, lambda = 0", bf16): 4794,
+        ("ours, lambda = 0", bf16): 3618,
         ("PEFT LoRA + eager mix", bf16): 11986,
-        ("ours, SIBO", bf16): 5434,
+        ("ours, SIBO", bf16): 3874,
         ("PEFT LoRA", fp32): 33444,
-        ("ours, lambda = 0", fp32): 4791,
+        ("ours, lambda = 0", fp32): 3599,
         ("PEFT LoRA + eager mix", fp32): 37604,
-        ("ours, SIBO", fp32): 5431,
+        ("ours, SIBO", fp32): 3855,
     }
     for (name, setting), counts in of.items():
         least = settings[setting][name]["minimum"]
         assert counts["read"] > least["read"] and counts["written"] > least["written"]
-    # h0's two reads by each of five linears, forward and for dA, are all that the mix adds
-    h0 = 2 * 5 * 2 * traffic.LLAMA_3_8B.tokens * traffic.LLAMA_3_8B.hidden // traffic.MIB
+    # h0's two reads by each of two groups, forward and for dA, are all that the mix adds
+    h0 = 2 * 2 * 2 * traffic.LLAMA_3_8B.tokens * traffic.LLAMA_3_8B.hidden // traffic.MIB
     assert moved["ours, SIBO", bf16] - moved["ours, lambda = 0", bf16] == h0
 
 
