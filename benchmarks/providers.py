@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
@@ -26,6 +27,26 @@ ADAPTER = "default"
 
 
 @dataclass(frozen=True)
+class Linears:
+    """The linears of a decoder layer that get adapters, by the ends of their names.
+
+    Attributes:
+        all: in the order of the forward.
+        mixing: those that read the residual stream, where a provider mixes.
+        groups: siblings, which share x, together; each of the others alone.
+    """
+
+    all: tuple[str, ...] = ALL_LINEARS
+    mixing: tuple[str, ...] = MIXING
+    groups: tuple[tuple[str, ...], ...] = (
+        ("q_proj", "k_proj", "v_proj"),
+        ("o_proj",),
+        ("gate_proj", "up_proj"),
+        ("down_proj",),
+    )
+
+
+@dataclass(frozen=True)
 class Setting:
     """How the adapters are made.
 
@@ -34,12 +55,14 @@ class Setting:
         dropout: its rate.
         rank: r.
         lambda_: the share of h0, where a provider mixes.
+        linears: which get adapters.
     """
 
     fp32_adapters: bool
     dropout: float
     rank: int = 16
     lambda_: float = 0.1
+    linears: Linears = Linears()
 
     def __str__(self) -> str:
         return f"{'fp32' if self.fp32_adapters else 'bf16'} adapters, dropout {self.dropout:g}"
@@ -71,7 +94,7 @@ class Peft(Provider):
             r=setting.rank,
             lora_alpha=2 * setting.rank,
             lora_dropout=setting.dropout,
-            target_modules=list(ALL_LINEARS),
+            target_modules=list(setting.linears.all),
             **self.more(setting),
         )
         return get_peft_model(model, config, autocast_adapter_dtype=setting.fp32_adapters).train()
@@ -92,10 +115,10 @@ class PeftMixed(Peft):
 
     def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
         h0: list[Tensor] = []
-        model.layers[0].register_forward_pre_hook(lambda block, args: h0.__setitem__(slice(None), [args[0].detach()]))
+        first_block(model).register_forward_pre_hook(lambda _, args: h0.__setitem__(slice(None), [args[0].detach()]))
         wrapped = super().wrap(model, setting)
         for name, layer in _lora_linears(wrapped):
-            if name.endswith(MIXING):
+            if name.endswith(setting.linears.mixing):
                 layer.lora_dropout[ADAPTER] = _MixThenDrop(h0, setting.lambda_, layer.lora_dropout[ADAPTER])
         return wrapped
 
@@ -119,7 +142,10 @@ class Addmm(Peft):
     """
 
     name = "addmm_ scheme"
-    groups: tuple[tuple[str, ...], ...] = tuple((name,) for name in ALL_LINEARS)  # what is one autograd function
+
+    def groups(self, linears: Linears) -> tuple[tuple[str, ...], ...]:
+        """What is one autograd function."""
+        return tuple((name,) for group in linears.groups for name in group)
 
     def unavailable(self, setting: Setting) -> str | None:
         return "no dropout" if setting.dropout else None
@@ -129,7 +155,7 @@ class Addmm(Peft):
         layers = dict(_lora_linears(wrapped))
         for name in layers:
             parent, _, own = name.rpartition(".")
-            for group in self.groups:
+            for group in self.groups(setting.linears):
                 if group[0] == own:
                     _Siblings([layers[f"{parent}.{sibling}"] for sibling in group])
         return wrapped
@@ -143,7 +169,9 @@ class AddmmGrouped(Addmm):
     """
 
     name = "addmm_ scheme, siblings grouped"
-    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+    def groups(self, linears: Linears) -> tuple[tuple[str, ...], ...]:
+        return linears.groups
 
 
 class _Siblings:
@@ -165,7 +193,8 @@ class _Siblings:
                 for of in self.layers
                 for weight in (of.base_layer.weight, of.lora_A[ADAPTER].weight, of.lora_B[ADAPTER].weight)
             ]
-            outputs = _AddmmLinears.apply(x, layer.scaling[ADAPTER], *tensors)
+            biases = [of.base_layer.bias for of in self.layers]
+            outputs = _AddmmLinears.apply(x, layer.scaling[ADAPTER], biases, *tensors)
             self.outputs = {id(of): y for of, y in zip(self.layers, outputs, strict=True)}
         y = self.outputs.pop(id(layer))
         if not self.outputs:
@@ -181,14 +210,16 @@ class _AddmmLayer(LoraLinear):
 
 
 class _AddmmLinears(torch.autograd.Function):
-    """``y = x W0^T``, then ``y += s t B^T`` with ``t = x A^T``, for each W0, A, B; without a bias."""
+    """``y = x W0^T``, then ``y += s t B^T`` with ``t = x A^T``, for each W0, A, B; biases are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scaling: float, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, scaling: float, biases: list[Tensor | None], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         matrix, outputs, kept = x.reshape(-1, x.shape[-1]), [], []
-        for weight, lora_a, lora_b in _triples(weights):
+        for (weight, lora_a, lora_b), bias in zip(_triples(weights), biases, strict=True):
             t = matrix @ lora_a.to(x.dtype).T  # [M, r]
-            y = matrix @ weight.T  # [M, N]
+            y = F.linear(matrix, weight, bias)  # [M, N]
             y.addmm_(t, lora_b.to(x.dtype).T, alpha=scaling)
             kept.append(t)
             # not a view, which a function must not return
@@ -209,7 +240,7 @@ class _AddmmLinears(torch.autograd.Function):
             dx = g @ weight if dx is None else dx.addmm_(g, weight)  # [M, K]
             dx.addmm_(u, lora_a.to(x.dtype))
             gradients += [None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)]
-        return dx.view(x.shape), None, *gradients
+        return dx.view(x.shape), None, None, *gradients
 
 
 def _triples(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -239,11 +270,16 @@ class OursSibo(Peft):
     config = SiboLoraConfig
 
     def more(self, setting: Setting) -> dict[str, Any]:
-        return {"sibo_lambda": setting.lambda_, "sibo_target_modules": list(MIXING)}
+        return {"sibo_lambda": setting.lambda_, "sibo_target_modules": list(setting.linears.mixing)}
 
 
 #: In the order of tables; the floor first.
 PROVIDERS: tuple[Provider, ...] = (Provider(), Peft(), Addmm(), AddmmGrouped(), OursLora(), PeftMixed(), OursSibo())
+
+
+def first_block(model: nn.Module) -> nn.Module:
+    """The first of a model's transformer blocks, whose input is h0."""
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
 
 
 def _lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:
