@@ -32,8 +32,9 @@ class Row(Protocol):
 
     title: str
     setting: Setting
-    quick: bool  # whether --quick runs it
-    compiles: bool  # whether providers that torch.compile makes take part
+
+    def takes(self, provider: Provider) -> bool:
+        """Whether the provider takes part."""
 
     def describe(self) -> dict[str, Any]:
         """What the row is, for the file."""
@@ -65,7 +66,9 @@ class Session:
         self.results, self.device, self.budget, self.effort = results, device, budget, effort
         self.ceilings = ceilings(device)
         results.note(ceilings=self.ceilings)
-        print(f"ceilings, measured: {', '.join(f'{name} {value}' for name, value in self.ceilings.items())}", flush=True)
+        print(
+            f"ceilings, measured: {', '.join(f'{name} {value}' for name, value in self.ceilings.items())}", flush=True
+        )
 
     def run(self, rows: Sequence[Row], providers: Sequence[Provider]) -> None:
         """Time the rows in their order, as many as fit the time."""
@@ -73,7 +76,7 @@ class Session:
         while left and self.budget.begin_row():
             row = left.pop(0)
             print(f"\n{row.title}  ({self.budget.spent:.0f} s)", flush=True)
-            self.run_row(row, [of for of in providers if row.compiles or not getattr(of, "compiles", False)])
+            self.run_row(row, [provider for provider in providers if row.takes(provider)])
             self.budget.end_row()
         self.results.note(not_run_for_lack_of_time=[row.title for row in left])
         if left:
@@ -205,7 +208,7 @@ def run_benchmark(
     effort: Effort,
 ) -> int:
     """What the timed benchmarks' `main` does after its options are read; the exit status."""
-    rows = [row for row in rows if (row.quick or not options.quick) and all(word in row.title for word in options.only)]
+    rows = [row for row in rows if all(word in row.title for word in options.only)]
     if not rows:
         sys.exit(f"benchmarks.{name}: no row's title holds {' and '.join(map(repr, options.only))}; --list shows them")
     if options.list:

@@ -73,6 +73,7 @@ class Provider:
 
     name = "frozen model"
     mixes = False
+    compiles = False  # by torch.compile
 
     def unavailable(self, setting: Setting) -> str | None:
         """Why it cannot do the setting, or None."""
