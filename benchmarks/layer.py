@@ -206,10 +206,8 @@ class LayerComparison:
     def derived(self, name: str, facts: dict[str, Any], floor: dict[str, Any], ceiling: dict[str, float]) -> None:
         milliseconds, row = facts["ms"]["both"]["p50"], self.row
         adds = name != FLOOR
-        flops = sum(
-            4 * row.tokens * K * N + adds * 6 * row.tokens * row.setting.rank * (K + N)
-            for K, N in row.shapes().values()
-        )
+        M, rank = row.tokens, row.setting.rank
+        flops = sum(4 * M * K * N + adds * 6 * M * rank * (K + N) for K, N in row.shapes().values())
         share = flops / milliseconds / 1e9 / ceiling["bf16_gemm_TFLOP_per_s"]
         facts["share_of_bf16_gemm"] = round(share, 4)
         if adds:

@@ -1,4 +1,4 @@
-"""The peers that only timed benchmarks have: PEFT's under torch.compile, and other libraries where they are installed."""
+"""The peers that only timed benchmarks have: PEFT's under torch.compile, and other libraries if they are installed."""
 
 from __future__ import annotations
 
