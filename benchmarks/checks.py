@@ -11,11 +11,13 @@ import copy
 import math
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from benchmarks.models import copy_of
 from benchmarks.providers import ADAPTER, Peft, PeftMixed, Provider, Setting, first_block
@@ -76,14 +78,21 @@ def put_adapters(model: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]]) -
         raise ValueError(f"adapters are missing on {sorted(set(adapters) - found)}")
 
 
-def built(
-    provider: Provider, frozen: nn.Module, setting: Setting, adapters: dict[str, tuple[Tensor, Tensor]]
-) -> nn.Module:
-    """A provider's model on the weights of the frozen one, with these adapters."""
+@contextmanager
+def without_known_warnings() -> Iterator[None]:
+    """What each provider of each row would say again."""
     with warnings.catch_warnings():
         # of a part nothing can be found out by running the model: its mixing linears are named
         warnings.filterwarnings("ignore", message="What feeds the modules")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        yield
+
+
+def built(
+    provider: Provider, frozen: nn.Module, setting: Setting, adapters: dict[str, tuple[Tensor, Tensor]]
+) -> nn.Module:
+    """A provider's model on the weights of the frozen one, with these adapters."""
+    with without_known_warnings():
         model = provider.wrap(copy_of(frozen), setting)
     if type(provider) is not Provider:
         put_adapters(model, adapters)
@@ -107,6 +116,8 @@ def reference_model(
 ) -> nn.Module:
     """The definition on the weights of a frozen model, in float32; its h0 gets no gradient."""
     model = copy.deepcopy(frozen).float()
+    if isinstance(model, PreTrainedModel):
+        model.enable_input_require_grads()  # as in `copy_of`
     h0: list[Tensor] = []
     first_block(model).register_forward_pre_hook(lambda _, args: h0.__setitem__(slice(None), [args[0].detach()]))
     for name, (lora_a, lora_b) in adapters.items():
@@ -203,6 +214,40 @@ class Yardsticks:
         return compare(found, expected, slack)
 
 
+class SharedWeights:
+    """A comparison's frozen model and adapters, and what the definition makes of them; made once for all providers.
+
+    Args:
+        frozen: in bfloat16, on the device.
+        setting: of the adapters.
+        evaluates: whether models run as for inference.
+    """
+
+    def __init__(self, frozen: nn.Module, setting: Setting, evaluates: bool = False) -> None:
+        self.frozen, self.setting, self.evaluates = frozen, setting, evaluates
+        self.adapters = adapters_for(frozen, setting)
+        self._expected: dict[str, Values] = {}
+        self._yardsticks = Yardsticks()
+
+    def model(self, provider: Provider) -> nn.Module:
+        """A provider's."""
+        return built(provider, self.frozen, self.setting, self.adapters).train(not self.evaluates)
+
+    def expected(self, provider: Provider, values: Callable[[nn.Module], Values]) -> Values:
+        """What the definition computes: `values` of its model, in float32."""
+        kind = "frozen" if type(provider) is Provider else "mixed" if provider.mixes else "plain"
+        if kind not in self._expected:
+            adapters = {} if kind == "frozen" else self.adapters
+            with without_known_warnings():
+                model = reference_model(self.frozen, adapters, self.setting, provider.mixes).train(not self.evaluates)
+            self._expected[kind] = values(model)
+        return self._expected[kind]
+
+    def verdict(self, provider: Provider, found: Values, expected: Values) -> Verdict:
+        """See :class:`Yardsticks`."""
+        return self._yardsticks.verdict(provider, found, expected)
+
+
 def dropouts(model: nn.Module) -> list[nn.Dropout]:
     return [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
@@ -222,7 +267,7 @@ def without_dropout(model: nn.Module, values: Callable[[], Values]) -> Values:
 def dropout_problem(found: Values, expected: Values, rate: float) -> str | None:
     """What is wrong with the gradients of A and B under dropout, if something is, against those without.
 
-    A mask of rate p changes ``A x`` by ``sqrt(p / (1 - p))`` of itself where x is random; in a whole layer the gradients
+    A mask of rate p changes ``A x`` by ``sqrt(p / (1 - p))`` of itself where x is random; in a whole layer gradients
     change by two or three times that. Gradients that are not there change by 1, those of something else by more.
     """
     usual, changes = math.sqrt(rate / (1 - rate)), errors(found, expected)

@@ -14,7 +14,7 @@ Every provider's outputs and gradients are compared with the definition's before
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -124,6 +124,9 @@ class LayerStep:
         torch.autograd.backward(outputs, self.grads[i % len(self.grads)])
         mark()
 
+    def reported(self, milliseconds: list[float]) -> list[float]:
+        return milliseconds
+
     def reset(self) -> None:
         self.model.zero_grad(set_to_none=True)
         for inputs in self.inputs:
@@ -132,7 +135,7 @@ class LayerStep:
 
 
 class LayerComparison:
-    """A row with its weights, inputs and expected values; on a whole layer or a part, by the subclass."""
+    """A row with its weights and inputs; a whole layer or a part, by the subclass."""
 
     frozen: nn.Module
     inputs: list[tuple[Tensor, ...]]
@@ -142,28 +145,26 @@ class LayerComparison:
         self.row, self.device, self.setting = row, device, row.setting
         torch.manual_seed(0)
         self.make()
-        self.adapters = checks.adapters_for(self.frozen, self.setting)
-        self.expected: dict[str, Values] = {}
-        self.yardsticks = checks.Yardsticks()
+        self.weights = checks.SharedWeights(self.frozen, self.setting)
 
     def make(self) -> None:
+        """The frozen model, inputs and gradients of outputs."""
+        raise NotImplementedError
+
+    def input_gradient(self, step: LayerStep) -> tuple[tuple[Tensor, ...], Callable[[], Tensor | None]]:
+        """The outputs, and a call that gives dx after the backward."""
         raise NotImplementedError
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device).to(DTYPE)
 
-    def input_gradient(self, step: LayerStep, forward: Any) -> tuple[tuple[Tensor, ...], Any]:
-        """The outputs, and a call that gives dx after the backward."""
-        raise NotImplementedError
-
     def build(self, provider: Provider) -> LayerStep:
-        model = checks.built(provider, self.frozen, self.setting, self.adapters)
-        return LayerStep(provider.name, model, self.inputs, self.grads)
+        return LayerStep(provider.name, self.weights.model(provider), self.inputs, self.grads)
 
     def values(self, step: LayerStep, with_dx: bool = True) -> Values:
         """What a step computes from the first inputs."""
         step.reset()
-        outputs, dx = self.input_gradient(step, lambda: step.forward(0)) if with_dx else (step.forward(0), None)
+        outputs, dx = self.input_gradient(step) if with_dx else (step.forward(0), None)
         torch.autograd.backward(outputs, [g.to(y.dtype) for g, y in zip(self.grads[0], outputs, strict=True)])
         found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
         if dx is not None:
@@ -172,25 +173,23 @@ class LayerComparison:
         step.reset()
         return found
 
-    def expected_of(self, provider: Provider) -> Values:
-        kind = "frozen" if provider.name == FLOOR else "mixed" if provider.mixes else "plain"
-        if kind not in self.expected:
-            adapters = {} if kind == "frozen" else self.adapters
-            model = checks.reference_model(self.frozen, adapters, self.setting, provider.mixes)
-            inputs = [tuple(tensor.detach().float() if tensor.is_floating_point() else tensor for tensor in given)
-                      for given in self.inputs[:1]]  # fmt: skip
-            inputs[0][-1].requires_grad_(inputs[0][-1].is_floating_point())
-            self.expected[kind] = self.values(LayerStep(kind, model, inputs, self.grads))
-        return self.expected[kind]
+    def expected(self, provider: Provider) -> Values:
+        def values(model: nn.Module) -> Values:
+            # tokens, or h0 and x, of which the last wants a gradient
+            *given, last = (t.detach().float() if t.is_floating_point() else t for t in self.inputs[0])
+            inputs = (*given, last.requires_grad_(last.is_floating_point()))
+            return self.values(LayerStep("definition", model, [inputs], self.grads))
+
+        return self.weights.expected(provider, values)
 
     def check(self, provider: Provider, step: LayerStep) -> Verdict:
-        expected, rate = self.expected_of(provider), self.setting.dropout
+        expected, rate = self.expected(provider), self.setting.dropout
         with_dx = not provider.compiles  # a hook, or another rate, would be compiled anew
         if not with_dx:
             expected = {name: value for name, value in expected.items() if name != "gradient of the input"}
         if rate == 0 or not provider.compiles:
             found = checks.without_dropout(step.model, lambda: self.values(step, with_dx))
-            verdict = self.yardsticks.verdict(provider, found, expected)
+            verdict = self.weights.verdict(provider, found, expected)
         else:
             verdict = Verdict(0.0, "nothing: how much dropout changes the gradients")
         if verdict.problem is None and rate and provider.name != FLOOR:
@@ -241,7 +240,7 @@ class WholeLayer(LayerComparison):
         self.inputs = [(given,) for given in ids]
         self.grads = [(self.random(batch, length, row.of.hidden),) for _ in range(count)]
 
-    def input_gradient(self, step: LayerStep, forward: Any) -> tuple[tuple[Tensor, ...], Any]:
+    def input_gradient(self, step: LayerStep) -> tuple[tuple[Tensor, ...], Callable[[], Tensor | None]]:
         seen: list[Tensor] = []
 
         def see(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -251,7 +250,7 @@ class WholeLayer(LayerComparison):
         embedding = next(module for module in step.model.modules() if isinstance(module, nn.Embedding))
         hook = embedding.register_forward_hook(see)
         try:
-            return forward(), lambda: seen[0].grad
+            return step.forward(0), lambda: seen[0].grad
         finally:
             hook.remove()
 
@@ -277,8 +276,8 @@ class PartOfLayer(LayerComparison):
         ]
         self.grads = [tuple(self.random(batch, length, N) for N in widths) for _ in range(count)]
 
-    def input_gradient(self, step: LayerStep, forward: Any) -> tuple[tuple[Tensor, ...], Any]:
-        return forward(), lambda: step.inputs[0][1].grad
+    def input_gradient(self, step: LayerStep) -> tuple[tuple[Tensor, ...], Callable[[], Tensor | None]]:
+        return step.forward(0), lambda: step.inputs[0][1].grad
 
 
 def groups_of(of: Architecture) -> list[tuple[str, ...]]:

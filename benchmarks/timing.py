@@ -34,6 +34,9 @@ class Step(Protocol):
     def reset(self) -> None:
         """Drop what a run leaves behind; not timed."""
 
+    def reported(self, milliseconds: list[float]) -> list[float]:
+        """Of each phase, from the times between the marks."""
+
 
 class Clock:
     """Marks in time, on the device's own time line."""
@@ -74,7 +77,7 @@ def time_turn(step: Step, device: str, first: int, repeats: int) -> list[float]:
         step.run(i, clocks[-1].mark)
     phases = [clock.milliseconds() for clock in clocks]
     step.reset()
-    return [float(sum(times)) / repeats for times in zip(*phases, strict=True)]
+    return step.reported([float(sum(times)) / repeats for times in zip(*phases, strict=True)])
 
 
 @dataclass
@@ -159,8 +162,8 @@ def total(phases: Mapping[str, Sequence[float]]) -> list[float]:
 
 
 def with_total(phases: dict[str, list[float]]) -> dict[str, list[float]]:
-    """With "both" beside the phases, where there are two."""
-    return {**phases, "both": total(phases)} if len(phases) > 1 else phases
+    """With "both" beside forward and backward."""
+    return {**phases, "both": total(phases)} if set(phases) == {"forward", "backward"} else phases
 
 
 def compared(times: Times, floor: str, ours: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -197,6 +200,7 @@ def peak_bytes(step: Step, device: str) -> int | None:
     """What a run allocates at its peak beyond what was there before; None on a CPU, which does not count it."""
     if device != "cuda":
         return None
+    step.run(0, lambda: None)  # makes what stays, an optimizer's states among it
     step.reset()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
