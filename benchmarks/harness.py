@@ -167,7 +167,8 @@ class Session:
 
 def _free(device: str) -> None:
     with suppress(Exception):  # a broken device is found out elsewhere
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
