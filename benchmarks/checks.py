@@ -89,14 +89,14 @@ def without_known_warnings() -> Iterator[None]:
 
 
 def built(
-    provider: Provider, frozen: nn.Module, setting: Setting, adapters: dict[str, tuple[Tensor, Tensor]]
+    provider: Provider, frozen: nn.Module, setting: Setting, adapters: dict[str, tuple[Tensor, Tensor]], trains: bool
 ) -> nn.Module:
-    """A provider's model on the weights of the frozen one, with these adapters."""
+    """A provider's model on the weights of the frozen one, with these adapters, for training or for inference."""
     with without_known_warnings():
-        model = provider.wrap(copy_of(frozen), setting)
+        model = provider.wrap(copy_of(frozen, trains), setting)
     if type(provider) is not Provider:
         put_adapters(model, adapters)
-    return model
+    return model.train(trains)
 
 
 class _ReferenceLinear(nn.Module):
@@ -231,7 +231,7 @@ class SharedWeights:
 
     def model(self, provider: Provider) -> nn.Module:
         """A provider's."""
-        return built(provider, self.frozen, self.setting, self.adapters).train(not self.evaluates)
+        return built(provider, self.frozen, self.setting, self.adapters, not self.evaluates)
 
     def expected(self, provider: Provider, values: Callable[[nn.Module], Values]) -> Values:
         """What the definition computes: `values` of its model, in float32."""

@@ -152,6 +152,7 @@ class Session:
 
     def _stop_if_broken(self, row: Row, name: str, error: Exception) -> None:
         """End the process if the device does not run anything any more; the supervisor starts another."""
+        traceback.clear_frames(error.__traceback__)  # which hold memory
         _free(self.device)
         if self.device != "cuda":
             return

@@ -46,6 +46,12 @@ _CLASSES: dict[str, tuple[type, type, type | None]] = {
     "bert": (BertConfig, BertModel, None),
 }
 
+#: BERT without its own dropout, which would draw other masks for each provider; Gemma's first layers see a window.
+_OPTIONS: dict[str, dict[str, float]] = {
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "gemma3": {"sliding_window": 512},
+}
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -96,10 +102,7 @@ EMBEDDINGS = 32768
 
 
 def frozen_model(of: Architecture, device: str, dtype: torch.dtype, vocabulary: int, head: bool) -> PreTrainedModel:
-    """Of transformers' own classes with their own initialisation, frozen; with a language model's head if asked for.
-
-    Without the dropout that BERT has of its own, which would draw other masks for each provider.
-    """
+    """Of transformers' own classes with their own initialisation, frozen; with a language model's head if asked for."""
     config_class, plain, with_head = _CLASSES[of.kind]
     config = config_class(
         hidden_size=of.hidden,
@@ -112,7 +115,7 @@ def frozen_model(of: Architecture, device: str, dtype: torch.dtype, vocabulary: 
         max_position_embeddings=32768,
         pad_token_id=0,
         attn_implementation="sdpa",
-        **({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if of.kind == "bert" else {}),
+        **_OPTIONS.get(of.kind, {}),
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -128,11 +131,11 @@ def frozen_model(of: Architecture, device: str, dtype: torch.dtype, vocabulary: 
     return model.requires_grad_(False)
 
 
-def copy_of(model: nn.Module) -> nn.Module:
+def copy_of(model: nn.Module, trains: bool = True) -> nn.Module:
     """A model of its own on the same parameters and buffers, so that modules may be exchanged in it."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     made = copy.deepcopy(model, shared)
-    if isinstance(made, PreTrainedModel):
+    if trains and isinstance(made, PreTrainedModel):
         made.enable_input_require_grads()  # the first layer's x wants its gradient, as every other's does
     return made
 

@@ -156,7 +156,8 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
             strong, (colour, marker) = name.startswith("ours"), STYLES.get(name, OTHER)
             (line,) = each.plot(
                 x, [p["p50"] for _, p in points], color=colour, linestyle="--" if "compiled" in name else "-",
-                label=label(name), marker=marker, markersize=5, linewidth=2.2 if strong else 1.2, zorder=3 if strong else 2,
+                label=label(name), marker=marker, markersize=5, linewidth=2.2 if strong else 1.2,
+                zorder=3 if strong else 2,
             )  # fmt: skip
             if strong:  # of all of them at once, spreads hide the lines
                 each.fill_between(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -124,6 +125,7 @@ def interleaved(
         try:
             return time_turn(step, device, first, repeats)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # which hold the memory that was too little
             result.errors[step.name] = error
             result.rounds.pop(step.name, None)
             left.remove(step)
@@ -214,7 +216,7 @@ def peak_bytes(step: Step, device: str) -> int | None:
 
 def buffers_beyond_cache(device: str, bytes_of_one: int) -> int:
     """How many inputs of a size it takes to fill the cache twice; 2 at least."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
+    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 * MIB) if device == "cuda" else 0
     return max(2, min(64, math.ceil(2 * cache / max(1, bytes_of_one))))
 
 
@@ -227,8 +229,8 @@ def ceilings(device: str, rounds: int = 20) -> dict[str, float]:
     copies = _median_seconds(device, rounds, lambda: target.copy_(source))
     products = _median_seconds(device, rounds, lambda: torch.mm(a, b, out=product))
     return {
-        "copy_GB_per_s": round(2 * source.nbytes / copies / 1e9, 1),
-        "bf16_gemm_TFLOP_per_s": round(2 * n**3 / products / 1e12, 3),
+        "copy_GB_per_s": float(f"{2 * source.nbytes / copies / 1e9:.4g}"),
+        "bf16_gemm_TFLOP_per_s": float(f"{2 * n**3 / products / 1e12:.4g}"),
     }
 
 
