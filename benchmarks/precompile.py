@@ -76,18 +76,23 @@ def _jobs(
     ]
 
 
-def compile_job(arguments: tuple[Job, Any, Any]) -> tuple[str, list[str], str | None, float]:
-    """What was compiled of a job, by the kernels' names; the error, if there was one; and seconds."""
+def compiled_of(job: Job, gpu: Any, target: Any) -> list[Any]:
+    """The kernels of a job (`without_gpu.Compiled`), compiled for a GPU that the launchers find as the target."""
     from without_gpu import compiling_for
 
-    job, gpu, target = arguments
-    started, error = time.monotonic(), None
     with compiling_for(gpu, target) as compiled, as_on_a_gpu(target):
-        try:
-            run(job)
-        except Exception as raised:  # the benchmark compiles it then, or shows the error with a device
-            error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-    return str(job), [kernel.name for kernel in compiled], error, time.monotonic() - started
+        run(job)
+    return compiled
+
+
+def compile_job(arguments: tuple[Job, Any, Any]) -> tuple[str, int, str | None, float]:
+    """How many kernels were compiled of a job, the error if there was one, and seconds."""
+    job, started = arguments[0], time.monotonic()
+    try:
+        count, error = len(compiled_of(*arguments)), None
+    except Exception as raised:  # the benchmark compiles it then, or shows the error with a device
+        count, error = 0, f"{type(raised).__name__}: {raised}".splitlines()[0]
+    return str(job), count, error, time.monotonic() - started
 
 
 def run(job: Job) -> None:
@@ -119,12 +124,12 @@ def main() -> None:
     print(f"compiling the kernels of {len(jobs)} rows' linears in {options.workers} processes", flush=True)
     started = told = time.monotonic()
     with get_context("spawn").Pool(options.workers) as pool:
-        for done, (what, kernels, error, seconds) in enumerate(pool.imap_unordered(compile_job, jobs), 1):
+        for done, (what, count, error, seconds) in enumerate(pool.imap_unordered(compile_job, jobs), 1):
             if error is not None:
                 print(f"not compiled: {what}: {error}", flush=True)
             elif time.monotonic() - told > 5 or done == len(jobs):
                 told = time.monotonic()
-                last = f"{what}: {len(kernels)} in {seconds:.1f} s"
+                last = f"{what}: {count} in {seconds:.1f} s"
                 print(f"{done} of {len(jobs)}, {told - started:.0f} s; last: {last}", flush=True)
 
 

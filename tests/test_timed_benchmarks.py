@@ -6,17 +6,21 @@ import sys
 import types
 
 import pytest
-import timed_rows as tiny
 import torch
-from timed_rows import BERT, BOTH, RIGHT, run
-
-from benchmarks import checks, layer, peers, timing
-from benchmarks.checks import canonical
-from benchmarks.providers import PROVIDERS, OursSibo, Peft, Provider
-from benchmarks.timing import Effort, Times, compared, interleaved
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import timed_rows as tiny
+from timed_rows import BERT, BOTH, RIGHT, run
+from triton.backends.compiler import GPUTarget
+
+from benchmarks import checks, decode, launch_traffic, layer, peers, precompile, step, timing
+from benchmarks.checks import canonical
+from benchmarks.counting import counted, to_fake
+from benchmarks.providers import PROVIDERS, OursSibo, Peft, Provider
+from benchmarks.timing import Effort, Times, compared, interleaved
+from sibo_triton.kernels import targets
 
 FEW = (Provider(), Peft(), OursSibo())
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -257,31 +261,35 @@ def test_a_library_that_does_not_import_says_why(monkeypatch):
 
 
 def test_kernels_are_compiled_for_what_a_row_launches(monkeypatch):
-    """The launches of a row's linears are those that are compiled first, in the same order."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from triton.backends.compiler import GPUTarget
+    """The launches of a row's linears are those that are compiled first, in the same order, with the same constants."""
+    launched = []
+    traffic_of_launch = launch_traffic.traffic_of_launch
 
-    from benchmarks import precompile
-    from benchmarks.counting import counted, to_fake
-    from sibo_triton.kernels import targets
+    def record(name, grid, arguments):
+        launched.append((name, {key: value for key, value in arguments.items() if key.isupper() and key != "M"}))
+        return traffic_of_launch(name, grid, arguments)
 
     job = precompile.Job(tiny.LLAMA, QKV, 64, BOTH[1], OursSibo.name)
-    _, compiled, error, _ = precompile.compile_job((job, GPUTarget("cuda", 90, 32), targets.KNOWN["sm_90"]))
-    assert error is None
+    compiled = precompile.compiled_of(job, GPUTarget("cuda", 90, 32), targets.KNOWN["sm_90"])
     step = tiny.layer_row(BOTH[1], QKV, tokens=64).open("cpu").build(OursSibo())
+    monkeypatch.setattr(launch_traffic, "traffic_of_launch", record)
     with FakeTensorMode() as mode:
         to_fake(step.model, mode)
         h0, x = (torch.empty(1, 64, 64, dtype=torch.bfloat16) for _ in range(2))
-        with counted() as operations:
+        with counted():
             outputs = step.model(h0, x.requires_grad_())
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
-    launched = [of.name for of in operations if of.grid is not None]
-    assert compiled == launched and len(compiled) > 10
+    assert [(of.name, {key: value for key, value in of.constants.items() if key != "M"}) for of in compiled] == launched
+    assert len(launched) > 10 and all(constants for _, constants in launched)
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch):
+    job = precompile.Job(tiny.LLAMA, QKV, 64, BOTH[1], "nobody")
+    what, count, error, _ = precompile.compile_job((job, GPUTarget("cuda", 90, 32), targets.KNOWN["sm_90"]))
+    assert what.startswith("nobody, tiny q_proj") and count == 0 and error.startswith("StopIteration")
 
 
 def test_every_row_of_the_benchmarks_is_compiled_first():
-    from benchmarks import decode, precompile, step
-
     for quick in (True, False):
         jobs = {(job.of.name, job.names, job.tokens, job.setting) for job in precompile.jobs_of(quick)}
         for row in layer.plan(quick):
