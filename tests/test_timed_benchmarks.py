@@ -15,7 +15,7 @@ import timed_rows as tiny
 from timed_rows import BERT, BOTH, RIGHT, run
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import checks, decode, launch_traffic, layer, peers, precompile, step, timing
+from benchmarks import checks, decode, launch_traffic, layer, peers, precompile, step, supervised, timing
 from benchmarks.checks import canonical
 from benchmarks.counting import counted, to_fake
 from benchmarks.providers import PROVIDERS, OursSibo, Peft, Provider
@@ -68,6 +68,13 @@ def test_a_training_step_is_checked_timed_and_written(row, tmp_path):
     assert all(facts[of.name]["tokens_per_second"] > 0 for of in FEW)
 
 
+def test_checkpointing_is_on_where_the_row_says_so():
+    for provider in (Provider(), Peft(), OursSibo()):
+        for checkpointing in (False, True):
+            model = tiny.step_row(checkpointing=checkpointing).open("cpu").build(provider).model
+            assert any(getattr(of, "gradient_checkpointing", False) for of in model.modules()) == checkpointing
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_generation_is_checked_timed_and_written(batch, tmp_path, monkeypatch):
     wrong = tiny.NoMix()
@@ -118,6 +125,54 @@ def test_what_is_done_is_in_the_file_when_a_run_is_cut_short(tmp_path):
         run(path, [tiny.layer_row(), CutShort(tiny.LLAMA, 48, BOTH[0])], RIGHT[:2])
     assert [row["title"] for row in json.loads(path.read_text())["rows"]] == [tiny.layer_row().title]
     assert list(tmp_path.iterdir()) == [path], "a half-written file is left"
+
+
+def test_a_device_that_runs_nothing_any_more_ends_the_process(tmp_path, monkeypatch):
+    class OnCpu(type(tiny.layer_row())):
+        def open(self, device):
+            return super().open("cpu")
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    session = run(tmp_path / "layer.json", [])
+    session.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(SystemExit) as ended:
+        session.run([OnCpu(tiny.LLAMA, 48, BOTH[0], vocabulary=128)], [tiny.Crashes()])
+    assert ended.value.code == supervised.BROKEN_DEVICE
+    under_way = json.loads((tmp_path / "layer.json").read_text())["under_way"]
+    assert under_way["provider"] == "crashes" and under_way["error"].startswith("OutOfMemoryError")
+
+
+def test_on_a_gpu_time_is_that_between_events_and_memory_the_allocators(monkeypatch):
+    now, memory = [0.0], {"now": 100, "peak": 0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Allocates(Recorded):
+        def run(self, i, mark):
+            for milliseconds in (3.0, 4.0):
+                now[0] += milliseconds
+                mark()
+            memory["peak"] = max(memory["peak"], memory["now"] + 50)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: memory.update(peak=memory["now"]))
+    times = interleaved([Allocates("a", [])], "cuda", Effort(rounds=2, seconds=0.0, turn=21.0))
+    assert times.rounds == {"a": {"forward": [3.0, 3.0], "backward": [4.0, 4.0]}} and times.repeats == 3
+    assert timing.peak_bytes(Allocates("a", []), "cuda") == 50
 
 
 class Recorded:
