@@ -130,5 +130,8 @@ def output_of(name: str, options: argparse.Namespace) -> Path:
 
 
 def command_line(name: str) -> str:
-    words = [word for word in sys.argv[1:] if word not in ("--unsupervised", "--resume")]
+    """As it was given, without what the supervisor puts behind it."""
+    words = sys.argv[1:]
+    if "--unsupervised" in words:
+        words = words[: words.index("--unsupervised")]
     return shlex.join(["python", "-m", f"benchmarks.{name}", *words])

@@ -271,12 +271,13 @@ def test_a_benchmark_runs_as_a_command(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["layer", *options])
         return layer.main()
 
-    common = ("--device", "cpu", "--output", str(path), "--unsupervised")
+    common = ("--device", "cpu", "--output", str(path), "--unsupervised", "--budget", "900")
     assert main("--quick", "--only", "o_proj", "--providers", "ours, lambda = 0", *common) == 0
     document = json.loads(path.read_text())
     assert [row["title"] for row in document["rows"]] == [rows[0].title]
     assert set(document["rows"][0]["providers"]) == {"frozen model", "ours, lambda = 0"}
-    assert document["command"].startswith("python -m benchmarks.layer --quick --only o_proj")
+    words = f"--quick --only o_proj --providers 'ours, lambda = 0' --device cpu --output {path}"
+    assert document["command"] == f"python -m benchmarks.layer {words}"
     assert {"torch", "commit", "date", "machine", "ceilings"} <= document.keys()
     assert main("--list") == 0 and rows[1].title in capsys.readouterr().out
     with pytest.raises(SystemExit, match="'nobody' is no provider"):
