@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import checks, decode, launch_traffic, layer, peers, precompile, step, supervised, timing
 from benchmarks.checks import canonical
 from benchmarks.counting import counted, to_fake
-from benchmarks.providers import PROVIDERS, OursSibo, Peft, Provider
+from benchmarks.providers import PROVIDERS, OursLora, OursSibo, Peft, Provider
 from benchmarks.timing import Effort, Times, compared, interleaved
 from sibo_triton.kernels import targets
 
@@ -236,6 +236,19 @@ def test_one_wrong_row_among_many_is_found():
     assert "worst row" in checks.compare(found, expected).problem
     assert checks.compare({"y": found["y"] * math.nan}, expected).problem
     assert checks.compare({}, expected).problem
+
+
+def test_three_times_what_pefts_own_lora_is_off_by_is_allowed():
+    expected = {"y": torch.randn(64, 64)}
+    noise = torch.randn(64, 64)
+    off = {error: {"y": expected["y"] + error * noise} for error in (0.02, 0.05, 0.08, 0.2)}
+    yardsticks = checks.Yardsticks()
+    assert yardsticks.verdict(OursSibo(), off[0.05], expected).problem  # PEFT's is not known
+    assert yardsticks.verdict(Peft(), off[0.2], expected).problem
+    assert yardsticks.verdict(Peft(), off[0.02], expected).problem is None
+    for provider in (OursLora(), OursSibo()):
+        assert yardsticks.verdict(provider, off[0.05], expected).problem is None
+        assert yardsticks.verdict(provider, off[0.08], expected).problem
 
 
 def test_adapters_that_are_missing_are_an_error():
