@@ -75,15 +75,15 @@ endif
 compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (25 minutes on 2 cores)
 	@$(BIN)/python benchmarks/compile_check.py --workers $(WORKERS)
 
-bench: $(READY) ## count and time what needs no GPU (3 minutes; writes benchmarks/results/ and the README's tables)
+bench: $(READY) ## count and time what needs no GPU (3 minutes; writes benchmarks/ and the README's tables)
 	@$(BIN)/python -m benchmarks.traffic
 	@$(BIN)/python -m benchmarks.cpu
+	@$(BIN)/python -m benchmarks.plots
 	@$(BIN)/python -m benchmarks.readme_table
 
 # The running Python, as it is: torch must be the build for the device.
-gpu: ## the tests on this machine's CUDA device, with $(PYTHON): installs nothing, needs torch, triton, peft, pytest
-	@$(PYTHON) tests/gpu/prepare.py
-	@$(PYTHON) -m pytest -v -p no:cacheprovider tests/gpu
+gpu: ## tests and benchmarks on this machine's CUDA device, by $(PYTHON) as it is; QUICK=1 takes under 8 minutes
+	@$(PYTHON) -m benchmarks.gpu $(if $(QUICK),--quick)
 
 demo: $(READY) ## train a small model, then fine-tune it with LoRA and SIBO-LoRA (about 3 minutes; writes demo-output/)
 	@$(BIN)/sibo-triton demo

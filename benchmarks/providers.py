@@ -11,15 +11,38 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sibo_triton import SiboLoraConfig, accelerate
+from sibo_triton.lora.siblings import attach_siblings, detach_siblings
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MIXING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # they have the hidden state's width, as h0 has
 ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The linears of a decoder layer that get adapters, by the ends of their names.
+
+    Attributes:
+        all: in the order of the forward.
+        mixing: those that read the residual stream, where a provider mixes.
+        groups: siblings, which share x, together; each of the others alone.
+    """
+
+    all: tuple[str, ...] = ALL_LINEARS
+    mixing: tuple[str, ...] = MIXING
+    groups: tuple[tuple[str, ...], ...] = (
+        ("q_proj", "k_proj", "v_proj"),
+        ("o_proj",),
+        ("gate_proj", "up_proj"),
+        ("down_proj",),
+    )
 
 
 @dataclass(frozen=True)
@@ -31,12 +54,14 @@ class Setting:
         dropout: its rate.
         rank: r.
         lambda_: the share of h0, where a provider mixes.
+        linears: which get adapters.
     """
 
     fp32_adapters: bool
     dropout: float
     rank: int = 16
     lambda_: float = 0.1
+    linears: Linears = Linears()
 
     def __str__(self) -> str:
         return f"{'fp32' if self.fp32_adapters else 'bf16'} adapters, dropout {self.dropout:g}"
@@ -47,6 +72,7 @@ class Provider:
 
     name = "frozen model"
     mixes = False
+    compiles = False  # by torch.compile
 
     def unavailable(self, setting: Setting) -> str | None:
         """Why it cannot do the setting, or None."""
@@ -68,7 +94,7 @@ class Peft(Provider):
             r=setting.rank,
             lora_alpha=2 * setting.rank,
             lora_dropout=setting.dropout,
-            target_modules=list(ALL_LINEARS),
+            target_modules=list(setting.linears.all),
             **self.more(setting),
         )
         return get_peft_model(model, config, autocast_adapter_dtype=setting.fp32_adapters).train()
@@ -89,10 +115,10 @@ class PeftMixed(Peft):
 
     def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
         h0: list[Tensor] = []
-        model.layers[0].register_forward_pre_hook(lambda block, args: h0.__setitem__(slice(None), [args[0].detach()]))
+        first_block(model).register_forward_pre_hook(lambda _, args: h0.__setitem__(slice(None), [args[0].detach()]))
         wrapped = super().wrap(model, setting)
         for name, layer in _lora_linears(wrapped):
-            if name.endswith(MIXING):
+            if name.endswith(setting.linears.mixing):
                 layer.lora_dropout[ADAPTER] = _MixThenDrop(h0, setting.lambda_, layer.lora_dropout[ADAPTER])
         return wrapped
 
@@ -116,7 +142,10 @@ class Addmm(Peft):
     """
 
     name = "addmm_ scheme"
-    groups: tuple[tuple[str, ...], ...] = tuple((name,) for name in ALL_LINEARS)  # what is one autograd function
+
+    def groups(self, linears: Linears) -> tuple[tuple[str, ...], ...]:
+        """What is one autograd function."""
+        return tuple((name,) for group in linears.groups for name in group)
 
     def unavailable(self, setting: Setting) -> str | None:
         return "no dropout" if setting.dropout else None
@@ -126,7 +155,7 @@ class Addmm(Peft):
         layers = dict(_lora_linears(wrapped))
         for name in layers:
             parent, _, own = name.rpartition(".")
-            for group in self.groups:
+            for group in self.groups(setting.linears):
                 if group[0] == own:
                     _Siblings([layers[f"{parent}.{sibling}"] for sibling in group])
         return wrapped
@@ -140,7 +169,9 @@ class AddmmGrouped(Addmm):
     """
 
     name = "addmm_ scheme, siblings grouped"
-    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+    def groups(self, linears: Linears) -> tuple[tuple[str, ...], ...]:
+        return linears.groups
 
 
 class _Siblings:
@@ -162,7 +193,8 @@ class _Siblings:
                 for of in self.layers
                 for weight in (of.base_layer.weight, of.lora_A[ADAPTER].weight, of.lora_B[ADAPTER].weight)
             ]
-            outputs = _AddmmLinears.apply(x, layer.scaling[ADAPTER], *tensors)
+            biases = [of.base_layer.bias for of in self.layers]
+            outputs = _AddmmLinears.apply(x, layer.scaling[ADAPTER], biases, *tensors)
             self.outputs = {id(of): y for of, y in zip(self.layers, outputs, strict=True)}
         y = self.outputs.pop(id(layer))
         if not self.outputs:
@@ -178,14 +210,16 @@ class _AddmmLayer(LoraLinear):
 
 
 class _AddmmLinears(torch.autograd.Function):
-    """``y = x W0^T``, then ``y += s t B^T`` with ``t = x A^T``, for each W0, A, B; without a bias."""
+    """``y = x W0^T``, then ``y += s t B^T`` with ``t = x A^T``, for each W0, A, B; biases are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scaling: float, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, scaling: float, biases: list[Tensor | None], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         matrix, outputs, kept = x.reshape(-1, x.shape[-1]), [], []
-        for weight, lora_a, lora_b in _triples(weights):
+        for (weight, lora_a, lora_b), bias in zip(_triples(weights), biases, strict=True):
             t = matrix @ lora_a.to(x.dtype).T  # [M, r]
-            y = matrix @ weight.T  # [M, N]
+            y = F.linear(matrix, weight, bias)  # [M, N]
             y.addmm_(t, lora_b.to(x.dtype).T, alpha=scaling)
             kept.append(t)
             # not a view, which a function must not return
@@ -206,7 +240,7 @@ class _AddmmLinears(torch.autograd.Function):
             dx = g @ weight if dx is None else dx.addmm_(g, weight)  # [M, K]
             dx.addmm_(u, lora_a.to(x.dtype))
             gradients += [None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)]
-        return dx.view(x.shape), None, *gradients
+        return dx.view(x.shape), None, None, *gradients
 
 
 def _triples(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -220,7 +254,7 @@ class OursLora(Peft):
     name = "ours, lambda = 0"
 
     def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
-        return accelerate(super().wrap(model, setting)).train()
+        return _with_siblings(accelerate(super().wrap(model, setting)).train(), setting)
 
 
 class OursSibo(Peft):
@@ -230,12 +264,57 @@ class OursSibo(Peft):
     mixes = True
     config = SiboLoraConfig
 
+    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+        return _with_siblings(super().wrap(model, setting), setting)
+
     def more(self, setting: Setting) -> dict[str, Any]:
-        return {"sibo_lambda": setting.lambda_, "sibo_target_modules": list(MIXING)}
+        return {"sibo_lambda": setting.lambda_, "sibo_target_modules": list(setting.linears.mixing)}
+
+
+class OursLoraApart(OursLora):
+    """Each layer by itself: what sharing passes is compared with."""
+
+    name = "ours, lambda = 0, layers apart"
+
+    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+        return _apart(super().wrap(model, setting))
+
+
+class OursSiboApart(OursSibo):
+    """Likewise."""
+
+    name = "ours, SIBO, layers apart"
+
+    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+        return _apart(super().wrap(model, setting))
+
+
+def _with_siblings(model: nn.Module, setting: Setting) -> nn.Module:
+    """Where the library cannot see who shares x, for linears alone are no transformer, they are told to it."""
+    if any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        return model
+    for name, module in model.named_modules():
+        groups = tuple(of for of in setting.linears.groups if len(of) > 1 and all(own in module._modules for own in of))
+        if groups:
+            attach_siblings(model, {name: groups})
+    return model
+
+
+def _apart(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        detach_siblings(module)
+    return model
 
 
 #: In the order of tables; the floor first.
 PROVIDERS: tuple[Provider, ...] = (Provider(), Peft(), Addmm(), AddmmGrouped(), OursLora(), PeftMixed(), OursSibo())
+#: What ours was before siblings met: counted, and not timed.
+APART: tuple[Provider, ...] = (OursLoraApart(), OursSiboApart())
+
+
+def first_block(model: nn.Module) -> nn.Module:
+    """The first of a model's transformer blocks, whose input is h0."""
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
 
 
 def _lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.counting import H200, Counts, count_step, summed, to_fake
 from benchmarks.launch_traffic import Traffic
-from benchmarks.providers import ALL_LINEARS, MIXING, PROVIDERS, Provider, Setting
+from benchmarks.providers import ALL_LINEARS, APART, MIXING, PROVIDERS, Provider, Setting
 from sibo_triton.environment import provenance
 
 COMMAND = "python -m benchmarks.traffic"
@@ -47,6 +47,8 @@ RATIOS = (
     ("ours, SIBO", "PEFT LoRA + eager mix"),
     ("ours, SIBO", "PEFT LoRA"),
     ("ours, SIBO", "ours, lambda = 0"),
+    ("ours, lambda = 0", "ours, lambda = 0, layers apart"),
+    ("ours, SIBO", "ours, SIBO, layers apart"),
 )
 
 
@@ -171,7 +173,7 @@ def results_of(setting: Setting, shape: Shape, report: Any = lambda line: None) 
     results: dict[str, Any] = {
         PROVIDERS[0].name: {f"per_layer_of_{n}": rounded(floor.per_layer(n)) for n in (1, LAYERS)}
     }
-    for provider in PROVIDERS[1:]:
+    for provider in (*PROVIDERS[1:], *APART):
         reason = provider.unavailable(setting)
         if reason is not None:
             results[provider.name] = {"unavailable": reason}

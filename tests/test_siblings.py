@@ -58,7 +58,7 @@ def ungrouped(model):
     """The same model, whose layers never meet."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
-        siblings_file._remove(module)
+        siblings_file.detach_siblings(module)
     return twin
 
 
@@ -248,7 +248,7 @@ BODIES = [
 def test_however_they_are_called_they_are_right(body):
     _, attention = attention_of()
     twin = copy.deepcopy(attention)
-    siblings_file._remove(twin)
+    siblings_file.detach_siblings(twin)
     x = torch.randn(2, 5, attention.q_proj.in_features, dtype=FP64, requires_grad=True)
     found = gradients_of(call(attention, body, x), attention, x)
     expected = gradients_of(call(twin, body, x), twin, x)

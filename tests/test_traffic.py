@@ -134,7 +134,7 @@ def test_committed_counts():
         (name, setting): counts[f"added_per_layer_of_{traffic.LAYERS}"]
         for setting, providers_ in settings.items()
         for name, counts in providers_.items()
-        if f"added_per_layer_of_{traffic.LAYERS}" in counts
+        if f"added_per_layer_of_{traffic.LAYERS}" in counts and "apart" not in name
     }
     moved = {key: round((counts["read"] + counts["written"]) / traffic.MIB) for key, counts in of.items()}
     bf16, fp32 = (str(setting) for setting in traffic.SETTINGS)
@@ -150,6 +150,14 @@ def test_committed_counts():
         ("PEFT LoRA + eager mix", fp32): 37604,
         ("ours, SIBO", fp32): 3855,
     }
+    ours = {key: counts for key, counts in of.items() if key[0].startswith("ours")}
+    for (name, setting), counts in ours.items():  # fewer bytes and launches than every peer that does the same
+        mixes = name == "ours, SIBO"
+        for peer, peer_counts in of.items():
+            if peer[1] == setting and not peer[0].startswith("ours") and (not mixes or "mix" in peer[0]):
+                assert moved[name, setting] < moved[peer] and counts["launches"] < peer_counts["launches"], peer
+        assert counts["launches"] < {bf16: 0.5, fp32: 0.3}[setting] * of["PEFT LoRA", setting]["launches"]
+        assert counts["saved"] < {bf16: 1.02, fp32: 0.25}[setting] * of["PEFT LoRA", setting]["saved"]
     for (name, setting), counts in of.items():
         least = settings[setting][name]["minimum"]
         assert counts["read"] > least["read"] and counts["written"] > least["written"]

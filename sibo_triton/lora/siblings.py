@@ -156,7 +156,7 @@ def attach_siblings(model: nn.Module, siblings: dict[str, Names]) -> None:
     """Let the layers meet, by hooks on their parents; what an earlier adapter put there is replaced."""
     for parent, names in siblings.items():
         module = model.get_submodule(parent)
-        _remove(module)
+        detach_siblings(module)
         module.register_forward_pre_hook(_OpenScope(names))
         module.register_forward_hook(_CloseScope(names), always_call=True)
 
@@ -166,7 +166,7 @@ def detach_unused_siblings(model: nn.Module, layer_class: type) -> None:
     for module in model.modules():
         names = siblings_below(module)
         if names and not any(_count(module, group, layer_class) > 1 for group in names):
-            _remove(module)
+            detach_siblings(module)
 
 
 def siblings_below(module: nn.Module) -> Names:
@@ -179,7 +179,8 @@ def _count(module: nn.Module, names: Iterable[str], layer_class: type) -> int:
     return sum(type(module._modules.get(name)) is layer_class for name in names)
 
 
-def _remove(module: nn.Module) -> None:
+def detach_siblings(module: nn.Module) -> None:
+    """Take the hooks of siblings off a module, whose children then run alone."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(hook, _SiblingHook):

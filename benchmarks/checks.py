@@ -1,0 +1,282 @@
+"""Whether a provider computes what it should, before it is timed: outputs and gradients against the definition.
+
+The reference is the same model in float32 whose linears are `sibo_triton.reference.lora_linear`, on the same weights.
+Providers draw their dropout masks each in its own way, so values are compared with the rate at 0; then the rate is
+put back and the gradients must change by about as much as such a mask makes them (`dropout_problem`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from benchmarks.models import copy_of
+from benchmarks.providers import ADAPTER, Peft, PeftMixed, Provider, Setting, first_block
+from sibo_triton import reference
+
+#: The norm of the error over that of the result: of all of it, and of its worst row and column. In bfloat16 PEFT's own
+#: LoRA has half of it on small shapes. Where its error is larger, others may have three times as much as it has.
+TOLERANCE, TOLERANCE_OF_A_LINE = 0.03, 0.15
+#: For the frozen model and PEFT's own LoRA, which are the yardstick of what rounding does.
+SLACK_OF_STOCK, SLACK_OVER_PEFT = 5.0, 3.0
+SCALING = 2.0  # alpha is 2 r
+
+Values = dict[str, Tensor]
+
+
+def canonical(name: str) -> str:
+    """A linear's name from the base model's root, without what PEFT and torch.compile put around it."""
+    name = name.replace("_orig_mod.", "")
+    return name.removeprefix("base_model.model.")
+
+
+def adapters_for(frozen: nn.Module, setting: Setting) -> dict[str, tuple[Tensor, Tensor]]:
+    """A, ``[r, K]``, and B, ``[N, r]``, of each linear: random by its name, as wide as what the linear itself gives.
+
+    In float32, with the values that the adapter's dtype can hold.
+    """
+    adapters = {}
+    for name, linear in frozen.named_modules():
+        if not isinstance(linear, nn.Linear) or not name.endswith(setting.linears.all):
+            continue
+        (N, K), weight = linear.weight.shape, linear.weight
+        dtype = torch.float32 if setting.fp32_adapters else weight.dtype
+        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+        shapes = ((setting.rank, K, 1 / math.sqrt(K)), (N, setting.rank, 0.3 / math.sqrt(setting.rank)))
+        lora_a, lora_b = (
+            (torch.randn(rows, cols, generator=generator, device=weight.device) * std).to(dtype).float()
+            for rows, cols, std in shapes
+        )
+        adapters[name] = lora_a, lora_b
+    return adapters
+
+
+def put_adapters(model: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Give a provider's model these A and B.
+
+    Raises:
+        ValueError: the model does not have adapters on just these linears.
+    """
+    found = set()
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_A") and ADAPTER in module.lora_A:
+                lora_a, lora_b = adapters[canonical(name)]
+                module.lora_A[ADAPTER].weight.copy_(lora_a)
+                module.lora_B[ADAPTER].weight.copy_(lora_b)
+                found.add(canonical(name))
+    if found != set(adapters):
+        raise ValueError(f"adapters are missing on {sorted(set(adapters) - found)}")
+
+
+@contextmanager
+def without_known_warnings() -> Iterator[None]:
+    """What each provider of each row would say again."""
+    with warnings.catch_warnings():
+        # of a part nothing can be found out by running the model: its mixing linears are named
+        warnings.filterwarnings("ignore", message="What feeds the modules")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        yield
+
+
+def built(
+    provider: Provider, frozen: nn.Module, setting: Setting, adapters: dict[str, tuple[Tensor, Tensor]], trains: bool
+) -> nn.Module:
+    """A provider's model on the weights of the frozen one, with these adapters, for training or for inference."""
+    with without_known_warnings():
+        model = provider.wrap(copy_of(frozen, trains), setting)
+    if type(provider) is not Provider:
+        put_adapters(model, adapters)
+    return model.train(trains)
+
+
+class _ReferenceLinear(nn.Module):
+    def __init__(self, linear: nn.Linear, lora_a: Tensor, lora_b: Tensor, h0: list[Tensor] | None, lambda_: float):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_a, self.lora_b = (nn.Parameter(tensor.clone()) for tensor in (lora_a, lora_b))
+        self.h0, self.lambda_ = h0, lambda_
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K]
+        mix = (None, 0.0) if self.h0 is None else (self.h0[0], self.lambda_)
+        return reference.lora_linear(x, self.weight, self.bias, self.lora_a, self.lora_b, SCALING, *mix)
+
+
+def reference_model(
+    frozen: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]], setting: Setting, mixes: bool
+) -> nn.Module:
+    """The definition on the weights of a frozen model, in float32; its h0 gets no gradient."""
+    model = copy.deepcopy(frozen).float()
+    if isinstance(model, PreTrainedModel):
+        model.enable_input_require_grads()  # as in `copy_of`
+    h0: list[Tensor] = []
+    first_block(model).register_forward_pre_hook(lambda _, args: h0.__setitem__(slice(None), [args[0].detach()]))
+    for name, (lora_a, lora_b) in adapters.items():
+        parent, _, own = name.rpartition(".")
+        mixed = mixes and name.endswith(setting.linears.mixing)
+        linear = _ReferenceLinear(model.get_submodule(name), lora_a, lora_b, h0 if mixed else None, setting.lambda_)
+        setattr(model.get_submodule(parent), own, linear)
+    return model.train()
+
+
+def gradients_of(model: nn.Module) -> Values:
+    """Those of A and B, by "q_proj.A" and the like, of a provider's model or the reference."""
+    values = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _ReferenceLinear):
+            pair = module.lora_a, module.lora_b
+        elif hasattr(module, "lora_A") and ADAPTER in module.lora_A:
+            pair = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        else:
+            continue
+        for letter, parameter in zip("AB", pair, strict=True):
+            if parameter.grad is None:
+                raise ValueError(f"{canonical(name)}: {letter} has no gradient")
+            values[f"gradient of {canonical(name)}.{letter}"] = parameter.grad.detach()
+    return values
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found.
+
+    Attributes:
+        worst: the largest error, over the tolerance: above 1 it is wrong.
+        what: of which result.
+        problem: what is wrong, or None.
+    """
+
+    worst: float
+    what: str
+    problem: str | None = None
+
+
+def compare(found: Values, expected: Values, allowed: dict[str, float] | None = None) -> Verdict:
+    """Each result against the definition's, all of it and line by line; what is not finite is wrong.
+
+    Args:
+        found, expected: by the same names.
+        allowed: errors that are allowed beyond the tolerances, by the names of :func:`errors`.
+    """
+    if found.keys() != expected.keys():
+        return Verdict(math.inf, "results", f"has {sorted(found)} instead of {sorted(expected)}")
+    worst = Verdict(0.0, "nothing")
+    for what, error in errors(found, expected).items():
+        tolerance = TOLERANCE_OF_A_LINE if what.endswith(LINES) else TOLERANCE
+        relative = error / max(tolerance, (allowed or {}).get(what, 0.0))
+        if not relative <= worst.worst:  # also NaN
+            worst = Verdict(relative, what)
+    if worst.worst <= 1:
+        return worst
+    return replace(worst, problem=f"{worst.what} is off by {worst.worst:.3g} times what is tolerated")
+
+
+LINES = (", worst row", ", worst column")
+
+
+def errors(found: Values, expected: Values) -> dict[str, float]:
+    """The norm of each result's error over the result's own, and those of its worst row and column."""
+    table = {}
+    for name, value in found.items():
+        exact = expected[name].float().reshape(-1, expected[name].shape[-1])
+        error = value.float().reshape(exact.shape) - exact
+        size = exact.norm()
+        table[name] = float(error.norm() / size)
+        for dim, what in enumerate(LINES):
+            table[name + what] = float(error.norm(dim=1 - dim).max() * math.sqrt(exact.shape[dim]) / size)
+    return table
+
+
+class Yardsticks:
+    """Verdicts on providers in their order, PEFT's own LoRA before those that are measured by its error."""
+
+    def __init__(self) -> None:
+        self.allowed: dict[bool, dict[str, float]] = {}  # by whether it mixes
+
+    def verdict(self, provider: Provider, found: Values, expected: Values) -> Verdict:
+        """What a provider computes, without dropout, against the definition."""
+        stock = type(provider) in (Provider, Peft, PeftMixed)
+        if not stock or found.keys() != expected.keys():
+            alike = self.allowed.get(provider.mixes, next(iter(self.allowed.values()), None))
+            return compare(found, expected, alike)
+        own = errors(found, expected)
+        if type(provider) is not Provider:
+            self.allowed[provider.mixes] = {what: SLACK_OVER_PEFT * error for what, error in own.items()}
+        slack = {what: SLACK_OF_STOCK * (TOLERANCE_OF_A_LINE if what.endswith(LINES) else TOLERANCE) for what in own}
+        return compare(found, expected, slack)
+
+
+class SharedWeights:
+    """A comparison's frozen model and adapters, and what the definition makes of them; made once for all providers.
+
+    Args:
+        frozen: in bfloat16, on the device.
+        setting: of the adapters.
+        evaluates: whether models run as for inference.
+    """
+
+    def __init__(self, frozen: nn.Module, setting: Setting, evaluates: bool = False) -> None:
+        self.frozen, self.setting, self.evaluates = frozen, setting, evaluates
+        self.adapters = adapters_for(frozen, setting)
+        self._expected: dict[str, Values] = {}
+        self._yardsticks = Yardsticks()
+
+    def model(self, provider: Provider) -> nn.Module:
+        """A provider's."""
+        return built(provider, self.frozen, self.setting, self.adapters, not self.evaluates)
+
+    def expected(self, provider: Provider, values: Callable[[nn.Module], Values]) -> Values:
+        """What the definition computes: `values` of its model, in float32."""
+        kind = "frozen" if type(provider) is Provider else "mixed" if provider.mixes else "plain"
+        if kind not in self._expected:
+            adapters = {} if kind == "frozen" else self.adapters
+            with without_known_warnings():
+                model = reference_model(self.frozen, adapters, self.setting, provider.mixes).train(not self.evaluates)
+            self._expected[kind] = values(model)
+        return self._expected[kind]
+
+    def verdict(self, provider: Provider, found: Values, expected: Values) -> Verdict:
+        """See :class:`Yardsticks`."""
+        return self._yardsticks.verdict(provider, found, expected)
+
+
+def dropouts(model: nn.Module) -> list[nn.Dropout]:
+    return [module for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
+def without_dropout(model: nn.Module, values: Callable[[], Values]) -> Values:
+    """What a model computes with every rate at 0."""
+    rates = [(module, module.p) for module in dropouts(model)]
+    try:
+        for module, _ in rates:
+            module.p = 0.0
+        return values()
+    finally:
+        for module, rate in rates:
+            module.p = rate
+
+
+def dropout_problem(found: Values, expected: Values, rate: float) -> str | None:
+    """What is wrong with the gradients of A and B under dropout, if something is, against those without.
+
+    A mask of rate p changes ``A x`` by ``sqrt(p / (1 - p))`` of itself where x is random; in a whole layer gradients
+    change by two or three times that. Gradients that are not there change by 1, those of something else by more.
+    """
+    usual, changes = math.sqrt(rate / (1 - rate)), errors(found, expected)
+    changes = {name: changes[name] for name in found if name.startswith("gradient of") and name[-2:] in (".A", ".B")}
+    for name, change in changes.items():
+        if not change >= usual / 6:
+            return f"{name} changes by {change:.3g} of itself under dropout {rate}; about {usual:.2g} is usual"
+    middle = sorted(changes.values())[len(changes) // 2]
+    if not middle < 1:
+        return f"half of the gradients change by {middle:.3g} and more of themselves under dropout {rate}"
+    return None

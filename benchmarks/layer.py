@@ -1,0 +1,325 @@
+"""Forward and backward of one layer, ours beside every peer, on a GPU: `python -m benchmarks.layer`.
+
+A row is a whole decoder layer of transformers (a model of one layer, on random tokens), the linears that share an
+input, or one linear, with random weights in bfloat16; the most important rows come first. For each provider:
+
+* milliseconds of forward, backward and both, percent over the frozen layer, and for ours the ratio to each peer;
+* what autograd keeps for the backward, and the peak of what is allocated, beyond weights and inputs;
+* the share of the measured ceilings: of bfloat16 GEMM for the products of all linears, and of copying for the least
+  that an adapter must move in the time that it adds (`least_bytes`).
+
+Every provider's outputs and gradients are compared with the definition's before it is timed (`checks.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import checks
+from benchmarks.checks import Values, Verdict
+from benchmarks.harness import FLOOR, run_benchmark
+from benchmarks.models import (
+    ARCHITECTURES,
+    EMBEDDINGS,
+    LLAMA_3_8B,
+    Architecture,
+    Part,
+    frozen_model,
+    part_linears,
+)
+from benchmarks.peers import TIMED
+from benchmarks.providers import Provider, Setting
+from benchmarks.results_file import parser_of
+from benchmarks.timing import MIB, Effort, buffers_beyond_cache
+from sibo_triton.finetune.saved_activations import saved_activation_bytes
+
+BF16 = Setting(fp32_adapters=False, dropout=0.0)
+DEFAULTS = Setting(fp32_adapters=True, dropout=0.05)  # PEFT's dtype, and a usual rate
+TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer, or the linears of a part of it, on so many tokens.
+
+    Attributes:
+        names: of the part's linears; None is the whole layer.
+        compiles: whether torch.compile takes part.
+    """
+
+    of: Architecture
+    tokens: int
+    setting: Setting
+    names: tuple[str, ...] | None = None
+    compiles: bool = False
+    vocabulary: int = EMBEDDINGS
+
+    @property
+    def what(self) -> str:
+        return "layer" if self.names is None else "+".join(self.names)
+
+    @property
+    def title(self) -> str:
+        return f"{self.of.name} {self.what}, M={self.tokens}, r={self.setting.rank}, {self.setting}"
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Sequences, and tokens of each."""
+        length = min(self.tokens, 2048)
+        return self.tokens // length, length
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        shapes = self.of.shapes()
+        return shapes if self.names is None else {name: shapes[name] for name in self.names}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "model": self.of.name,
+            "part": self.what,
+            "tokens": self.tokens,
+            "batch": list(self.batch),
+            "rank": self.setting.rank,
+            "adapters": "float32" if self.setting.fp32_adapters else "bfloat16",
+            "dropout": self.setting.dropout,
+            "lambda": self.setting.lambda_,
+            "linears": {name: list(shape) for name, shape in self.shapes().items()},
+        }
+
+    def takes(self, provider: Provider) -> bool:
+        """All, but for those that mix in a part that does not, and torch.compile where it is not asked for."""
+        mixes = self.names is None or any(name in self.of.linears.mixing for name in self.names)
+        return (mixes or not provider.mixes) and (self.compiles or not provider.compiles)
+
+    def open(self, device: str) -> LayerComparison:
+        linears = self.of.linears if self.names is None else part_linears(self.of, self.names)
+        row = replace(self, setting=replace(self.setting, linears=linears))
+        return (WholeLayer if self.names is None else PartOfLayer)(row, device)
+
+
+class LayerStep:
+    """A provider's model on the row's inputs."""
+
+    phases = ("forward", "backward")
+
+    def __init__(self, name: str, model: nn.Module, inputs: Sequence[tuple[Tensor, ...]], grads: Sequence) -> None:
+        self.name, self.model, self.inputs, self.grads = name, model, inputs, grads
+
+    def forward(self, i: int) -> tuple[Tensor, ...]:
+        inputs = self.inputs[i % len(self.inputs)]
+        if len(inputs) == 1:
+            return (self.model(input_ids=inputs[0]).last_hidden_state,)
+        return self.model(*inputs)
+
+    def run(self, i: int, mark: Any) -> None:
+        outputs = self.forward(i)
+        mark()
+        torch.autograd.backward(outputs, self.grads[i % len(self.grads)])
+        mark()
+
+    def reported(self, milliseconds: list[float]) -> list[float]:
+        return milliseconds
+
+    def reset(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        for inputs in self.inputs:
+            for tensor in inputs:
+                tensor.grad = None
+
+
+class LayerComparison:
+    """A row with its weights and inputs; a whole layer or a part, by the subclass."""
+
+    frozen: nn.Module
+    inputs: list[tuple[Tensor, ...]]
+    grads: list[tuple[Tensor, ...]]
+
+    def __init__(self, row: LayerRow, device: str) -> None:
+        self.row, self.device, self.setting = row, device, row.setting
+        torch.manual_seed(0)
+        self.make()
+        self.weights = checks.SharedWeights(self.frozen, self.setting)
+
+    def make(self) -> None:
+        """The frozen model, inputs and gradients of outputs."""
+        raise NotImplementedError
+
+    def input_gradient(self, step: LayerStep) -> tuple[tuple[Tensor, ...], Callable[[], Tensor | None]]:
+        """The outputs, and a call that gives dx after the backward."""
+        raise NotImplementedError
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(DTYPE)
+
+    def build(self, provider: Provider) -> LayerStep:
+        return LayerStep(provider.name, self.weights.model(provider), self.inputs, self.grads)
+
+    def values(self, step: LayerStep, with_dx: bool = True) -> Values:
+        """What a step computes from the first inputs."""
+        step.reset()
+        outputs, dx = self.input_gradient(step) if with_dx else (step.forward(0), None)
+        torch.autograd.backward(outputs, [g.to(y.dtype) for g, y in zip(self.grads[0], outputs, strict=True)])
+        found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+        if dx is not None:
+            found["gradient of the input"] = dx()
+        found |= checks.gradients_of(step.model)
+        step.reset()
+        return found
+
+    def expected(self, provider: Provider) -> Values:
+        def values(model: nn.Module) -> Values:
+            # tokens, or h0 and x, of which the last wants a gradient
+            *given, last = (t.detach().float() if t.is_floating_point() else t for t in self.inputs[0])
+            inputs = (*given, last.requires_grad_(last.is_floating_point()))
+            return self.values(LayerStep("definition", model, [inputs], self.grads))
+
+        return self.weights.expected(provider, values)
+
+    def check(self, provider: Provider, step: LayerStep) -> Verdict:
+        expected, rate = self.expected(provider), self.setting.dropout
+        with_dx = not provider.compiles  # a hook, or another rate, would be compiled anew
+        if not with_dx:
+            expected = {name: value for name, value in expected.items() if name != "gradient of the input"}
+        if rate == 0 or not provider.compiles:
+            found = checks.without_dropout(step.model, lambda: self.values(step, with_dx))
+            verdict = self.weights.verdict(provider, found, expected)
+        else:
+            verdict = Verdict(0.0, "nothing: how much dropout changes the gradients")
+        if verdict.problem is None and rate and provider.name != FLOOR:
+            problem = checks.dropout_problem(self.values(step, with_dx), expected, rate)
+            verdict = replace(verdict, problem=problem)
+        return verdict
+
+    def more(self, provider: Provider, step: LayerStep) -> dict[str, Any]:
+        if provider.compiles:
+            return {}  # the hooks that count would be compiled in
+        return {"saved_MiB": round(saved_activation_bytes(step.model, lambda: step.forward(0)) / MIB, 1)}
+
+    def derived(self, name: str, facts: dict[str, Any], floor: dict[str, Any], ceiling: dict[str, float]) -> None:
+        milliseconds, row = facts["ms"]["both"]["p50"], self.row
+        adds = name != FLOOR
+        M, rank = row.tokens, row.setting.rank
+        flops = sum(4 * M * K * N + adds * 6 * M * rank * (K + N) for K, N in row.shapes().values())
+        share = flops / milliseconds / 1e9 / ceiling["bf16_gemm_TFLOP_per_s"]
+        facts["share_of_bf16_gemm"] = round(share, 4)
+        if adds:
+            added = milliseconds - floor["ms"]["both"]["p50"]
+            least = least_bytes(row, any(of.mixes for of in TIMED if of.name == name))
+            facts["least_bytes_added"] = least
+            if added > 0:  # else it is not to be told from the frozen layer
+                facts["share_of_copy_of_what_it_adds"] = round(least / added / 1e6 / ceiling["copy_GB_per_s"], 4)
+
+
+def least_bytes(row: LayerRow, mixes: bool) -> int:
+    """What the adapters of the linears must move beyond the frozen ones, as `benchmarks.traffic.minimum` counts it.
+
+    Each linear by itself: A, B and h0 in forward and backward, x in the backward, dA and dB.
+    """
+    itemsize, least = (4 if row.setting.fp32_adapters else 2), 0
+    for name, (K, N) in row.shapes().items():
+        h0 = 2 * row.tokens * K if mixes and name in row.of.linears.mixing else 0
+        least += 3 * row.setting.rank * (K + N) * itemsize + 2 * h0 + 2 * row.tokens * K
+    return least
+
+
+class WholeLayer(LayerComparison):
+    """A model of one layer on random tokens of a frozen embedding: its h0 is the layer's input before the norm."""
+
+    def make(self) -> None:
+        row, (batch, length) = self.row, self.row.batch
+        self.frozen = frozen_model(row.of.with_layers(1), self.device, DTYPE, row.vocabulary, head=False)
+        count = buffers_beyond_cache(self.device, 2 * 2 * row.tokens * row.of.hidden)
+        ids = [torch.randint(1, row.vocabulary, (batch, length), device=self.device) for _ in range(count)]
+        self.inputs = [(given,) for given in ids]
+        self.grads = [(self.random(batch, length, row.of.hidden),) for _ in range(count)]
+
+    def input_gradient(self, step: LayerStep) -> tuple[tuple[Tensor, ...], Callable[[], Tensor | None]]:
+        seen: list[Tensor] = []
+
+        def see(module: nn.Module, args: tuple, output: Tensor) -> None:
+            output.requires_grad_() if output.is_leaf else output.retain_grad()
+            seen.append(output)
+
+        embedding = next(module for module in step.model.modules() if isinstance(module, nn.Embedding))
+        hook = embedding.register_forward_hook(see)
+        try:
+            return step.forward(0), lambda: seen[0].grad
+        finally:
+            hook.remove()
+
+
+class PartOfLayer(LayerComparison):
+    """Linears that share x, with random x and h0."""
+
+    @cached_property
+    def K(self) -> int:
+        return next(iter(self.row.shapes().values()))[0]
+
+    def make(self) -> None:
+        row, (batch, length) = self.row, self.row.batch
+        assert row.names is not None
+        self.frozen = Part(row.of, row.names, self.device, DTYPE)
+        for parameter in self.frozen.parameters():
+            parameter.data.normal_(0, 0.02)
+        widths = [N for _, N in row.shapes().values()]
+        count = buffers_beyond_cache(self.device, 2 * row.tokens * (row.of.hidden + self.K + sum(widths)))
+        self.inputs = [
+            (self.random(batch, length, row.of.hidden), self.random(batch, length, self.K).requires_grad_())
+            for _ in range(count)
+        ]
+        self.grads = [tuple(self.random(batch, length, N) for N in widths) for _ in range(count)]
+
+    def input_gradient(self, step: LayerStep) -> tuple[tuple[Tensor, ...], Callable[[], Tensor | None]]:
+        return step.forward(0), lambda: step.inputs[0][1].grad
+
+
+def groups_of(of: Architecture) -> list[tuple[str, ...]]:
+    """The linears of a layer that share an input."""
+    if of.kind != "bert":
+        return list(of.linears.groups)
+    return [("query", "key", "value"), ("attention.output.dense",), ("intermediate.dense",), ("output.dense",)]
+
+
+def plan(quick: bool) -> list[LayerRow]:
+    """The rows, the most important first."""
+    both = (BF16, DEFAULTS)
+    rows = [LayerRow(LLAMA_3_8B, 8192, setting, compiles=True) for setting in both]
+    sweep = (2048, 512, 32768) if quick else (2048, 512, 32768, 1024, 4096, 16384)
+    rows += [LayerRow(LLAMA_3_8B, M, setting, compiles=not quick) for M in sweep for setting in both]
+    rows += _parts(LLAMA_3_8B, groups_of(LLAMA_3_8B), (8192,), both)
+    rows += [LayerRow(of, 8192, setting) for of in ARCHITECTURES[1:] for setting in both]
+    rows += [LayerRow(LLAMA_3_8B, 8192, replace(setting, rank=rank)) for rank in (8, 64) for setting in both]
+    if quick:
+        return rows
+    crossed = (replace(BF16, dropout=0.05), replace(DEFAULTS, dropout=0.0))
+    rows += [LayerRow(LLAMA_3_8B, 8192, setting) for setting in crossed]
+    rows += _parts(LLAMA_3_8B, [(name,) for name in LLAMA_3_8B.shapes()], (8192,), both)
+    rows += [LayerRow(of, M, setting) for of in ARCHITECTURES[1:] for M in TOKENS if M != 8192 for setting in both]
+    for of in ARCHITECTURES[1:]:
+        rows += _parts(of, groups_of(of), (8192,), both)
+    rows += _parts(LLAMA_3_8B, groups_of(LLAMA_3_8B), [M for M in TOKENS if M != 8192], both)
+    return list(dict.fromkeys(rows))
+
+
+def _parts(
+    of: Architecture, groups: Iterable[tuple[str, ...]], tokens: Iterable[int], settings: Sequence[Setting]
+) -> list[LayerRow]:
+    return [LayerRow(of, M, setting, group) for group in groups for M in tokens for setting in settings]
+
+
+def main() -> int:
+    options = parser_of(__doc__ or "").parse_args()
+    effort = Effort(rounds=15, seconds=4.0) if options.quick else Effort(rounds=40, seconds=15.0)
+    what = "one layer, forward and backward, bfloat16; milliseconds, medians of turns"
+    return run_benchmark("layer", what, plan(options.quick), TIMED, options, effort)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

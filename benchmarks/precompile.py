@@ -1,0 +1,137 @@
+"""Compiles the kernels of the timed benchmarks in parallel, into Triton's cache: `python -m benchmarks.precompile`.
+
+`make gpu` runs it first, so that no benchmark's time goes into compiling. Our providers run the linears of each row,
+those that share an input together, on tensors without memory, for the device that is there: what a launch would
+compile is compiled (`tests/kernels_compiled/without_gpu.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
+
+import torch
+
+from benchmarks import decode, layer, step
+from benchmarks.checks import without_known_warnings
+from benchmarks.counting import as_on_a_gpu
+from benchmarks.models import Architecture, Part, part_linears
+from benchmarks.providers import PROVIDERS, Provider, Setting
+
+
+@dataclass(frozen=True)
+class Job:
+    """One provider on linears that share an input."""
+
+    of: Architecture
+    names: tuple[str, ...]
+    tokens: int
+    setting: Setting
+    provider: str
+    trains: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.provider}, {self.of.name} {'+'.join(self.names)}, M={self.tokens}, {self.setting}"
+
+
+def ours() -> list[Provider]:
+    return [provider for provider in PROVIDERS if provider.name.startswith("ours")]
+
+
+def jobs_of(quick: bool) -> list[Job]:
+    """All that the benchmarks' rows launch, each once, the most important first."""
+    jobs: list[Job] = []
+    for row in layer.plan(quick):
+        jobs += _jobs(row.of, [row.names] if row.names else layer.groups_of(row.of), [row.tokens], row.setting)
+    for training in step.plan(quick):
+        tokens = [training.tokens, step.CHECKED_TOKENS]
+        jobs += _jobs(training.of, layer.groups_of(training.of), tokens, training.setting)
+    for decoding in decode.plan(quick):
+        tokens = [decoding.batch * length for length in (1, decode.PROMPT - 1, decode.PROMPT)]
+        jobs += _jobs(decoding.of, layer.groups_of(decoding.of), tokens, decoding.setting, trains=False)
+    return list(dict.fromkeys(jobs))
+
+
+def _jobs(
+    of: Architecture, groups: Iterable[tuple[str, ...]], tokens: Iterable[int], setting: Setting, trains: bool = True
+) -> list[Job]:
+    # with dropout a check also runs without
+    settings = [setting, replace(setting, dropout=0.0)] if setting.dropout else [setting]
+    return [
+        Job(of, names, M, each, provider.name, trains)
+        for M in tokens
+        for names in groups
+        for each in settings
+        for provider in ours()
+        if not provider.mixes or any(name in of.linears.mixing for name in names)
+    ]
+
+
+def compiled_of(job: Job, gpu: Any, target: Any) -> list[Any]:
+    """The kernels of a job (`without_gpu.Compiled`), compiled for a GPU that the launchers find as the target."""
+    from without_gpu import compiling_for
+
+    with compiling_for(gpu, target) as compiled, as_on_a_gpu(target):
+        run(job)
+    return compiled
+
+
+def compile_job(arguments: tuple[Job, Any, Any]) -> tuple[str, int, str | None, float]:
+    """How many kernels were compiled of a job, the error if there was one, and seconds."""
+    job, started = arguments[0], time.monotonic()
+    try:
+        count, error = len(compiled_of(*arguments)), None
+    except Exception as raised:  # the benchmark compiles it then, or shows the error with a device
+        count, error = 0, f"{type(raised).__name__}: {raised}".splitlines()[0]
+    return str(job), count, error, time.monotonic() - started
+
+
+def run(job: Job) -> None:
+    """Forward, and backward if it trains, on tensors of the device "meta"."""
+    provider = next(of for of in ours() if of.name == job.provider)
+    setting = replace(job.setting, linears=part_linears(job.of, job.names))
+    with without_known_warnings():
+        model = provider.wrap(Part(job.of, job.names, "meta", layer.DTYPE), setting).to("meta").train(job.trains)
+    K = job.of.shapes()[job.names[0]][0]
+    h0, x = (torch.empty(1, job.tokens, width, dtype=layer.DTYPE, device="meta") for width in (job.of.hidden, K))
+    with torch.set_grad_enabled(job.trains):
+        outputs = model(h0, x.requires_grad_(job.trains))
+    if job.trains:
+        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="of the rows that the benchmarks run with --quick")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.precompile: torch sees no CUDA device, so there is nothing to compile for")
+    from triton.runtime.driver import driver
+    from without_gpu import target_of_device
+
+    gpu, target = driver.active.get_current_target(), target_of_device()
+    jobs = [(job, gpu, target) for job in jobs_of(options.quick)]
+    print(f"compiling the kernels of {len(jobs)} rows' linears in {options.workers} processes", flush=True)
+    started = told = time.monotonic()
+    with get_context("spawn").Pool(options.workers) as pool:
+        for done, (what, count, error, seconds) in enumerate(pool.imap_unordered(compile_job, jobs), 1):
+            if error is not None:
+                print(f"not compiled: {what}: {error}", flush=True)
+            elif time.monotonic() - told > 5 or done == len(jobs):
+                told = time.monotonic()
+                last = f"{what}: {count} in {seconds:.1f} s"
+                print(f"{done} of {len(jobs)}, {told - started:.0f} s; last: {last}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A whole training step, ours beside every peer, on a GPU: `python -m benchmarks.step`.
+
+Forward, loss, backward and AdamW on the adapters, of transformers' own causal language models with sdpa attention and
+random weights in bfloat16: some layers of Llama-3-8B's width with its vocabulary, with and without gradient
+checkpointing, and a whole model of 0.5B on one short sequence, where launches dominate. The frozen model, the floor,
+runs forward, loss and backward.
+
+Reported are tokens per second, and the peak of what a step allocates beyond weights and optimizer states. Loss and
+gradients are compared with the definition's, on a short sequence, before a provider is timed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import checks
+from benchmarks.checks import Values, Verdict
+from benchmarks.harness import FLOOR, run_benchmark
+from benchmarks.layer import BF16, DEFAULTS, DTYPE
+from benchmarks.models import LLAMA_3_8B, QWEN2_5_0_5B, Architecture, frozen_model
+from benchmarks.peers import TIMED
+from benchmarks.providers import Provider, Setting
+from benchmarks.results_file import parser_of
+from benchmarks.timing import Effort
+
+BATCHES = 4  # of random tokens, in turn
+CHECKED_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A model, its batch, and how it trains."""
+
+    of: Architecture
+    batch: tuple[int, int]  # sequences, and tokens of each
+    setting: Setting
+    checkpointing: bool
+    compiles: bool = False
+
+    @property
+    def title(self) -> str:
+        sequences, length = self.batch
+        how = ", checkpointing" if self.checkpointing else ""
+        return f"{self.of.name}, {self.of.layers} layers, {sequences} x {length} tokens{how}, {self.setting}"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch[0] * self.batch[1]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "model": self.of.name,
+            "layers": self.of.layers,
+            "vocabulary": self.of.vocabulary,
+            "tokens": self.tokens,
+            "batch": list(self.batch),
+            "checkpointing": self.checkpointing,
+            "rank": self.setting.rank,
+            "adapters": "float32" if self.setting.fp32_adapters else "bfloat16",
+            "dropout": self.setting.dropout,
+            "lambda": self.setting.lambda_,
+        }
+
+    def takes(self, provider: Provider) -> bool:
+        return self.compiles or not provider.compiles
+
+    def open(self, device: str) -> StepComparison:
+        return StepComparison(self, device)
+
+
+class TrainingStep:
+    """One step of a provider's model."""
+
+    phases = ("step",)
+
+    def __init__(self, name: str, model: nn.Module, batches: list[Tensor]) -> None:
+        self.name, self.model, self.batches = name, model, batches
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
+
+    def run(self, i: int, mark: Any) -> None:
+        ids = self.batches[i % len(self.batches)]
+        self.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        mark()
+
+    def reset(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def reported(self, milliseconds: list[float]) -> list[float]:
+        return milliseconds
+
+
+class StepComparison:
+    """A row with its weights and batches."""
+
+    def __init__(self, row: StepRow, device: str) -> None:
+        self.row = row
+        torch.manual_seed(0)
+        frozen = frozen_model(row.of, device, DTYPE, row.of.vocabulary, head=True)
+        self.weights = checks.SharedWeights(frozen, replace(row.setting, linears=row.of.linears))
+        self.batches = [torch.randint(1, row.of.vocabulary, row.batch, device=device) for _ in range(BATCHES)]
+
+    def build(self, provider: Provider) -> TrainingStep:
+        model: Any = self.weights.model(provider)
+        if self.row.checkpointing:
+            with checks.without_known_warnings():
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return TrainingStep(provider.name, model, self.batches)
+
+    def values(self, model: nn.Module) -> Values:
+        """The loss on a short sequence, and its gradients."""
+        model.zero_grad(set_to_none=True)
+        ids = self.batches[0][:1, :CHECKED_TOKENS]
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found = {"loss": loss.detach().reshape(1, 1), **checks.gradients_of(model)}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    def check(self, provider: Provider, step: TrainingStep) -> Verdict:
+        if provider.compiles:  # a short sequence is another graph: the layer benchmark checks what is compiled
+            return Verdict(0.0, "nothing: compiled for one shape")
+        expected, rate = self.weights.expected(provider, self.values), self.row.setting.dropout
+        found = checks.without_dropout(step.model, lambda: self.values(step.model))
+        verdict = self.weights.verdict(provider, found, expected)
+        if verdict.problem is None and rate and provider.name != FLOOR:
+            verdict = replace(verdict, problem=checks.dropout_problem(self.values(step.model), expected, rate))
+        return verdict
+
+    def more(self, provider: Provider, step: TrainingStep) -> dict[str, Any]:
+        return {}
+
+    def derived(self, name: str, facts: dict[str, Any], floor: dict[str, Any], ceiling: dict[str, float]) -> None:
+        facts["tokens_per_second"] = round(1e3 * self.row.tokens / facts["ms"]["step"]["p50"], 1)
+
+
+def plan(quick: bool, layers: int | None = None) -> list[StepRow]:
+    """The rows, the most important first."""
+    wide = LLAMA_3_8B.with_layers(layers or (4 if quick else 8))
+    both = (BF16, DEFAULTS)
+    rows = [StepRow(wide, (4, 2048), setting, False, compiles=not quick) for setting in both]
+    rows += [StepRow(QWEN2_5_0_5B, (1, 512), setting, False, compiles=not quick) for setting in both]
+    return rows + [StepRow(wide, (4, 2048), setting, True) for setting in both]
+
+
+def main() -> int:
+    parser = parser_of(__doc__ or "")
+    parser.add_argument("--layers", type=int, help="of Llama-3-8B's width; default: 8, and 4 with --quick")
+    options = parser.parse_args()
+    effort = Effort(rounds=8, seconds=5.0) if options.quick else Effort(rounds=20, seconds=30.0)
+    what = "a training step with AdamW, bfloat16; milliseconds, medians of turns"
+    return run_benchmark("step", what, plan(options.quick, options.layers), TIMED, options, effort)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
