@@ -119,7 +119,10 @@ GROUPS = {
     "only B": group({}, {}, tokens=(20,), mixes="number", wants=("lora_b",)),
     "only x": group({}, {}, tokens=(20,), mixes="number", wants=("x",)),
     "only h0": group({"mixes": "no"}, {"mixes": "number"}, tokens=(20,), wants=("initial_residual",)),
-    "nothing": group({}, {}, tokens=(20,), mixes="number", wants=()),
+    "nothing": group({}, {}, tokens=(70,), mixes="number", wants=()),
+    "nothing, few rows": group(*RAGGED, tokens=(3, 5), mixes="number", bias=True, lora_bias=True, wants=()),
+    "nothing, one row, bf16": group(*RAGGED_16, tokens=(1, 1), mixes="no", dtype=BF16, bias=True, wants=()),
+    "nothing, few rows, dropout": group(*RAGGED, tokens=(9,), mixes="tensor", dropout_p=0.2, wants=()),
     "A of one": group({"wants": ("lora_a",)}, {"wants": ("lora_b",)}, {"wants": ("x",)}, mixes="number"),
     "no tokens": group({}, {}, tokens=(0,), mixes="number"),
 }

@@ -94,11 +94,18 @@ def output(settings: Settings, inputs: Inputs, t: Tensor) -> Tensor:
             y = ops.add_up(as_matrix(inputs.base), t, b, settings.scaling, inputs.lora_bias)
         else:
             y = ops.up(t, b, settings.scaling, settings.dtype, inputs.lora_bias, inputs.bias)
-            x_frozen, weight = as_matrix(inputs.x).to(settings.dtype), inputs.weight.to(settings.dtype).t()
-            if torch._C._len_torch_dispatch_stack() > 0:  # selective checkpointing keeps what an operator returned
-                y = torch.addmm(y, x_frozen, weight)
-            else:
-                y.addmm_(x_frozen, weight)
+            return with_frozen(settings, inputs, y)
+    return shaped_like(inputs.x, y)
+
+
+def with_frozen(settings: Settings, inputs: Inputs, y: Tensor) -> Tensor:
+    """y, ``[..., N]``, of the low-rank product, ``[M, N]``, onto which the frozen layer's accumulates."""
+    with without_autocast(inputs.x.device.type):
+        x, weight = as_matrix(inputs.x).to(settings.dtype), inputs.weight.to(settings.dtype).t()
+        if torch._C._len_torch_dispatch_stack() > 0:  # selective checkpointing keeps what an operator returned
+            y = torch.addmm(y, x, weight)
+        else:
+            y.addmm_(x, weight)
     return shaped_like(inputs.x, y)
 
 

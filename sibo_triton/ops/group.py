@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sibo_triton.kernels.siblings import DownProjection
+from sibo_triton.kernels.siblings import DownProjection, UpProjection
 from sibo_triton.ops.autograd import (
     Inputs,
     Saved,
@@ -27,9 +27,13 @@ from sibo_triton.ops.autograd import (
     output,
     refuse_second_derivative,
     saved_for,
+    with_frozen,
     without_autocast,
 )
 from sibo_triton.ops.dispatch import implementation
+
+#: Tokens up to which no pass is large, so that without gradients all low-rank products are made at once.
+FEW_ROWS = 64
 
 
 class _Own(NamedTuple):
@@ -68,19 +72,26 @@ class Group:
     def __init__(self, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
         self._settings, self._inputs = list(settings), list(inputs)
         self._ts: list[Tensor | None] = []
+        self._ys: list[Tensor | None] = []  # the low-rank products, where they are made at once
         self._tokens: tuple[Tensor, ...] | None = None
         x, h0 = inputs[0].x, next((of.initial_residual for of in inputs if of.initial_residual is not None), None)
         tensors = [tensor for of in inputs for tensor in _own_of(of)]
         wanted = torch.is_grad_enabled()
         if wanted and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, *tensors)):
             self._tokens = Siblings.apply(self, x, h0, *tensors)
+        elif x.shape[:-1].numel() <= FEW_ROWS:
+            self._low_rank()
         else:
             self._down(self._inputs, [False] * len(inputs))
 
     def output(self, i: int) -> Tensor:
         """y of layer i, ``[..., N]``."""
-        t, self._ts[i] = self._ts[i], None
         settings, inputs = self._settings[i], self._inputs[i]
+        if self._ys:
+            y, self._ys[i] = self._ys[i], None
+            assert y is not None
+            return with_frozen(settings, inputs, y)
+        t, self._ts[i] = self._ts[i], None
         assert t is not None
         if self._tokens is None:
             return output(settings, inputs, t)
@@ -88,23 +99,39 @@ class Group:
 
     def _down(self, inputs: Sequence[Inputs], wants_differences: Sequence[bool]) -> list[tuple[Tensor, Tensor | None]]:
         """t and d of each layer, which stay here until it is asked for its output."""
-        settings = self._settings[0]
         with without_autocast(inputs[0].x.device.type):
-            projections = [
-                DownProjection(
-                    of.lora_a.to(own.adapter_dtype),
-                    own.lambda_ if of.lambda_ is None else of.lambda_,
-                    own.dropout_p,
-                    of.seed,
-                    wants,
-                )
-                for own, of, wants in zip(self._settings, inputs, wants_differences, strict=True)
-            ]
-            h0 = next((as_matrix(of.initial_residual) for of in inputs if of.initial_residual is not None), None)
-            ops = implementation(settings.backend)
-            results = ops.down_siblings(as_matrix(inputs[0].x), projections, h0)
+            ops = implementation(self._settings[0].backend)
+            results = ops.down_siblings(*self._down_arguments(inputs, wants_differences))
         self._ts = [t for t, _ in results]
         return results
+
+    def _low_rank(self) -> None:
+        """The low-rank product of each layer, at once: for few rows, whose launches take longer than what they do."""
+        settings = self._settings[0]
+        with without_autocast(self._inputs[0].x.device.type):
+            x, siblings, h0 = self._down_arguments(self._inputs, [False] * len(self._inputs))
+            ups = [
+                UpProjection(of.lora_b.to(own.adapter_dtype), own.scaling, of.lora_bias, of.bias)
+                for own, of in zip(self._settings, self._inputs, strict=True)
+            ]
+            ops = implementation(settings.backend)
+            self._ys = ops.low_rank_siblings(x, siblings, ups, h0, settings.dtype)
+
+    def _down_arguments(
+        self, inputs: Sequence[Inputs], wants_differences: Sequence[bool]
+    ) -> tuple[Tensor, list[DownProjection], Tensor | None]:
+        siblings = [
+            DownProjection(
+                of.lora_a.to(own.adapter_dtype),
+                own.lambda_ if of.lambda_ is None else of.lambda_,
+                own.dropout_p,
+                of.seed,
+                wants,
+            )
+            for own, of, wants in zip(self._settings, inputs, wants_differences, strict=True)
+        ]
+        h0 = next((as_matrix(of.initial_residual) for of in inputs if of.initial_residual is not None), None)
+        return as_matrix(inputs[0].x), siblings, h0
 
 
 class Siblings(torch.autograd.Function):

@@ -17,7 +17,7 @@ from sibo_triton import reference
 from sibo_triton.ops import small
 from sibo_triton.ops.autograd import Inputs, LowRank, Settings, autocast_dtype, forward
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
-from sibo_triton.ops.group import Group
+from sibo_triton.ops.group import FEW_ROWS, Group
 
 
 def lora_linear(
@@ -198,6 +198,8 @@ def _low_rank(prepared: Prepared) -> Tensor:
         return low_rank(settings, inputs)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return LowRank.apply(settings, *inputs)
+    if inputs.weight is not None and inputs.x.shape[:-1].numel() <= FEW_ROWS:
+        return Group([settings], [inputs]).output(0)
     return forward(settings, inputs, wants_difference=False)[0]
 
 

@@ -11,11 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.siblings import DownGradients, DownProjection, UpGradients
+from ..kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
 from . import plain
 from .plain import add_up, down, up
 
-__all__ = ["add_up", "down", "down_backward_siblings", "down_siblings", "up", "up_backward_siblings"]
+__all__ = [
+    "add_up",
+    "down",
+    "down_backward_siblings",
+    "down_siblings",
+    "low_rank_siblings",
+    "up",
+    "up_backward_siblings",
+]
 
 
 def down_siblings(
@@ -38,6 +46,18 @@ def down_siblings(
         t = own_t + _scalar(s.lambda_, own_t.dtype) * own_d if s.mixes else own_t
         results.append((t, own_d if s.difference else None))
     return results
+
+
+def low_rank_siblings(
+    x: Tensor,  # [M, K]
+    siblings: Sequence[DownProjection],
+    ups: Sequence[UpProjection],
+    initial_residual: Tensor | None,  # [M, K]
+    dtype: torch.dtype,
+) -> list[Tensor]:  # [M, N] each
+    """``y = s (t B^T + b_B) + b`` of each sibling, in a dtype; t is not kept."""
+    ts = down_siblings(x, siblings, initial_residual)
+    return [up(t, of.lora_b, of.scaling, dtype, of.lora_bias, of.base_bias) for (t, _), of in zip(ts, ups, strict=True)]
 
 
 def up_backward_siblings(siblings: Sequence[UpGradients]) -> list[tuple[Tensor | None, Tensor | None]]:
