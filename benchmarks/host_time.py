@@ -1,7 +1,11 @@
-"""Python and dispatch time of one LoRA module on tiny tensors: `python benchmarks/host_time.py`.
+"""Python and dispatch time of LoRA modules on tiny tensors: `python -m benchmarks.host_time`.
 
-Forward + backward, and forward without gradients, of PEFT's eager LoRA, of ours and of ours with the mix, on the CPU,
-where tensors this small cost next to nothing themselves. Runs take turns; medians in microseconds.
+Forward + backward, and forward without gradients, of one linear and of three that share x, on the CPU, where tensors
+this small cost next to nothing themselves. What is printed is what a provider adds to the frozen linears, divided by
+their number: medians over runs in turn, in microseconds. h0's hooks count for those that mix.
+
+"kernels' path" is what the host does on a GPU, but for Triton's own launch and torch's: the launchers run, and their
+kernels do not. Its tensors hold nothing.
 """
 
 from __future__ import annotations
@@ -9,88 +13,96 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import product
+from unittest import mock
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sibo_triton import reference
-from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
-from sibo_triton.lora.layer import MixingSite
-from sibo_triton.lora.paths import Notices
-from sibo_triton.ops import lora_linear
+from benchmarks.checks import without_known_warnings
+from benchmarks.models import LLAMA_3_8B, Part, part_linears
+from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider, Setting
+from sibo_triton.kernels import down, targets
+from sibo_triton.ops import low_rank
+from sibo_triton.ops.dispatch import Choice
 
-SIZE, RANK, TOKENS = 16, 4, 2
-
-
-class Block(nn.Module):
-    """A model of one linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(SIZE, SIZE, bias=False)])
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.layers[0](hidden_states)
+TINY = replace(LLAMA_3_8B, hidden=16, ffn=16, heads=1, kv_heads=1, head=16)
+TOKENS, REPEATS = 2, 20
+GROUPS = {"one linear": ("o_proj",), "three that share x": ("q_proj", "k_proj", "v_proj")}
 
 
-def peft_layer(dropout: float, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """PEFT's lora.Linear, eager; its adapter is float32 whatever the dtype of its base, as PEFT makes it."""
-    config = LoraConfig(r=RANK, lora_dropout=dropout, target_modules=["0"])
-    return get_peft_model(Block().to(dtype), config).train().base_model.model.layers[0]
+@contextmanager
+def kernels_that_do_not_run() -> Iterator[None]:
+    """The kernels' backend, whose launchers do everything but launch."""
+    patch = mock.patch.object
+    with (
+        patch(low_rank, "backend_for", lambda *_: Choice("triton", "timed")),
+        patch(targets, "target_of", lambda device: targets.KNOWN["sm_90"]),
+        patch(type(down.down_kernel), "run", lambda *_, **__: None),
+    ):
+        yield
 
 
-def our_layer(dropout: float, dtype: torch.dtype, sibo: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer that PEFT made, ours by its class; without h0's hooks, which belong to the stack and not to a layer."""
-    layer = peft_layer(dropout, dtype)
-    layer.sibo_sites = {"default": MixingSite("0", None, "", Notices())}
-    layer.lora_variant["default"] = SiboLoraVariant()
-    layer.__class__ = FusedLinear
-    if not sibo:
-        return layer
-    h0, lambda_ = torch.randn(TOKENS, SIZE, dtype=dtype), torch.tensor([0.1])
-    a, b, s = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
-    weight = layer.base_layer.weight
+class Run:
+    """A provider on linears that share x."""
 
-    def run(x: torch.Tensor) -> torch.Tensor:
-        seed = reference.draw_seed() if dropout else None
-        return lora_linear(x, weight, None, a, b, s, h0, lambda_, dropout, seed)
+    def __init__(self, provider: Provider, names: tuple[str, ...], dtype: torch.dtype, setting: Setting) -> None:
+        torch.manual_seed(0)
+        with without_known_warnings():
+            own = replace(setting, linears=part_linears(TINY, names))
+            self.model: nn.Module = provider.wrap(Part(TINY, names, "cpu", dtype), own)
+        self.on_kernels = False
 
-    return run
+    def microseconds(self, h0: torch.Tensor, x: torch.Tensor, grads: list[torch.Tensor]) -> tuple[float, float]:
+        """Of a forward + backward, and of a forward without gradients: the mean of some."""
+        with kernels_that_do_not_run() if self.on_kernels else nullcontext():
+            start = time.process_time()
+            for _ in range(REPEATS):
+                torch.autograd.backward(self.model(h0, x), grads)
+            middle = time.process_time()
+            with torch.no_grad():
+                for _ in range(REPEATS):
+                    self.model(h0, x)
+            return 1e6 * (middle - start) / REPEATS, 1e6 * (time.process_time() - middle) / REPEATS
+
+
+def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting) -> dict[str, Run]:
+    """By name, the frozen linears first."""
+    providers = (Provider(), Peft(), OursLora(), PeftMixed(), OursSibo())
+    runs = {of.name: Run(of, names, dtype, setting) for of in providers if not (of.mixes and names == ("o_proj",))}
+    for provider in (of for of in providers if of.name.startswith("ours") and of.name in runs):
+        name = f"{provider.name}, kernels' path"
+        runs[name] = Run(provider, names, dtype, setting)
+        runs[name].on_kernels = True
+    return runs
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=300)
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    for dtype, dropout in product((torch.float32, torch.bfloat16), (0.0, 0.05)):
-        x = torch.randn(TOKENS, SIZE, dtype=dtype, requires_grad=True)
-        grad = torch.randn(TOKENS, SIZE, dtype=dtype)
-        layers = {
-            "PEFT LoRA, eager": peft_layer(dropout, dtype),
-            "ours, lambda = 0": our_layer(dropout, dtype, sibo=False),
-            "ours, SIBO (operation alone)": our_layer(dropout, dtype, sibo=True),
-        }
-        times: dict[str, list[list[float]]] = {name: [[], []] for name in layers}
+    for (title, names), (dtype, dropout) in product(
+        GROUPS.items(), product((torch.float32, torch.bfloat16), (0.0, 0.05))
+    ):
+        runs = runs_of(names, dtype, Setting(fp32_adapters=True, dropout=dropout))
+        h0, x = (torch.randn(1, TOKENS, TINY.hidden, dtype=dtype) for _ in range(2))
+        grads = [torch.randn(1, TOKENS, TINY.shapes()[name][1], dtype=dtype) for name in names]
+        x.requires_grad_()
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for _ in range(rounds):
-            for name, layer in layers.items():
-                start = time.process_time()
-                for _ in range(20):
-                    layer(x).backward(grad)
-                middle = time.process_time()
-                with torch.no_grad():
-                    for _ in range(20):
-                        layer(x)
-                end = time.process_time()
-                times[name][0].append((middle - start) / 20e-6)
-                times[name][1].append((end - middle) / 20e-6)
-        print(f"{dtype}, dropout {dropout}: microseconds, forward + backward / forward without gradients")
-        for name, (both, alone) in times.items():
-            print(f"  {name:30} {statistics.median(both):7.1f} {statistics.median(alone):7.1f}")
+            for name, run in runs.items():
+                times[name].append(run.microseconds(h0, x, grads))
+        frozen, *others = times
+        print(f"{title}, {dtype}, dropout {dropout:g}: microseconds a module, forward + backward / forward alone")
+        for name in others:
+            pairs = list(zip(times[name], times[frozen], strict=True))
+            added = [statistics.median((own[i] - floor[i]) / len(names) for own, floor in pairs) for i in range(2)]
+            print(f"  {name:32} {added[0]:7.1f} {added[1]:7.1f}", flush=True)
 
 
 if __name__ == "__main__":
