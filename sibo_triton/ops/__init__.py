@@ -1,7 +1,16 @@
 """The operations that the SIBO layers call: one place that chooses between the Triton kernels and plain PyTorch."""
 
 from sibo_triton.ops.autograd import autocast_dtype
+from sibo_triton.ops.bottleneck import add_bottleneck
 from sibo_triton.ops.dispatch import BACKEND_VARIABLE, Choice, backend_for
 from sibo_triton.ops.low_rank import add_lora, lora_linear
 
-__all__ = ["BACKEND_VARIABLE", "Choice", "add_lora", "autocast_dtype", "backend_for", "lora_linear"]
+__all__ = [
+    "BACKEND_VARIABLE",
+    "Choice",
+    "add_bottleneck",
+    "add_lora",
+    "autocast_dtype",
+    "backend_for",
+    "lora_linear",
+]
