@@ -28,12 +28,14 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.integrations.peft import PeftAdapterMixin
 
-from sibo_triton.lora import checkpoints, refusals
+from sibo_triton.injection import checkpoints
+from sibo_triton.injection.options import SiboOptions
+from sibo_triton.injection.snapshot import Snapshot, loading
 from sibo_triton.lora import model as sibo_lora
+from sibo_triton.lora import refusals
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
 from sibo_triton.lora.forward import refuse_merge
 from sibo_triton.lora.layer import lora_layers, mixed_batch, sibo_adapters, site_of
-from sibo_triton.lora.snapshot import Snapshot, loading
 
 _REGISTERED = "_sibo_triton_wraps"
 
@@ -239,7 +241,7 @@ def _load_adapter(
     saved = _config_of_weights(peft_model, adapter_name, model_id, hub_kwargs)
     with loading():
         result = original(peft_model, model_id, adapter_name, *args, **kwargs)
-    if isinstance(saved, SiboLoraConfig) and saved.mixes:
+    if isinstance(saved, SiboOptions) and saved.mixes:
         peft_model.peft_config[adapter_name].sibo_lambda = saved.sibo_lambda  # as the tensors have it now
     return result
 
@@ -251,7 +253,7 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
     _config_of_weights(model, adapter_name, kwargs.get("peft_model_id", args[0] if args else None), hub_kwargs)
     with loading(), _loading_by_transformers(adapter_name):
         result = original(model, *args, **kwargs)
-        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SiboLoraConfig):
+        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SiboOptions):
             without_value = [*result.missing_keys, *(key for key, *_ in result.mismatched_keys)]
             checkpoints.check_loaded_lambdas(model, adapter_name, without_value)
         checkpoints.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
@@ -261,7 +263,7 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
 def _config_of_weights(model: Any, adapter_name: str, model_id: Any, hub_kwargs: dict[str, Any]) -> PeftConfig | None:
     """The config beside weights that are to be loaded onto an adapter that is there: neither library compares them."""
     existing = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(existing, SiboLoraConfig) or not existing.mixes or model_id is None:
+    if not isinstance(existing, SiboOptions) or not existing.mixes or model_id is None:
         return None
     try:
         saved = PeftConfig.from_pretrained(model_id, **hub_kwargs)
