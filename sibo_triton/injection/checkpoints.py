@@ -178,15 +178,35 @@ def _refuse_without_place(adapter_name: str, keys: Sequence[str]) -> None:
 
 
 def check_same_source(adapter: PeftConfig, saved: PeftConfig) -> None:
-    """Raise a ValueError if weights for another kind of h0 would be loaded onto an adapter.
+    """Raise a ValueError if weights would be loaded onto an adapter that makes something else of them.
 
-    What h0 is, alone of the options of SIBO, is in no tensor.
+    Such as of another kind of h0: that is in no tensor.
     """
-    both = all(isinstance(config, SiboOptions) and config.mixes for config in (adapter, saved))
-    if both and adapter.sibo_source != saved.sibo_source:
+    if not isinstance(adapter, SiboOptions) or not isinstance(saved, SiboOptions):
+        return
+    for name in adapter.in_no_tensor():
+        if name in saved.in_no_tensor() and getattr(adapter, name) != getattr(saved, name):
+            raise ValueError(
+                f"Configs are incompatible: for {name}, {getattr(adapter, name)!r} != {getattr(saved, name)!r}. "
+                "Loading onto an adapter exchanges its weights only: load the checkpoint as another adapter."
+            )
+
+
+def check_same_method(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
+    """Raise a ValueError if the weights of a bottleneck adapter are going to be loaded onto another, or the reverse.
+
+    No name would match, and PEFT would load nothing without a word.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is None:
+        return
+    expected = config.peft_type == "SIBO_ADAPTER"
+    found = any(f".{_FIRST_WEIGHTS[BOTTLENECK_LAMBDA_NAME]}." in key for key in tensors)
+    if expected != found:
+        weights = "those of" if found else "not those of"
         raise ValueError(
-            f"Configs are incompatible: for sibo_source, {adapter.sibo_source!r} != {saved.sibo_source!r}. Loading "
-            "onto an adapter exchanges its weights only: load the checkpoint as another adapter."
+            f"The weights are {weights} a bottleneck adapter (SiboAdapterConfig), and adapter {adapter_name!r} is "
+            f"{'' if expected else 'not '}one: nothing would be loaded. Load the folder as an adapter of another name."
         )
 
 

@@ -39,6 +39,10 @@ class SiboOptions:
         """Whether any module may mix: lambda is not 0, or learnable."""
         return self.sibo_learnable or self.sibo_lambda != 0.0
 
+    def in_no_tensor(self) -> tuple[str, ...]:
+        """The options that change what saved weights compute, and that no tensor among them holds."""
+        return ("sibo_source",) if self.mixes else ()
+
     def check_options(self) -> None:
         """Raise what the constructor raises; injection calls it again, for options that were set since."""
         if not isinstance(self.sibo_learnable, bool):

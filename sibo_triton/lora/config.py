@@ -80,7 +80,8 @@ class SiboLoraConfig(SiboOptions, LoraConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         if self.mixes:
-            update_model_card(str(save_directory), self.sibo_lambda, self.sibo_learnable, self.sibo_source)
+            options = (self.sibo_lambda, self.sibo_learnable, self.sibo_source)
+            update_model_card(str(save_directory), *options, method="SIBO-LoRA")
 
     def _refuse_what_cannot_mix(self) -> None:
         marked = [f.name for f in fields(self) if f.metadata.get("is_lora_variant")]
