@@ -133,6 +133,14 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
+    def modules_of(self, adapter_name: str) -> tuple[Any, Any, Any]:
+        """The two projections and the dropout of an adapter."""
+        return (
+            self.sibo_adapter_down[adapter_name],
+            self.sibo_adapter_up[adapter_name],
+            self.sibo_adapter_dropout[adapter_name],
+        )
+
     def width_mixed(self, adapter_name: str) -> int:
         """Width of what an adapter reads, and h0 must have."""
         return self.out_features if self.sibo_adapter_options[adapter_name].reads_output else self.in_features
@@ -194,10 +202,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
 
     def _add_branch(self, name: str, base: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """``base + g(v)``."""
-        down, up, dropout = (
-            getattr(self, container)[name]
-            for container in ("sibo_adapter_down", "sibo_adapter_up", "sibo_adapter_dropout")
-        )
+        down, up, dropout = self.modules_of(name)
         options = self.sibo_adapter_options[name]
         scaling: Any = self.sibo_adapter_scaling[name]() if name in self.sibo_adapter_scaling else options.scaling
         h0, lambda_ = None, 0.0
