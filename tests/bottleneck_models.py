@@ -9,7 +9,7 @@ import copy
 
 import torch
 from adapter_models import base_model
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from sibo_triton import SiboAdapterConfig
@@ -52,8 +52,7 @@ def build(base=None, **configs):
 
 def layers_of(model, name="default"):
     """The adapter layers that have the adapter, by their names from the base model's root."""
-    base = getattr(model, "base_model", model)
-    base = base.model if hasattr(base, "peft_config") and base is not model else base
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     return {
         layer_name: layer
         for layer_name, layer in base.named_modules()
@@ -78,7 +77,7 @@ class Oracle(nn.Module):
             for name, value in state.items()
             if ".sibo_adapter_" in name
         }
-        self.base = copy.deepcopy(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        self.base = copy.deepcopy(model.get_base_model() if isinstance(model, PeftModel) else model)
         strip(self.base)
         self.h0 = {}
         for adapter_name, config in configs.items():
