@@ -1,4 +1,4 @@
-"""Several bottleneck adapters in one model: switched, added up, in one batch, disabled, deleted, unloaded; no merging."""
+"""Several bottleneck adapters in one model: switched, added up, in one batch, disabled, deleted, unloaded."""
 
 import copy
 
@@ -342,9 +342,7 @@ def test_a_plain_adapter_needs_no_transformer():
     changed = x + torch.tanh(x @ down.weight.T) @ up.weight.T
     close(peft_model(x), model[2](model[1](layer.base_layer(changed))))
     close(layer(x[0]), layer.base_layer(changed[0]))  # one row alone
-    with pytest.raises(
-        TypeError, match="An adapter on a Linear got no hidden states among its arguments, but torch.int"
-    ):
+    with pytest.raises(TypeError, match="An adapter on a Linear got no hidden states .* but torch.int64"):
         layer(torch.ones(2, 4, dtype=torch.long))
 
 

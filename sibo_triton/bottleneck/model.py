@@ -66,6 +66,8 @@ class SiboAdapterModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
         layers = {name: layer for name, layer in adapter_layers(model) if adapter_name in layer.sibo_adapter_options}
+        if not layers:  # PEFT 0.19 says it of the first adapter only
+            raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
         if config.mixes:
             method = _method(adapter_name, config)
             decisions = decide(layers, requested, stacks, None if known else feeds, method)
