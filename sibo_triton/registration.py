@@ -212,6 +212,7 @@ def _get_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     tensors = original(model, *args, **kwargs)
     given = _arguments(original, model, *args, **kwargs)
     model = getattr(model, "_orig_mod", model) if given.get("unwrap_compiled") else model
+    tensors = checkpoints.without_others(model, tensors, given.get("adapter_name", "default"))
     return checkpoints.with_guard(model, tensors, given.get("state_dict"))
 
 

@@ -56,6 +56,15 @@ def with_guard(
     return {**tensors, name: torch.zeros(_GUARD_SHAPE)}
 
 
+def without_others(model: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
+    """Leave other bottleneck adapters' weights out of what is going to be saved of one: PEFT 0.19 does not."""
+    others = [re.escape(name) for name in getattr(model, "peft_config", {}) if name != adapter_name]
+    if not others:
+        return tensors
+    of_others = re.compile(rf"\.sibo_adapter_[a-z]+\.({'|'.join(others)})\.[^.]+$")
+    return {key: tensor for key, tensor in tensors.items() if of_others.search(key) is None}
+
+
 def without_guard(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """The weights of a SIBO adapter as they are loaded; values may be slices of a safetensors file."""
     guards = _guards(tensors)
