@@ -17,6 +17,8 @@ from tiny_models import ARCHITECTURES, token_inputs
 
 from sibo_triton import explain
 
+pytestmark = pytest.mark.oldest
+
 SERIES_INPUT = {"placement": "series", "side": "input"}
 SERIES_OUTPUT = {"placement": "series", "side": "output", "target_modules": ["down_proj", "o_proj"]}
 PARALLEL = {"placement": "parallel"}

@@ -72,7 +72,7 @@ class SiboAdapterModel(BaseTuner):
             method = _method(adapter_name, config)
             decisions = decide(layers, requested, stacks, None if known else feeds, method)
             if config.side == "output" and requested is None:
-                _refuse_other_widths(decisions)
+                _refuse_other_widths(layers, decisions, self._widths)
             sites = bind(model, config, layers, decisions, method)
         else:
             notices = Notices()
@@ -249,25 +249,25 @@ def _reads(name: str, layer: SiboAdapterLayer, stack: BlockStack, feeds: Feeds) 
     return feeds.reads(name, stack)
 
 
-_OTHER_WIDTH = "features, and the initial residual of"
-
-
 def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, feeds: Feeds) -> tuple[bool, str]:
     """Whether what a module returns can be mixed with h0: of the same tokens, and as wide."""
-    reads, reason = feeds.reads(name, stack)
-    if not reads and "another stack" in reason:
-        return False, reason
-    if stack.name in feeds.problems or stack.name in feeds.repeated:
+    _, reason = feeds.reads(name, stack)
+    unknown = name not in feeds.marks or stack.name in feeds.problems or stack.name in feeds.repeated
+    if unknown or feeds.marks[name] - {None, stack.name}:  # of another stack's stream: other tokens
         return False, reason
     width = feeds.widths[stack.name]
     if layer.out_features != width:
-        return False, f"returns {layer.out_features} {_OTHER_WIDTH} {stack.name} has {width}"
+        return False, f"returns {layer.out_features} features, and the initial residual of {stack.name} has {width}"
     return True, "returns what is as wide as the residual stream"
 
 
-def _refuse_other_widths(decisions: Decisions) -> None:
+def _refuse_other_widths(layers: dict[str, SiboAdapterLayer], decisions: Decisions, widths: dict[str, int]) -> None:
     """On the output side nothing is left plain silently for its width."""
-    others = {name: reason for name, (stack, reason) in decisions.items() if stack is None and _OTHER_WIDTH in reason}
+    others = {}
+    for name, layer in layers.items():
+        width = next((width for stack, width in widths.items() if name.startswith(stack + ".")), layer.out_features)
+        if decisions[name][0] is None and layer.out_features != width:
+            others[name] = decisions[name][1]
     if others:
         name, reason = next(iter(others.items()))
         raise ValueError(
