@@ -31,7 +31,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help test test-cpu test-interpreter test-oldest-pair test-oldest test-newest-triton compile-check bench gpu \
-	demo quality env clean
+	demo demo-adapters quality env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -88,6 +88,9 @@ gpu: ## tests and benchmarks on this machine's CUDA device, by $(PYTHON) as it i
 demo: $(READY) ## train a small model, then fine-tune it with LoRA and SIBO-LoRA (about 3 minutes; writes demo-output/)
 	@$(BIN)/sibo-triton demo
 
+demo-adapters: $(READY) ## the same with bottleneck adapters, plain and SIBO's (writes demo-adapters-output/)
+	@$(BIN)/sibo-triton demo --adapters --output demo-adapters-output
+
 quality: $(READY) ## ruff, formatting, mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -96,8 +99,8 @@ quality: $(READY) ## ruff, formatting, mypy
 env: $(READY) ## what a bug report needs
 	@$(BIN)/python -P sibo_triton/environment.py
 
-clean: ## remove the environment, builds, caches and the demo's output
-	rm -rf $(VENV) build dist *.egg-info demo-output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove the environment, builds, caches and the demos' output
+	rm -rf $(VENV) build dist *.egg-info demo-output demo-adapters-output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and by plain pip: the build that the machine's index offers then satisfies `torch==` below,

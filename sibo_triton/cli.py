@@ -18,7 +18,7 @@ _ADAPTER, _TRAINING, _OUTPUT = "Adapter", "Training", "Output"
 
 app = typer.Typer(
     name="sibo-triton",
-    help="SIBO-LoRA (arXiv 2402.11896) for PEFT: fine-tune, see a demonstration, report the environment.",
+    help="SIBO (arXiv 2402.11896) for PEFT: fine-tune, see a demonstration, report the environment.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # a traceback that can be pasted into a bug report
@@ -43,12 +43,15 @@ def finetune(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the loss log and the report.")],
-    method: Annotated[str, typer.Option(help="lora or sibo-lora.", rich_help_panel=_ADAPTER)] = "sibo-lora",
+    method: Annotated[
+        str, typer.Option(help="lora, sibo-lora, adapter (a bottleneck) or sibo-adapter.", rich_help_panel=_ADAPTER)
+    ] = "sibo-lora",
     target_modules: Annotated[
         list[str] | None,
         typer.Option(
             help="Modules that get an adapter, by the end of their name; repeat the option or separate by commas; "
-            "all-linear for every linear layer but the head. Default: PEFT's for the architecture.",
+            "all-linear for every linear layer but the head. Default: PEFT's for the architecture; for bottleneck "
+            "adapters what reads the residual stream in feed-forward networks.",
             rich_help_panel=_ADAPTER,
         ),
     ] = None,
@@ -61,9 +64,16 @@ def finetune(
     sibo_learnable: Annotated[
         bool, typer.Option("--sibo-learnable", help="Train lambda, one per module.", rich_help_panel=_ADAPTER)
     ] = False,
-    rank: Annotated[int, typer.Option(help="r of LoRA.", rich_help_panel=_ADAPTER)] = 16,
+    rank: Annotated[int | None, typer.Option(help="r of LoRA. Default: 16.", rich_help_panel=_ADAPTER)] = None,
     alpha: Annotated[
         int | None, typer.Option(help="alpha of LoRA. Default: twice the rank.", rich_help_panel=_ADAPTER)
+    ] = None,
+    bottleneck_size: Annotated[
+        int | None, typer.Option(help="Width of an adapter's bottleneck. Default: 256.", rich_help_panel=_ADAPTER)
+    ] = None,
+    placement: Annotated[
+        str | None,
+        typer.Option(help="Of an adapter: series (in front, the default) or parallel.", rich_help_panel=_ADAPTER),
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.", rich_help_panel=_ADAPTER)] = 0.05,
     epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=_TRAINING)] = 3.0,
@@ -113,7 +123,7 @@ def finetune(
         typer.Option("--overwrite", help="Replace an earlier run's files in --output.", rich_help_panel=_OUTPUT),
     ] = False,
 ) -> None:
-    """Fine-tune a causal language model with LoRA or SIBO-LoRA: an adapter folder and a one-page report."""
+    """Fine-tune a causal language model with LoRA, adapters, or SIBO's of either: an adapter folder and a report."""
     from sibo_triton.finetune.options import FinetuneOptions, InputError
 
     options = FinetuneOptions(
@@ -126,6 +136,8 @@ def finetune(
         sibo_learnable=sibo_learnable,
         rank=rank,
         alpha=alpha,
+        bottleneck_size=bottleneck_size,
+        placement=placement,
         dropout=dropout,
         epochs=epochs,
         max_steps=max_steps,
@@ -159,14 +171,17 @@ def demo(
         "demo-output"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of the base model, the data and the adapters.")] = 0,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Bottleneck adapters, plain and SIBO's, in the place of LoRA.")
+    ] = False,
 ) -> None:
     """Train a small decoder to add, then teach it to subtract with LoRA and SIBO-LoRA: about 3 minutes, offline."""
-    from sibo_triton.finetune.options import InputError
+    from sibo_triton.finetune.options import ADAPTER_METHODS, LORA_METHODS, InputError
 
     try:
         from sibo_triton.finetune.demo import run_demo
 
-        problems = run_demo(output, seed)
+        problems = run_demo(output, seed, methods=ADAPTER_METHODS if adapters else LORA_METHODS)
     except InputError as error:
         _fail(error, _BAD_INPUT)
     for problem in problems:

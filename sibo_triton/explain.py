@@ -1,4 +1,4 @@
-"""`explain(model)`: what each LoRA layer computes, by which path, and why."""
+"""`explain(model)`: what each LoRA layer and each bottleneck adapter computes, by which path, and why."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from sibo_triton.bottleneck.layer import SiboAdapterLayer
+from sibo_triton.bottleneck.model import adapter_layers
+from sibo_triton.bottleneck.paths import obstacle_to_adapter
+from sibo_triton.initial_residual import InitialResidual
 from sibo_triton.lora.acceleration import obstacle_to_acceleration
 from sibo_triton.lora.forward import SiboLoraVariant
 from sibo_triton.lora.layer import LAMBDA_NAME, MixingSite, lora_layers, sibo_adapters
@@ -29,15 +34,15 @@ _BACKENDS = {"triton": "by Triton kernels", "torch": "in plain PyTorch"}
 
 @dataclass(frozen=True)
 class ModuleExplanation:
-    """One LoRA layer under one adapter.
+    """One LoRA layer, or one module with a bottleneck adapter, under one adapter.
 
     Attributes:
         module: its name.
         adapter: the adapter's name.
         mixes: whether its input is mixed with the initial residual.
-        lambda_: the share of the initial residual; None for plain LoRA, and where the tensor is sharded or on meta.
+        lambda_: the share of the initial residual; None where nothing mixes, or the tensor is sharded or on meta.
         learnable: whether lambda is trained.
-        initial_residual: where h0 comes from ("block_input of model.layers"), None for plain LoRA.
+        initial_residual: where h0 comes from ("block_input of model.layers"), None where nothing mixes.
         reason: why it mixes or not.
         runs: how it runs when this adapter alone is active, as the model stands now (parameters that are sharded now
             may be whole inside of a forward). "fused": the frozen linear and the adapter are one operation; "adapter":
@@ -47,6 +52,7 @@ class ModuleExplanation:
         runs_reason: why it does not run by a faster path or backend, in words; None where it runs by the fastest.
         siblings: the names, below the same parent, of the layers that get the same input. Where they and this layer run
             fused, they share their passes over it.
+        method: "LoRA", or "adapter" for a bottleneck adapter.
     """
 
     module: str
@@ -60,6 +66,7 @@ class ModuleExplanation:
     backend: str | None
     runs_reason: str | None
     siblings: tuple[str, ...]
+    method: str = "LoRA"
 
 
 class Explanation(list[ModuleExplanation]):
@@ -73,18 +80,19 @@ class Explanation(list[ModuleExplanation]):
         for row in self:
             name = row.module.removeprefix("base_model.model.")  # PEFT's
             name = re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)  # the block's number comes first
-            key = (name, row.adapter, row.mixes, row.learnable, row.initial_residual, row.reason, row.runs)
+            key = (name, row.adapter, row.method, row.mixes, row.learnable, row.initial_residual, row.reason, row.runs)
             groups.setdefault(key, []).append(row)
         table = [header]
-        for (name, adapter, mixes, _, residual, reason, runs), rows in groups.items():
-            kind = "SIBO-LoRA" if mixes else "LoRA"
+        for (name, adapter, method, mixes, _, residual, reason, runs), rows in groups.items():
+            kind = f"SIBO-{method}" if mixes else method
             table.append((name, str(len(rows)), adapter, kind, _lambdas(rows), residual or "", reason, runs))
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
         padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table)
         lines = ["  ".join(cells).rstrip() for cells in padded]
         mixing = sum(row.mixes for row in self)
         rule = "  ".join("-" * width for width in widths)
-        summary = f"{mixing} of {len(self)} LoRA layers mix in the initial residual."
+        methods = " and ".join(dict.fromkeys(row.method for row in self))
+        summary = f"{mixing} of {len(self)} {methods} layers mix in the initial residual."
         return "\n".join([lines[0], rule, *lines[1:], summary, *self._speed()])
 
     def _speed(self) -> Iterator[str]:
@@ -113,7 +121,7 @@ def _lambdas(rows: list[ModuleExplanation]) -> str:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Say, for each LoRA layer and adapter of `model`, whether it mixes, with which lambda, from where, and why.
+    """Say, for each layer and adapter of `model`, whether it mixes, with which lambda, from where, and why.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
@@ -144,9 +152,20 @@ def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
                 continue
             assert site is not None and site.residual is not None
             lambda_ = getattr(layer, LAMBDA_NAME)[adapter]
-            origin = f"{site.residual.source} of {site.residual.stack_name}"
+            origin = _origin(site.residual)
             yield ModuleExplanation(
                 name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason, *speed, siblings
+            )
+    for name, bottleneck in adapter_layers(model):
+        for adapter, site in bottleneck.sibo_sites.items():
+            speed = _speed_of_bottleneck(bottleneck, adapter)
+            if site.residual is None:
+                yield ModuleExplanation(name, adapter, False, None, False, None, site.reason, *speed, (), "adapter")
+                continue
+            share: Any = bottleneck.sibo_adapter_lambda[adapter]
+            origin = _origin(site.residual)
+            yield ModuleExplanation(
+                name, adapter, True, share.value(), share.learnable, origin, site.reason, *speed, (), "adapter"
             )
 
 
@@ -167,3 +186,22 @@ def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | No
         return "definition", choice.name, choice.reason
     reasons = [obstacle, None if choice.name == "triton" or path == "modules" else choice.reason]
     return path, choice.name, "; ".join(reason for reason in reasons if reason) or None
+
+
+def _speed_of_bottleneck(layer: SiboAdapterLayer, adapter: str) -> tuple[str, str | None, str | None]:
+    """`runs`, `backend` and `runs_reason` of a module with a bottleneck adapter."""
+    down, up, dropout = layer.modules_of(adapter)
+    obstacle, weight = obstacle_to_adapter(down, up, dropout), down.weight
+    path = "adapter" if obstacle is None else "modules"
+    try:
+        choice = backend_for(weight.device, {weight.dtype})
+    except RuntimeError as error:
+        return path, "triton", str(error).rstrip(".")
+    if choice.name == "reference":
+        return "definition", choice.name, choice.reason
+    reasons = [obstacle, None if choice.name == "triton" or obstacle is not None else choice.reason]
+    return path, choice.name, "; ".join(reason for reason in reasons if reason) or None
+
+
+def _origin(residual: InitialResidual) -> str:
+    return f"{residual.source} of {residual.stack_name}"

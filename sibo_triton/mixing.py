@@ -49,7 +49,31 @@ def validate_source(source: Any) -> None:
         raise ValueError(f"sibo_source must be {choices}, got {source!r}.")
 
 
-class SiboLambda(nn.Module):
+class Float32Module(nn.Module):
+    """A module of a few numbers, which stay float32 when the model is cast (in bfloat16 0.3 would become 0.30078)."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint must hold, by their names in this module."""
+        return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Float32Module:
+        before = {name: tensor.detach() for name, tensor in self.tensors().items()}
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if tensor.dtype != torch.float32:  # a cast: keep the device it chose, take the value back
+                    tensor.data = before[name].to(tensor.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in self.tensors():
+            key = prefix + name
+            if key in state_dict:  # load_state_dict(assign=True) would take the checkpoint's dtype
+                state_dict[key] = state_dict[key].to(torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SiboLambda(Float32Module):
     """The mixing ratio lambda of one module and one adapter: an fp32 tensor of shape [1], part of the state dict.
 
     The tensor is what computes, not the config, so that whatever loads the adapter's weights loads its lambda too. It
@@ -81,10 +105,6 @@ class SiboLambda(nn.Module):
         """Return lambda: fp32, shape [1]."""
         return self.gate * torch.sigmoid(self.logit_bias) if self.learnable else self.weight
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that a checkpoint must hold, by their names in this module."""
-        return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
-
     def problem_with(self, name: str, tensor: torch.Tensor) -> str | None:
         """Say what is wrong with a checkpoint's `tensor` for the entry `name`, or None."""
         if tuple(tensor.shape) != (1,):
@@ -108,19 +128,3 @@ class SiboLambda(nn.Module):
     def extra_repr(self) -> str:
         value = self.value()
         return f"{'' if value is None else f'{value:.4g}, '}learnable={self.learnable}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SiboLambda:
-        before = {name: tensor.detach() for name, tensor in self.tensors().items()}
-        super()._apply(fn, recurse)
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                if tensor.dtype != torch.float32:  # a cast: keep the device it chose, take the value back
-                    tensor.data = before[name].to(tensor.device, torch.float32)
-        return self
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in self.tensors():
-            key = prefix + name
-            if key in state_dict:  # load_state_dict(assign=True) would take the checkpoint's dtype
-                state_dict[key] = state_dict[key].to(torch.float32)
-        super()._load_from_state_dict(state_dict, prefix, *args)

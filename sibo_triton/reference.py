@@ -5,7 +5,7 @@ in ``docs/definition.md`` with their gradients; autograd differentiates every fu
 
     x~ = (1 - lambda) x + lambda h0                                     mix
     y  = W0 x + b + s B A drop(x~)                                      lora_linear: add_lora, of down and up
-    y  = W0 (x + s W_up f(W_down drop(x~))) + b   and two other forms   bottleneck_adapter
+    y  = W0 (x + s W_up f(W_down drop(x~))) + b   and two other forms   bottleneck_adapter: of add_bottleneck
 
 Names in shapes: ``...`` any leading dimensions (M tokens in all), K in_features, N out_features, r the rank. Floating
 point tensors may be float16, bfloat16, float32 or float64, on any one device.
@@ -24,6 +24,7 @@ from sibo_triton.dropout import draw_seed, draw_seeds, dropout, dropout_mask
 
 __all__ = [
     "ACTIVATIONS",
+    "add_bottleneck",
     "add_lora",
     "bottleneck_adapter",
     "down",
@@ -197,7 +198,7 @@ def lora_linear(
     return add_lora(base, x, lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
 
 
-#: The activations f of :func:`bottleneck_adapter`, by the names that transformers gives them.
+#: The activations f of :func:`add_bottleneck`, by the names that transformers gives them.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "gelu": F.gelu,
@@ -208,6 +209,55 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "tanh": torch.tanh,
     }
 )
+
+
+def add_bottleneck(
+    base: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    scaling: float | Tensor = 1.0,
+    *,
+    activation: str = "tanh",
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    initial_residual: Tensor | None = None,
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+) -> Tensor:
+    """``base + g(x)``, with the branch ``g(x) = s (W_up f(W_down drop(x~) + b_down) + b_up)``.
+
+    ``x + g(x)``, the adapter in series, is this with x as its base. The branch computes in ``down_weight.dtype``; the
+    sum is taken in the wider dtype and rounded once, to that of ``base``.
+
+    Args:
+        base: what the branch is added to, ``[..., N]``.
+        x: what the branch reads, ``[..., K]``.
+        down_weight: W_down, ``[bottleneck, K]``.
+        up_weight: W_up, ``[N, bottleneck]``, in ``down_weight.dtype``, as the biases are.
+        scaling: s, a number or a tensor with one element (which may be learnable).
+        activation: f, a name in :data:`ACTIVATIONS`.
+        down_bias, up_bias: b_down, ``[bottleneck]``, and b_up, ``[N]``; or None.
+        initial_residual, lambda_: see :func:`mix`; h0 has the shape of x.
+        dropout_p, dropout_seed: see :func:`dropout`. Pass ``dropout_p=0.0`` outside of training.
+
+    Returns:
+        ``[..., N]``, in ``base.dtype``.
+
+    Raises:
+        TypeError, ValueError: as :func:`mix` and :func:`dropout`, for a shape that does not fit, and for an unknown
+            activation.
+    """
+    check_activation(activation)
+    check_shape("down_weight", down_weight, ("bottleneck", x.shape[-1]))
+    check_shape("up_weight", up_weight, (base.shape[-1], down_weight.shape[0]))
+    if base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"base has shape {list(base.shape)} and x {list(x.shape)}: both must hold the same tokens")
+    x_mixed = mix(x.to(down_weight.dtype), initial_residual, lambda_)
+    hidden = F.linear(dropout(x_mixed, dropout_p, dropout_seed), down_weight, down_bias)
+    branch = F.linear(ACTIVATIONS[activation](hidden), up_weight, up_bias) * scaling
+    return (base + branch).to(base.dtype)
 
 
 def bottleneck_adapter(
@@ -230,61 +280,59 @@ def bottleneck_adapter(
 ) -> Tensor:
     """A linear layer with a SIBO bottleneck adapter; lambda = 0 is the plain adapter.
 
-    With the branch ``g(v) = s (W_up f(W_down drop(v~) + b_down) + b_up)``, where v~ is v mixed with h0::
+    With the branch g of :func:`add_bottleneck`::
 
         series, side "input"    y = W0 (x + g(x)) + b
         series, side "output"   y = z + g(z),  z = W0 x + b
         parallel                y = W0 x + b + g(x)
 
-    The skip is the unmixed x (or z), as in the authors' code. The branch computes in ``down_weight.dtype``; each sum
-    is taken in the wider dtype and rounded once, to that of x (or z).
+    The skip is the unmixed x (or z), as in the authors' code.
 
     Args:
         x: ``[..., K]``.
         weight, bias: W0, ``[N, K]``, and b, ``[N]`` or None, in ``x.dtype``.
         down_weight: W_down, ``[bottleneck, K]``; ``[bottleneck, N]`` in series on the output side.
-        up_weight: W_up, ``[K, bottleneck]`` in series on the input side, else ``[N, bottleneck]``; in
-            ``down_weight.dtype``.
-        scaling: s, a number or a tensor with one element (which may be learnable).
+        up_weight: W_up, ``[K, bottleneck]`` in series on the input side, else ``[N, bottleneck]``.
         placement: "series" or "parallel".
         side: "input" or "output", in series; a parallel adapter reads the input.
-        activation: f, a name in :data:`ACTIVATIONS`.
-        down_bias, up_bias: b_down, ``[bottleneck]``, and b_up; or None.
-        initial_residual, lambda_: see :func:`mix`; h0 has the shape of what is mixed, z on the output side.
-        dropout_p, dropout_seed: see :func:`dropout`.
+        initial_residual: h0, of the shape of what is mixed: x, or z on the output side.
+        scaling, activation, down_bias, up_bias, lambda_, dropout_p, dropout_seed: see :func:`add_bottleneck`.
 
     Returns:
         y, ``[..., N]``, in ``x.dtype``.
 
     Raises:
-        TypeError, ValueError: as :func:`mix` and :func:`dropout`, for a shape that does not fit, and for an unknown
-            activation or placement.
+        TypeError, ValueError: as :func:`add_bottleneck`, and for an unknown placement.
     """
     if (placement, side) not in (("series", "input"), ("series", "output"), ("parallel", "input")):
         raise ValueError(
             f"placement={placement!r} with side={side!r} is no adapter: "
             "choose 'series' with side 'input' or 'output', or 'parallel' with side 'input'"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not known: choose one of {', '.join(sorted(ACTIVATIONS))}")
     check_shape("weight", weight, ("N", x.shape[-1]))
-    out_features, in_features = weight.shape
-    read = out_features if side == "output" else in_features
-    written = in_features if (placement, side) == ("series", "input") else out_features
-    check_shape("down_weight", down_weight, ("bottleneck", read))
-    check_shape("up_weight", up_weight, (written, down_weight.shape[0]))
-
-    def add_branch(skip: Tensor, v: Tensor) -> Tensor:
-        """``skip + g(v)``."""
-        v_mixed = mix(v.to(down_weight.dtype), initial_residual, lambda_)
-        hidden = F.linear(dropout(v_mixed, dropout_p, dropout_seed), down_weight, down_bias)
-        branch = F.linear(ACTIVATIONS[activation](hidden), up_weight, up_bias) * scaling
-        return (skip + branch).to(skip.dtype)
-
+    add_branch = partial(
+        add_bottleneck,
+        down_weight=down_weight,
+        up_weight=up_weight,
+        scaling=scaling,
+        activation=activation,
+        down_bias=down_bias,
+        up_bias=up_bias,
+        initial_residual=initial_residual,
+        lambda_=lambda_,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
     if placement == "series" and side == "input":
         return F.linear(add_branch(x, x), weight, bias)
     z = F.linear(x, weight, bias)
     return add_branch(z, x if placement == "parallel" else z)
+
+
+def check_activation(activation: str) -> None:
+    """Raise a ValueError for the name of no activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not known: choose one of {', '.join(sorted(ACTIVATIONS))}")
 
 
 def _checked_lambda(lambda_: float | Tensor) -> float | Tensor:

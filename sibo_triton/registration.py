@@ -17,23 +17,27 @@ from types import ModuleType
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.mixed import MixedModel
 from peft.tuners.xlora import XLoraModel
-from peft.utils import hotswap, save_and_load
+from peft.utils import PeftType, hotswap, register_peft_method, save_and_load
 from torch import nn
 from transformers import modeling_utils
 from transformers.integrations.peft import PeftAdapterMixin
 
-from sibo_triton.lora import acceleration, checkpoints, refusals
+from sibo_triton.bottleneck.config import SIBO_ADAPTER_TYPE, SiboAdapterConfig
+from sibo_triton.bottleneck.model import SiboAdapterModel
+from sibo_triton.injection import checkpoints
+from sibo_triton.injection.options import SiboOptions
+from sibo_triton.injection.snapshot import Snapshot, loading
+from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
 from sibo_triton.lora.forward import refuse_merge
 from sibo_triton.lora.layer import lora_layers, mixed_batch, sibo_adapters, site_of
-from sibo_triton.lora.snapshot import Snapshot, loading
 
 _REGISTERED = "_sibo_triton_wraps"
 
@@ -41,6 +45,7 @@ _REGISTERED = "_sibo_triton_wraps"
 def register() -> None:
     """Make PEFT know SIBO adapters. Called by `import sibo_triton`; more than once does no harm."""
     PEFT_TYPE_TO_CONFIG_MAPPING[SIBO_LORA_TYPE] = SiboLoraConfig  # what adapter_config.json of a SIBO adapter says
+    _register_method(SIBO_ADAPTER_TYPE, SiboAdapterConfig, SiboAdapterModel)
     _wrap(LoraModel, "inject_adapter", _inject_adapter)
     _wrap(LoraModel, "merge_adapter", _merge_adapter)
     _wrap(LoraModel, "_unload_and_optionally_merge", _unload)
@@ -59,6 +64,21 @@ def register() -> None:
     _wrap(PeftModel, "load_adapter", _load_adapter)
     _wrap(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
     _wrap(PeftAdapterMixin, "delete_adapter", _transformers_delete_adapter)
+
+
+def _register_method(name: str, config_class: type, tuner_class: type) -> None:
+    """Register a PEFT method of its own; PEFT asks for a member of its enum of methods, which cannot be added to."""
+    if name in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_, member._value_, member.__objclass__ = name, name, PeftType
+        member._sort_order_ = len(PeftType.__members__)
+        setattr(PeftType, name, member)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+    register_peft_method(name=name.lower(), config_cls=config_class, model_cls=tuner_class)
 
 
 def _wrap(owner: type | ModuleType, name: str, wrapper: Callable) -> None:
@@ -205,11 +225,13 @@ def _get_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     tensors = original(model, *args, **kwargs)
     given = _arguments(original, model, *args, **kwargs)
     model = getattr(model, "_orig_mod", model) if given.get("unwrap_compiled") else model
+    tensors = checkpoints.without_others(model, tensors, given.get("adapter_name", "default"))
     return checkpoints.with_guard(model, tensors, given.get("state_dict"))
 
 
 def _set_state_dict(original: Callable, model: nn.Module, peft_model_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
     adapter_name = _arguments(original, model, peft_model_state_dict, *args, **kwargs).get("adapter_name", "default")
+    checkpoints.check_same_method(model, adapter_name, peft_model_state_dict)
     checkpoints.check_adapter_mixes(model, adapter_name, peft_model_state_dict)
     result = original(model, checkpoints.without_guard(peft_model_state_dict), *args, **kwargs)
     checkpoints.check_all_lambdas_taken(adapter_name, result.unexpected_keys)
@@ -252,7 +274,7 @@ def _load_adapter(
     saved = _config_of_weights(peft_model, adapter_name, model_id, hub_kwargs)
     with loading():
         result = original(peft_model, model_id, adapter_name, *args, **kwargs)
-    if isinstance(saved, SiboLoraConfig) and saved.mixes:
+    if isinstance(saved, SiboOptions) and saved.mixes:
         peft_model.peft_config[adapter_name].sibo_lambda = saved.sibo_lambda  # as the tensors have it now
     return result
 
@@ -264,7 +286,7 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
     _config_of_weights(model, adapter_name, kwargs.get("peft_model_id", args[0] if args else None), hub_kwargs)
     with loading(), _loading_by_transformers(adapter_name):
         result = original(model, *args, **kwargs)
-        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SiboLoraConfig):
+        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SiboOptions):
             without_value = [*result.missing_keys, *(key for key, *_ in result.mismatched_keys)]
             checkpoints.check_loaded_lambdas(model, adapter_name, without_value)
         checkpoints.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
@@ -274,7 +296,7 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
 def _config_of_weights(model: Any, adapter_name: str, model_id: Any, hub_kwargs: dict[str, Any]) -> PeftConfig | None:
     """The config beside weights that are to be loaded onto an adapter that is there: neither library compares them."""
     existing = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(existing, SiboLoraConfig) or not existing.mixes or model_id is None:
+    if not isinstance(existing, SiboOptions) or not existing.in_no_tensor() or model_id is None:
         return None
     try:
         saved = PeftConfig.from_pretrained(model_id, **hub_kwargs)

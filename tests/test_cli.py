@@ -60,11 +60,28 @@ def test_target_modules_may_be_repeated(arguments, tmp_path):
 
 
 REFUSED = {
-    "method": ({"--method": "dora"}, "--method is 'dora': choose one of lora, sibo-lora"),
+    "method": ({"--method": "dora"}, "--method is 'dora': choose one of lora, sibo-lora, adapter, sibo-adapter"),
     "dtype": ({"--dtype": "int8"}, "--dtype is 'int8': choose one of auto"),
     "lambda": ({"--sibo-lambda": "1.5"}, "--sibo-lambda is 1.5: it must lie in [0, 1]"),
     "lambda NaN": ({"--sibo-lambda": "nan"}, "--sibo-lambda is nan: it must lie in [0, 1]"),
     "lambda of LoRA": ({"--method": "lora", "--sibo-lambda": "0"}, "--sibo-lambda has no effect with --method lora"),
+    "lambda of an adapter": (
+        {"--method": "adapter", "--sibo-learnable": None},
+        "--sibo-learnable has no effect with --method adapter: drop it, or use --method sibo-adapter",
+    ),
+    "rank of an adapter": (
+        {"--method": "sibo-adapter", "--rank": "4"},
+        "--rank has no effect with --method sibo-adapter: drop it, or use --method sibo-lora",
+    ),
+    "bottleneck of LoRA": (
+        {"--method": "lora", "--bottleneck-size": "4"},
+        "--bottleneck-size has no effect with --method lora: drop it, or use --method adapter",
+    ),
+    "bottleneck": ({"--method": "adapter", "--bottleneck-size": "0"}, "--bottleneck-size is 0: it must be at least 1"),
+    "placement": (
+        {"--method": "adapter", "--placement": "beside"},
+        "--placement is 'beside': choose one of series, parallel",
+    ),
     "learnable from 0": ({"--sibo-lambda": "0", "--sibo-learnable": None}, "cannot start from --sibo-lambda 0.0"),
     "rank": ({"--rank": "0"}, "--rank is 0: it must be at least 1"),
     "alpha": ({"--alpha": "-1"}, "--alpha is -1: it must be at least 1"),
@@ -167,11 +184,18 @@ def test_the_demo_command_passes_its_verdict_on(monkeypatch, tmp_path):
     from sibo_triton.finetune import demo
 
     calls = []
-    monkeypatch.setattr(demo, "run_demo", lambda output, seed: calls.append((output, seed)) or ["it did not learn"])
+
+    def run_demo(output, seed, methods):
+        calls.append((output, seed, methods))
+        return ["it did not learn"]
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
     result = runner.invoke(app, ["demo", "--output", str(tmp_path), "--seed", "3"])
-    assert (result.exit_code, calls) == (1, [(tmp_path, 3)])
+    assert (result.exit_code, calls) == (1, [(tmp_path, 3, ("lora", "sibo-lora"))])
     assert "error: it did not learn" in result.stderr
-    monkeypatch.setattr(demo, "run_demo", lambda output, seed: [])
+    runner.invoke(app, ["demo", "--output", str(tmp_path), "--adapters"])
+    assert calls[1] == (tmp_path, 0, ("adapter", "sibo-adapter"))
+    monkeypatch.setattr(demo, "run_demo", lambda output, seed, methods: [])
     assert runner.invoke(app, ["demo", "--output", str(tmp_path)]).exit_code == 0
     (tmp_path / "thesis.tex").write_text("x")
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
@@ -234,17 +234,31 @@ def logits_of(model):
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize("method", ["lora", "sibo-lora", "learnable"])
+@pytest.mark.parametrize("method", ["lora", "sibo-lora", "learnable", "adapter", "sibo-adapter"])
 def test_the_adapter_folder_reloads_to_equal_logits(method, options, base):
     learnable = method == "learnable"
     options = replace(options, method="sibo-lora" if learnable else method, sibo_learnable=learnable)
+    if "adapter" in method:
+        options = replace(options, rank=None, bottleneck_size=4, placement="parallel")
     result = finetune(options, QUIET)
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), options.output)
     assert torch.equal(logits_of(reloaded), logits_of(result.model))
     assert not torch.equal(logits_of(reloaded), logits_of(AutoModelForCausalLM.from_pretrained(base)))
-    assert type(reloaded.peft_config["default"]) is (
-        sibo_triton.SiboLoraConfig if "lora" != method else type(result.model.peft_config["default"])
-    )
+    classes = {"lora": LoraConfig, "adapter": sibo_triton.SiboAdapterConfig}
+    classes |= {"sibo-adapter": sibo_triton.SiboAdapterConfig}
+    config = reloaded.peft_config["default"]
+    assert type(config) is classes.get(method, sibo_triton.SiboLoraConfig)
+    assert getattr(config, "mixes", False) is (method not in ("lora", "adapter"))
+
+
+def test_what_a_run_with_an_adapter_says(options):
+    result = finetune(replace(options, method="sibo-adapter", rank=None, bottleneck_size=4, max_steps=3), QUIET)
+    # gate and up projection of two layers, down [4, 16] and up [16, 4] each; all mix.
+    assert (result.modules, result.mixing_modules, result.trainable_parameters) == (4, 4, 4 * 2 * 4 * 16)
+    assert set(result.lambdas) == {f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up")}
+    report = (options.output / "report.md").read_text()
+    assert "| method | sibo-adapter, bottleneck 4, in series, dropout 0.05, lambda 0.1 |" in report
+    assert "- target modules: the feed-forward linears that read the residual stream" in report
 
 
 def test_what_a_run_says_and_writes(options):
@@ -451,6 +465,24 @@ def test_answers_are_what_comes_out_of_greedy_decoding(base):
     perfect = [problem.completion for problem in problems]
     assert demo_task.exact_match(problems, perfect) == 1.0
     assert demo_task.exact_match(problems, [*perfect[:3], perfect[3] + "0"]) == 0.75
+
+
+def test_the_demo_of_adapters_in_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_task, "TEST_PROBLEMS", 40)
+    scale = replace(TINY, base_steps=3, adapter_steps=3, timed_steps=2, bottleneck=8)
+    console = Console(record=True, width=80, file=(tmp_path / "terminal").open("w"))
+    problems = demo.run_demo(tmp_path / "out", console=console, scale=scale, methods=("adapter", "sibo-adapter"))
+    assert "adapter answers" in problems[1]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["accuracy"]) == ["base", "adapter", "sibo-adapter"]
+    assert results["reloaded_equal"] == {"adapter": True, "sibo-adapter": True}
+    assert (
+        results["trainable_parameters"]["adapter"] == results["trainable_parameters"]["sibo-adapter"] == 4 * 2 * 8 * 16
+    )
+    assert results["provenance"]["command"] == "sibo-triton demo --adapters --seed 0"
+    report, shown = (tmp_path / "out" / "report.md").read_text(), console.export_text()
+    assert "bottleneck 8 in front of" in report and "| SIBO adapter |" in report
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
 
 
 def test_the_demo_in_small_reports_whatever_comes_out(tmp_path, monkeypatch):

@@ -29,6 +29,17 @@ def test_the_one_line_change_works_as_pasted() -> None:
     exec("\n".join(before), {"model": llama()})
 
 
+def test_the_bottleneck_adapter_works_as_pasted() -> None:
+    (block,) = re.findall(r"```python\n([^`]*SiboAdapterConfig[^`]*)```", README)
+    names = {"model": llama()}
+    exec(block, names)
+    rows = explain(names["model"])
+    assert len(rows) == 6 and all(row.mixes and row.method == "adapter" for row in rows)
+    (table,) = re.findall(r"(?m)^\| `bottleneck_size`.*?\n\n", README, re.DOTALL)
+    named = set(re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines() if line)))
+    assert named <= vars(names["config"]).keys() and len(named) == 9
+
+
 def test_the_tables_come_from_the_files_that_it_names() -> None:
     spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
     script = importlib.util.module_from_spec(spec)

@@ -1,4 +1,6 @@
-"""`sibo-triton demo`: a small decoder learns to add, is frozen, and learns to subtract through LoRA and SIBO-LoRA.
+"""`sibo-triton demo`: a small decoder learns to add, is frozen, and learns to subtract through a method and its SIBO.
+
+LoRA and SIBO-LoRA, or with `--adapters` bottleneck adapters, plain and SIBO's.
 
 The fine-tuning is what `sibo-triton finetune` does, on files: the base model's folder, a JSONL file of prompts and
 completions, one adapter folder for each method. Whatever comes out is what is reported.
@@ -27,7 +29,7 @@ from sibo_triton.finetune import demo_task as task
 from sibo_triton.finetune.data import read_examples
 from sibo_triton.finetune.demo_measure import frozen_bytes, seconds_per_step
 from sibo_triton.finetune.demo_report import METHOD_NAMES, print_outcome, write_demo_report
-from sibo_triton.finetune.options import METHODS, FinetuneOptions, InputError
+from sibo_triton.finetune.options import ADAPTER_METHODS, LORA_METHODS, METHODS, FinetuneOptions, InputError
 from sibo_triton.finetune.result import FinetuneResult
 from sibo_triton.finetune.tokens import Collator, tokenize_examples
 from sibo_triton.finetune.train import finetune
@@ -37,12 +39,18 @@ RESULTS = "results.json"
 # What the comparison means nothing without.
 _BASE_OWN_TASK_AT_LEAST = 0.8
 _BASE_NEW_TASK_AT_MOST = 0.1
-_LORA_NEW_TASK_AT_LEAST = 0.5
+_PLAIN_NEW_TASK_AT_LEAST = 0.5
 
 _SHOWN = 5  # problems
 
 
-def run_demo(output: Path, seed: int = 0, console: Console | None = None, scale: task.Scale | None = None) -> list[str]:
+def run_demo(
+    output: Path,
+    seed: int = 0,
+    console: Console | None = None,
+    scale: task.Scale | None = None,
+    methods: tuple[str, ...] = LORA_METHODS,
+) -> list[str]:
     """Run the demonstration and write everything to the folder `output`.
 
     Args:
@@ -50,10 +58,11 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None, scale:
         seed: of the base model, of the data and of both adapters.
         console: where the table goes; default: the terminal.
         scale: sizes and numbers of steps; default: the ones that the thresholds are made for.
+        methods: the plain method and its SIBO: `LORA_METHODS` or `ADAPTER_METHODS`.
 
     Returns:
-        What went wrong, one sentence each: the base model cannot add, or can already subtract; LoRA did not learn to
-        subtract; a reloaded adapter answers otherwise than before it was saved. Empty if all is well.
+        What went wrong, one sentence each: the base model cannot add, or can already subtract; the plain method did not
+        learn to subtract; a reloaded adapter answers otherwise than before it was saved. Empty if all is well.
 
     Raises:
         InputError: `output` holds something that no demonstration made.
@@ -65,10 +74,11 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None, scale:
     with _one_thread(), _no_weight_loading_bars():
         results["threads"] = torch.get_num_threads()
         base = _train_base(output, seed, scale, console, results)
-        runs = _finetune_both(output, seed, scale, console)
+        runs = _finetune_both(output, seed, scale, console, methods)
         given = _answers(output, seed, base, runs, results)
         _measure(output, runs, scale, results)
-    results["provenance"] = {"command": f"sibo-triton demo --seed {seed}"} | provenance()
+    option = " --adapters" if methods == ADAPTER_METHODS else ""
+    results["provenance"] = {"command": f"sibo-triton demo{option} --seed {seed}"} | provenance()
     results["seconds"] = {"wall": time.perf_counter() - began[0], "cpu": time.process_time() - began[1]}
     results["problems"] = _problems(results)
     (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -140,7 +150,9 @@ def _train_base(output: Path, seed: int, scale: task.Scale, console: Console, re
     return model
 
 
-def _finetune_both(output: Path, seed: int, scale: task.Scale, console: Console) -> dict[str, FinetuneResult]:
+def _finetune_both(
+    output: Path, seed: int, scale: task.Scale, console: Console, methods: tuple[str, ...]
+) -> dict[str, FinetuneResult]:
     """Fine-tune with each method: equal data, seed and steps."""
     train, test = task.subtractions(seed)
     files = {"train": output / "subtraction-train.jsonl", "test": output / "subtraction-test.jsonl"}
@@ -148,7 +160,8 @@ def _finetune_both(output: Path, seed: int, scale: task.Scale, console: Console)
         rows = (json.dumps({"prompt": problem.prompt, "completion": problem.completion}) for problem in problems)
         path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     runs = {}
-    for number, method in enumerate(METHODS, start=2):
+    for number, method in enumerate(methods, start=2):
+        is_lora = method in LORA_METHODS
         console.print(f"{number}. {METHOD_NAMES[method]} teaches it to subtract")
         options = FinetuneOptions(
             model=str(output / "base"),
@@ -156,8 +169,9 @@ def _finetune_both(output: Path, seed: int, scale: task.Scale, console: Console)
             eval_data=files["test"],
             output=output / method,
             method=method,
-            target_modules=("all-linear",),
-            rank=scale.rank,
+            target_modules=("all-linear",) if is_lora else None,
+            rank=scale.rank if is_lora else None,
+            bottleneck_size=None if is_lora else scale.bottleneck,
             dropout=0.0,
             max_steps=scale.adapter_steps,
             batch_size=scale.batch,
@@ -234,10 +248,10 @@ def _problems(results: dict[str, Any]) -> list[str]:
             f"the base model already answers {accuracy['base']:.1%} of subtractions, more than "
             f"{_BASE_NEW_TASK_AT_MOST:.0%}"
         )
-    if accuracy["lora"] < _LORA_NEW_TASK_AT_LEAST:
-        problems.append(
-            f"LoRA answers {accuracy['lora']:.1%} of subtractions, fewer than {_LORA_NEW_TASK_AT_LEAST:.0%}"
-        )
+    plain = next(method for method in accuracy if method in (LORA_METHODS[0], ADAPTER_METHODS[0]))
+    if accuracy[plain] < _PLAIN_NEW_TASK_AT_LEAST:
+        name, share = METHOD_NAMES[plain], accuracy[plain]
+        problems.append(f"{name} answers {share:.1%} of subtractions, fewer than {_PLAIN_NEW_TASK_AT_LEAST:.0%}")
     for method, equal in results["reloaded_equal"].items():
         if not equal:
             problems.append(f"the reloaded {METHOD_NAMES[method]} adapter answers otherwise than before it was saved")

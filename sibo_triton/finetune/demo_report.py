@@ -14,7 +14,13 @@ from sibo_triton.finetune.plots import NO_PLOTS, Curve, can_plot, plot
 from sibo_triton.finetune.report import LOSS_PLOT, REPORT, SIMILARITY_PLOT, format_bytes, markdown_table, versions
 from sibo_triton.finetune.result import FinetuneResult
 
-METHOD_NAMES = {"base": "base", "lora": "LoRA", "sibo-lora": "SIBO-LoRA"}
+METHOD_NAMES = {
+    "base": "base",
+    "lora": "LoRA",
+    "sibo-lora": "SIBO-LoRA",
+    "adapter": "adapter",
+    "sibo-adapter": "SIBO adapter",
+}
 
 _HEADER = (
     "model",
@@ -25,7 +31,6 @@ _HEADER = (
     "saved for backward",
     "last-layer similarity",
 )
-_EXAMPLE_HEADER = ("problem", "right", *METHOD_NAMES.values())
 
 
 def print_outcome(
@@ -34,7 +39,7 @@ def print_outcome(
     """Print the table, a few answers, and where the files are."""
     console.print()
     console.print(_rich_table("Unseen subtractions", _HEADER, _rows(results)))
-    console.print(_rich_table("Answers of the reloaded adapters", _EXAMPLE_HEADER, _example_rows(given)))
+    console.print(_rich_table("Answers of the reloaded adapters", *_examples(results, given)))
     for line in _reading(results):
         console.print(f"- {line}", highlight=False)
     console.print(f"\nEverything is in {output}/; start with {output / REPORT}", highlight=False)
@@ -50,17 +55,24 @@ def write_demo_report(
         plots = f"![Loss]({LOSS_PLOT})\n\n![Token similarity by layer]({SIMILARITY_PLOT})"
     scale = results["scale"]
     method = next(iter(runs.values())).options
+    where = (
+        f"rank {scale['rank']} on every linear layer"
+        if method.is_lora
+        else f"bottleneck {scale['bottleneck']} in front of the feed-forward networks' gate and up projections"
+    )
     problems = (
         "\n".join(f"- **{problem}**" for problem in results["problems"])
-        or "All passed: the base model adds and does not subtract, LoRA learned to, and reloading changed no answer."
+        or f"All passed: the base model adds and does not subtract, {METHOD_NAMES[method.method]} learned to, and "
+        "reloading changed no answer."
     )
+    header, rows = _examples(results, given)
     reading = "\n".join(f"- {line}" for line in _reading(results))
     text = f"""# Demonstration: from adding to subtracting
 
 A decoder with {scale["layers"]} layers and {results["base_parameters"]:,} parameters was trained to add for
 {scale["base_steps"]} steps and answers {results["base_own_accuracy"]:.1%} of {results["test_problems"]} unseen
 additions. Frozen, it was fine-tuned on subtraction with each method: {scale["adapter_steps"]} steps, batch
-{scale["batch"]}, rank {scale["rank"]} on every linear layer, rate {method.learning_rate:g}, seed {results["seed"]}.
+{scale["batch"]}, {where}, rate {method.learning_rate:g}, seed {results["seed"]}.
 
 {demo_table(results)}
 
@@ -72,7 +84,7 @@ additions. Frozen, it was fine-tuned on subtraction with each method: {scale["ad
 
 ## Answers of the reloaded adapters
 
-{markdown_table(_EXAMPLE_HEADER, _example_rows(given))}
+{markdown_table(header, rows)}
 
 ## Plots
 
@@ -108,8 +120,13 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _example_rows(given: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    return [(row["problem"], row["right"], *(row[name] for name in METHOD_NAMES)) for row in given]
+def _examples(
+    results: Mapping[str, Any], given: Sequence[Mapping[str, str]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table of a few answers: its header and its rows."""
+    names = list(results["accuracy"])
+    rows = [(row["problem"], row["right"], *(row[name] for name in names)) for row in given]
+    return ("problem", "right", *(METHOD_NAMES[name] for name in names)), rows
 
 
 def _reading(results: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,8 @@ class Scale:
     base_rate: float = 2e-3
     adapter_steps: int = 200
     adapter_rate: float = 5e-3
-    rank: int = 8
+    rank: int = 8  # on every linear
+    bottleneck: int = 32  # on gate and up projection: about as many parameters
     timed_steps: int = 20
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from safetensors import SafetensorError
 from torch import nn
@@ -68,7 +68,7 @@ def check_vocabulary(model: Any, largest_id: int) -> None:
 
 
 def add_adapter(model: Any, options: FinetuneOptions) -> tuple[PeftModel, list[str]]:
-    """Wrap the model with a LoRA or SIBO-LoRA adapter; returns it and what the user should be told.
+    """Wrap the model with an adapter of the chosen method; returns it and what the user should be told.
 
     Raises:
         InputError: PEFT or SIBO cannot do it for this model, with their reason.
@@ -82,23 +82,29 @@ def add_adapter(model: Any, options: FinetuneOptions) -> tuple[PeftModel, list[s
     return peft_model, notes
 
 
-def adapter_config(options: FinetuneOptions, target_modules: list[str] | str | None) -> LoraConfig:
-    """The PEFT config of the chosen method; the two differ in lambda alone."""
-    common: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "r": options.rank,
-        "lora_alpha": options.lora_alpha,
-        "lora_dropout": options.dropout,
-        "target_modules": target_modules,
-    }
-    if options.method == "lora":
-        return LoraConfig(**common)
-    from sibo_triton import SiboLoraConfig
+def adapter_config(options: FinetuneOptions, target_modules: list[str] | str | None) -> PeftConfig:
+    """The PEFT config of the chosen method; plain and SIBO's differ in lambda alone."""
+    from sibo_triton import SiboAdapterConfig, SiboLoraConfig
 
-    return SiboLoraConfig(**common, sibo_lambda=options.lambda_, sibo_learnable=options.sibo_learnable)
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": target_modules}
+    mixing: dict[str, Any] = {"sibo_lambda": options.lambda_, "sibo_learnable": options.sibo_learnable}
+    if not options.is_lora:
+        placement: Any = options.placement or "series"
+        return SiboAdapterConfig(
+            bottleneck_size=options.bottleneck,
+            placement=placement,
+            adapter_dropout=options.dropout,
+            **common,
+            **mixing,
+        )
+    common |= {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "lora_dropout": options.dropout}
+    return SiboLoraConfig(**common, **mixing) if options.mixes else LoraConfig(**common)
 
 
 def _target_modules(model: Any, options: FinetuneOptions, notes: list[str]) -> list[str] | str | None:
+    if options.target_modules is None and not options.is_lora:
+        notes.append("target modules: the feed-forward linears that read the residual stream")
+        return None
     if options.target_modules is None:
         kind = model.config.model_type
         if kind in PEFT_DEFAULTS:

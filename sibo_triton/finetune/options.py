@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-METHODS = ("lora", "sibo-lora")
+LORA_METHODS = ("lora", "sibo-lora")
+ADAPTER_METHODS = ("adapter", "sibo-adapter")
+METHODS = LORA_METHODS + ADAPTER_METHODS
+PLACEMENTS = ("series", "parallel")
 DTYPES = ("auto", "float32", "bfloat16")
 
 DEFAULT_LAMBDA = 0.1  # the paper's default
@@ -30,8 +33,9 @@ def first_line(error: BaseException) -> str:
 class FinetuneOptions:
     """The options of one fine-tuning run; `sibo-triton finetune --help` says what each means.
 
-    `None` stands for "the default depends": `target_modules` on the architecture, `alpha` on the rank, `warmup_steps`
-    on the number of steps, `max_length` on the model, `sibo_lambda` on the method.
+    `None` stands for "the default depends": `target_modules` on the architecture, `rank`, `bottleneck_size`,
+    `placement` and `sibo_lambda` on the method, `alpha` on the rank, `warmup_steps` on the number of steps,
+    `max_length` on the model.
     """
 
     model: str
@@ -41,8 +45,10 @@ class FinetuneOptions:
     target_modules: tuple[str, ...] | None = None
     sibo_lambda: float | None = None
     sibo_learnable: bool = False
-    rank: int = 16
+    rank: int | None = None
     alpha: int | None = None
+    bottleneck_size: int | None = None
+    placement: str | None = None
     dropout: float = 0.05
     epochs: float = 3.0
     max_steps: int | None = None
@@ -60,14 +66,34 @@ class FinetuneOptions:
     overwrite: bool = False
 
     @property
+    def mixes(self) -> bool:
+        """Whether the method is SIBO's."""
+        return self.method.startswith("sibo-")
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the method is LoRA's, or that of bottleneck adapters."""
+        return self.method in LORA_METHODS
+
+    @property
+    def lora_rank(self) -> int:
+        """r of LoRA."""
+        return 16 if self.rank is None else self.rank
+
+    @property
     def lora_alpha(self) -> int:
         """alpha of s = alpha / r; twice the rank by default, as in the authors' runs."""
-        return 2 * self.rank if self.alpha is None else self.alpha
+        return 2 * self.lora_rank if self.alpha is None else self.alpha
+
+    @property
+    def bottleneck(self) -> int:
+        """Width of an adapter's bottleneck; the authors' by default."""
+        return 256 if self.bottleneck_size is None else self.bottleneck_size
 
     @property
     def lambda_(self) -> float:
-        """The mixing ratio: 0 for plain LoRA."""
-        if self.method == "lora":
+        """The mixing ratio: 0 for the plain methods."""
+        if not self.mixes:
             return 0.0
         return DEFAULT_LAMBDA if self.sibo_lambda is None else self.sibo_lambda
 
@@ -76,9 +102,9 @@ def check_options(options: FinetuneOptions) -> None:
     """Raise an `InputError` that names the option for any value that no run could use."""
     _one_of("--method", options.method, METHODS)
     _one_of("--dtype", options.dtype, DTYPES)
-    for name in ("rank", "batch_size", "gradient_accumulation", "save_steps"):
+    for name in ("batch_size", "gradient_accumulation", "save_steps"):
         _at_least_one(name, getattr(options, name))
-    for name in ("alpha", "max_steps"):
+    for name in ("rank", "alpha", "bottleneck_size", "max_steps"):
         if getattr(options, name) is not None:
             _at_least_one(name, getattr(options, name))
     if options.max_length is not None and options.max_length < 2:
@@ -101,7 +127,17 @@ def check_options(options: FinetuneOptions) -> None:
 
 
 def _check_method(options: FinetuneOptions) -> None:
-    if options.method == "lora":
+    if options.placement is not None:
+        _one_of("--placement", options.placement, PLACEMENTS)
+    others = ("bottleneck_size", "placement") if options.is_lora else ("rank", "alpha")
+    for name in others:
+        if getattr(options, name) is not None:
+            kind = "adapter" if options.is_lora else "lora"
+            raise InputError(
+                f"--{name.replace('_', '-')} has no effect with --method {options.method}: drop it, or use --method "
+                f"{'sibo-' if options.mixes else ''}{kind}."
+            )
+    if not options.mixes:
         given = [
             name
             for name, used in (
@@ -111,7 +147,10 @@ def _check_method(options: FinetuneOptions) -> None:
             if used
         ]
         if given:
-            raise InputError(f"{given[0]} has no effect with --method lora: drop it, or use --method sibo-lora.")
+            raise InputError(
+                f"{given[0]} has no effect with --method {options.method}: drop it, or use --method "
+                f"sibo-{options.method}."
+            )
     elif not 0.0 <= options.lambda_ <= 1.0:  # NaN fails the comparison too
         raise InputError(f"--sibo-lambda is {options.lambda_}: it must lie in [0, 1]; the paper uses 0.1 to 0.3.")
     elif options.sibo_learnable and options.lambda_ in (0.0, 1.0):

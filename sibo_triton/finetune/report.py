@@ -68,7 +68,7 @@ def _warnings(result: FinetuneResult) -> list[str]:
 
 def _outcome(result: FinetuneResult) -> str:
     share = 100 * result.trainable_parameters / (result.parameters + result.trainable_parameters)
-    mixing = f", of which {result.mixing_modules} mix" if result.options.method == "sibo-lora" else ""
+    mixing = f", of which {result.mixing_modules} mix" if result.options.mixes else ""
     rows: list[tuple[str, str]] = [
         ("optimizer steps", f"{result.steps}"),
         ("examples", f"{result.examples:,}" + (f", {result.eval_examples:,} held out" if result.eval_examples else "")),
@@ -136,8 +136,13 @@ def _learned_lambdas(result: FinetuneResult) -> str:
 
 def _settings(result: FinetuneResult) -> str:
     o = result.options
-    method = f"{o.method}, rank {o.rank}, alpha {o.lora_alpha}, dropout {o.dropout}"
-    if o.method == "sibo-lora":
+    size = (
+        f"rank {o.lora_rank}, alpha {o.lora_alpha}"
+        if o.is_lora
+        else f"bottleneck {o.bottleneck}, in {o.placement or 'series'}"
+    )
+    method = f"{o.method}, {size}, dropout {o.dropout}"
+    if o.mixes:
         method += f", lambda {o.lambda_}" + (" (learnable)" if o.sibo_learnable else "")
     length = f"{o.max_steps} steps" if o.max_steps else f"{o.epochs:g} epochs"
     rows = [

@@ -36,7 +36,7 @@ _WARMUP_STEPS = 100  # the authors' setting, bounded by a tenth of the run
 
 
 def finetune(options: FinetuneOptions, console: Console | None = None) -> FinetuneResult:
-    """Fine-tune a causal language model with LoRA or SIBO-LoRA.
+    """Fine-tune a causal language model with LoRA, bottleneck adapters, or SIBO's of either.
 
     Everything that can be refused is refused before the output folder is touched. The folder then gets the adapter
     (what `PeftModel.from_pretrained` reads), loss.csv, report.md with its plots, and the Trainer's checkpoints.
@@ -160,10 +160,10 @@ def _describe_model(result: FinetuneResult, model: Any) -> None:
     result.parameters = sum(p.numel() for p in model.get_base_model().parameters())
     result.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result.parameters -= result.trainable_parameters  # the base model's own
-    result.modules = sum(1 for name, _ in model.named_modules() if name.endswith(".lora_A"))
+    result.modules = sum(1 for name, _ in model.named_modules() if name.endswith((".lora_A", ".sibo_adapter_down")))
     result.lambdas = _lambdas(model)
     result.mixing_modules = len(result.lambdas)
-    if result.options.method == "sibo-lora":
+    if result.options.mixes:
         result.notes.append(
             f"{result.mixing_modules} of {result.modules} adapted modules mix in the initial residual, "
             f"lambda = {result.options.lambda_}" + (", learnable" if result.options.sibo_learnable else "")
@@ -174,7 +174,7 @@ def _lambdas(model: Any) -> dict[str, float]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, SiboLambda):
-            layer = name.partition(".lora_sibo_lambda")[0].removeprefix("base_model.model.")
+            layer = name.removeprefix("base_model.model.").rsplit(".", 2)[0]  # without the container and the adapter
             found[layer] = float(module().detach())
     return found
 

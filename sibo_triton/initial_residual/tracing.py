@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sibo_triton.initial_residual.binding import first_hidden_state
 from sibo_triton.initial_residual.stacks import BlockStack, path_between
+from sibo_triton.initial_residual.uses import OutputUses, is_linear_like
 
 _TOKENS = 5  # a prime that is no common width, so that shapes tell tokens from features
 
@@ -43,12 +44,16 @@ class Feeds:
     Attributes:
         marks: module name -> the streams that its input carried, one entry a call: a stack's name, or None.
         inputs: module name -> a number for the tensor of each call: modules that got the same one have the same number.
+        feed_forward: the linears whose output goes into other linears, token by token (`uses.py`).
+        widths: stack name -> that of its residual stream.
         problems: stack name -> why it could not be run.
         repeated: the stacks that one sequence passes several times, in calls of their own.
     """
 
     marks: dict[str, set[str | None]] = field(default_factory=dict)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    feed_forward: set[str] = field(default_factory=set)
+    widths: dict[str, int] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)
 
@@ -69,6 +74,10 @@ class Feeds:
         if stack.name in marks:
             return False, "reads the residual stream in some of its calls only"
         return False, "is not fed by the residual stream"
+
+    def reads_into_feed_forward(self, module_name: str, stack: BlockStack) -> bool:
+        """Whether a module is a linear of a feed-forward network that reads its stack's residual stream."""
+        return self.reads(module_name, stack)[0] and module_name in self.feed_forward
 
 
 class _Finished(Exception):
@@ -150,7 +159,7 @@ def trace_feeds(root: nn.Module, stacks: Sequence[BlockStack]) -> Feeds:
 
 def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[BlockStack], feeds: Feeds) -> None:
     names = {id(submodule): name for name, submodule in root.named_modules()}
-    mode = _StreamMode()
+    mode, outputs = _StreamMode(), OutputUses()
     seen: dict[str, set] = {stack.name: set() for stack in stacks}
     kinds = {stack.name: {_kind(block) for block in stack.blocks} for stack in stacks}
     reached = {stack.name: any(s is stack.owner for s in module.modules()) for stack in stacks}
@@ -164,6 +173,7 @@ def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[Bloc
                 feeds.repeated.add(stack.name)  # what an earlier call returned comes in again
             if not seen[stack.name] and hidden_states is not None:
                 mode.mark(hidden_states, stack.name)
+                feeds.widths[stack.name] = hidden_states.shape[-1]
             elif all(seen[name] == kinds[name] for name in kinds if reached[name]):
                 raise _Finished
 
@@ -181,6 +191,12 @@ def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[Bloc
         if hidden_states is not None:
             number = mode.number_of(hidden_states)
             feeds.inputs[name] = (*feeds.inputs.get(name, ()), number)
+
+    def enter_linear(linear: nn.Module, args: tuple, kwargs: dict) -> None:
+        outputs.enter_linear(names[id(linear)], first_hidden_state(args, kwargs))
+
+    def leave_linear(linear: nn.Module, args: tuple, output: Any) -> None:
+        outputs.leave_linear(names[id(linear)], output)
 
     def see_norm(submodule: nn.Module, args: tuple, output: Any) -> None:
         # norms may be one opaque kernel; what has per-channel weights only does not mix channels or tokens
@@ -201,19 +217,24 @@ def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[Bloc
             handles.append(block.register_forward_hook(leave_block(stack)))
             for submodule in _modules_outside_adapters(block):
                 handles.append(submodule.register_forward_pre_hook(see_input, with_kwargs=True))
+                if is_linear_like(submodule):
+                    handles.append(submodule.register_forward_pre_hook(enter_linear, with_kwargs=True))
+                    handles.append(submodule.register_forward_hook(leave_linear))
                 if _has_channel_weights_only(submodule):
                     handles.append(submodule.register_forward_hook(see_norm))
     devices = {parameter.device for parameter in root.parameters() if parameter.device.type == "cuda"}
     modes = {submodule: submodule.training for submodule in root.modules()}
     try:
         root.eval()
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), mode, contextlib.suppress(_Finished):
-            module(**inputs)
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), mode, outputs:
+            with contextlib.suppress(_Finished):
+                module(**inputs)
     finally:
         for handle in handles:
             handle.remove()
         for submodule, training in modes.items():
             submodule.training = training
+    feeds.feed_forward.update(name for name in outputs.uses if outputs.feeds_forward(name))
     for stack in stacks:
         _spread_to_like_blocks(stack, feeds, names)
 
@@ -233,6 +254,8 @@ def _spread_to_like_blocks(stack: BlockStack, feeds: Feeds, names: dict[int, str
             feeds.marks.setdefault(name + key[len(example) :], set()).update(feeds.marks[key])
             if key in feeds.inputs:  # alike within the block is all that they say
                 feeds.inputs.setdefault(name + key[len(example) :], feeds.inputs[key])
+            if key in feeds.feed_forward:
+                feeds.feed_forward.add(name + key[len(example) :])
 
 
 def _trial_runs(root: nn.Module, stack: BlockStack) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from peft import LoraConfig
 
-from sibo_triton.lora.card import update_model_card
-from sibo_triton.mixing import InitialResidualSource, validate_lambda, validate_source
+from sibo_triton.injection.card import update_model_card
+from sibo_triton.injection.options import SiboOptions
 
 # The type in adapter_config.json. Stock PEFT does not know it and fails, instead of loading the adapter as plain LoRA
 # and computing something else. In memory the type is LORA, so that hotswap, weight conversion, Trainer and TRL work.
@@ -24,7 +24,7 @@ _VARIANT_FIELDS = ("use_dora", "alora_invocation_tokens", "use_qalora", "arrow_c
 
 
 @dataclass
-class SiboLoraConfig(LoraConfig):
+class SiboLoraConfig(SiboOptions, LoraConfig):
     """Configuration of a SIBO-LoRA adapter (arXiv 2402.11896).
 
         y = W0 x + b + s * B A drop(x~),    x~ = (1 - lambda) * x + lambda * h0
@@ -52,54 +52,19 @@ class SiboLoraConfig(LoraConfig):
             change the base weights (PiSSA, OLoRA, CorDA, LoftQ...), layer replication.
     """
 
-    sibo_lambda: float = field(default=0.1, metadata={"help": "Share of the initial residual in the adapter's input."})
-    sibo_learnable: bool = field(default=False, metadata={"help": "Train lambda, one for each mixing module."})
-    sibo_target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Which of the LoRA targets mix; default: those that read the residual stream."},
-    )
-    sibo_source: InitialResidualSource = field(
-        default="block_input", metadata={"help": "Where the initial residual is taken: 'block_input' or 'embedding'."}
-    )
-    sibo_blocks: list[str] | None = field(
-        default=None, metadata={"help": "Names of the block lists, from the base model's root; default: detected."}
-    )
-
-    sibo_mixing_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Written when an adapter is saved: what the default of sibo_target_modules chose."},
-    )
+    _plain_method = "plain LoRA"
 
     def __post_init__(self) -> None:
         # PEFT hands the file's peft_type to the constructor; LoraConfig then overwrites it with LORA.
-        self._sibo_from_file = self.peft_type == SIBO_LORA_TYPE
-        # Names that the default chose, by adapter injection; saved, so that loading needs no search.
-        self._sibo_resolved: list[str] | None = None
+        self._note_origin(from_file=self.peft_type == SIBO_LORA_TYPE)
         super().__post_init__()
         self.check_options()
 
     def check_options(self) -> None:
         """Raise what the constructor raises; injection calls it again, for options that were set since."""
-        if not isinstance(self.sibo_learnable, bool):
-            raise TypeError(f"sibo_learnable must be True or False, got {self.sibo_learnable!r}.")
-        self.sibo_lambda = validate_lambda(self.sibo_lambda, self.sibo_learnable)
-        validate_source(self.sibo_source)
-        if self.sibo_target_modules == "all-linear":
-            raise ValueError(
-                "sibo_target_modules='all-linear' would ask for linears that cannot mix (attention output, down "
-                "projection). Leave it at None for all that can, or name modules."
-            )
-        if isinstance(self.sibo_blocks, str):
-            self.sibo_blocks = [self.sibo_blocks]
-        for name in ("sibo_blocks", "sibo_target_modules"):
-            self._check_names(name)
+        super().check_options()
         if self.mixes:
             self._refuse_what_cannot_mix()
-
-    @property
-    def mixes(self) -> bool:
-        """Whether any module may mix: lambda is not 0, or learnable."""
-        return self.sibo_learnable or self.sibo_lambda != 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it is saved: a plain LoRA adapter's if nothing mixes, else with a peft_type of its own."""
@@ -115,17 +80,8 @@ class SiboLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         if self.mixes:
-            update_model_card(str(save_directory), self.sibo_lambda, self.sibo_learnable, self.sibo_source)
-
-    def _check_names(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is None or isinstance(value, str):
-            return
-        if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
-            raise TypeError(f"{name} must be a list of module names (or None), got {value!r}.")
-        if not value:
-            raise ValueError(f"{name} is empty. Leave it at None for the default, or use sibo_lambda=0 for plain LoRA.")
-        setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+            options = (self.sibo_lambda, self.sibo_learnable, self.sibo_source)
+            update_model_card(str(save_directory), *options, method="SIBO-LoRA")
 
     def _refuse_what_cannot_mix(self) -> None:
         marked = [f.name for f in fields(self) if f.metadata.get("is_lora_variant")]

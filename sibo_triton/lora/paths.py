@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
+from sibo_triton.injection.sites import Notices as Notices  # as it was here
 from sibo_triton.ops import autocast_dtype
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
@@ -37,24 +36,6 @@ def path_of(layer: LoraLayer, adapter_name: str) -> tuple[PathName, str | None]:
         return "adapter", "the layer has a forward of its own (a device hook of accelerate, or a patch)"
     obstacle = obstacle_to_fusing(layer)
     return ("fused", None) if obstacle is None else ("adapter", obstacle)
-
-
-@dataclass
-class Notices:
-    """What has been said about one adapter of one model: each reason once."""
-
-    said: set[str] = field(default_factory=set)
-
-    def say(self, module_name: str, what: str, reason: str) -> None:
-        """Warn that a module does not run by the fastest path, unless the reason has been given before."""
-        if torch.compiler.is_compiling() or reason in self.said:
-            return
-        self.said.add(reason)
-        warnings.warn(
-            f"{module_name}: {what}, because {reason}. It computes the same, slower. Other modules for the same "
-            "reason are not named: print(sibo_triton.explain(model)) lists them all.",
-            stacklevel=2,
-        )
 
 
 def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str | None:

@@ -1,6 +1,7 @@
 """The operations that the SIBO layers call: one place that chooses between the Triton kernels and plain PyTorch."""
 
 from sibo_triton.ops.autograd import autocast_dtype
+from sibo_triton.ops.bottleneck import add_bottleneck
 from sibo_triton.ops.dispatch import BACKEND_VARIABLE, Choice, backend_for
 from sibo_triton.ops.group import Group
 from sibo_triton.ops.low_rank import add_lora, lora_linear, lora_linear_group, shares_passes
@@ -9,6 +10,7 @@ __all__ = [
     "BACKEND_VARIABLE",
     "Choice",
     "Group",
+    "add_bottleneck",
     "add_lora",
     "autocast_dtype",
     "backend_for",

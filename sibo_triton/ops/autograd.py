@@ -245,23 +245,26 @@ class LowRank(torch.autograd.Function):
         return None, *refuse_second_derivative(gradients, (grad_y, *saved))
 
 
-def refuse_second_derivative(gradients: Sequence[Tensor | None], depend_on: Sequence[Tensor | None]) -> tuple:
+def refuse_second_derivative(
+    gradients: Sequence[Tensor | None], depend_on: Sequence[Tensor | None], what: str = "A SIBO-LoRA layer"
+) -> tuple:
     """First derivatives, of which a second one says that there is none."""
-    return _RefuseSecondDerivative.apply(len(gradients), *gradients, *depend_on)
+    return _RefuseSecondDerivative.apply(what, len(gradients), *gradients, *depend_on)
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
     """Hands on first derivatives, and says, if they are differentiated, that they cannot be."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, what: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.what = what
         # the others are what the gradients depend on: through them autograd comes here
         return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
-            "A SIBO-LoRA layer was differentiated twice, but its fused operation has first derivatives only. Run the "
+            f"{ctx.what} was differentiated twice, but its fused operation has first derivatives only. Run the "
             "definition, which autograd differentiates any number of times: SIBO_TRITON_BACKEND=reference."
         )
 

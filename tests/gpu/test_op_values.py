@@ -5,6 +5,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from bottleneck_cases import BOTTLENECK_CASES
+from bottleneck_cases import assert_as_good_as_the_definition as assert_bottleneck_as_good
+from bottleneck_cases import name_of as name_of_bottleneck
 from captured import Captured
 from group_cases import GROUPS, assert_group_as_good_as_the_definition, make_group, outputs_of_group, results_of
 from op_cases import CASES, WANTABLE, OpCase, assert_as_good_as_the_definition, make, name_of
@@ -32,6 +35,11 @@ def test_they_run_on_the_kernels(device, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_values_and_gradients_are_as_good_as_the_definitions(case, device):
     assert_as_good_as_the_definition(case, device, MARGINS[case.dtype])
+
+
+@pytest.mark.parametrize("case", BOTTLENECK_CASES, ids=name_of_bottleneck)
+def test_bottleneck_values_and_gradients_are_as_good_as_the_definitions(case, device):
+    assert_bottleneck_as_good(case, device, MARGINS[case.dtype])
 
 
 def test_a_large_layer(device):

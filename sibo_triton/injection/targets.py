@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def matches(target: Sequence[str] | str, name: str) -> bool:
+def matches(target: Collection[str] | str, name: str) -> bool:
     """A string is a regular expression for the whole name; the items of a list are names or their last parts."""
     if isinstance(target, str):
         return re.fullmatch(target, name) is not None

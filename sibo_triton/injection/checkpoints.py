@@ -13,12 +13,24 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from sibo_triton.lora.config import SiboLoraConfig
-from sibo_triton.lora.layer import LAMBDA_NAME, lora_layers, sibo_adapters
+from sibo_triton.injection.options import SiboOptions
+from sibo_triton.injection.sites import (
+    BOTTLENECK_LAMBDA_NAME,
+    LAMBDA_NAMES,
+    LORA_LAMBDA_NAME,
+    lambda_name_of,
+    sibo_adapters,
+    sibo_lambdas,
+    tuner_layers,
+)
 
 # Of no parameter: load_state_dict refuses another shape even with strict=False. Two dimensions, because a shard of a
 # one-dimensional parameter may be empty.
 _GUARD_SHAPE = (0, 0)
+
+# A weight that every adapter of the method has, and the name of its lambda.
+_FIRST_WEIGHTS = {LORA_LAMBDA_NAME: "lora_A", BOTTLENECK_LAMBDA_NAME: "sibo_adapter_down"}
+_LAMBDA_PATTERN = "|".join(map(re.escape, LAMBDA_NAMES))
 
 
 def with_guard(
@@ -35,13 +47,22 @@ def with_guard(
         tensors: the adapter's weights by their names in a file, without the adapter's name.
         state_dict: that of the whole model, where the weights were taken from one.
     """
-    mixing = next((key.partition(f".{LAMBDA_NAME}.")[0] for key in tensors if _is_lambda(key)), None)
+    mixing = next((re.split(rf"\.(?:{_LAMBDA_PATTERN})\.", key)[0] for key in tensors if _is_lambda(key)), None)
     if mixing is None:
         return tensors
     own = {name: tensor for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named}
     tensors_of_model = {**{_as_in_state_dict(name): tensor for name, tensor in own.items()}, **(state_dict or {})}
     name = _guarded_name(mixing, tensors_of_model, {*tensors}, {*getattr(model, "peft_config", {})})
     return {**tensors, name: torch.zeros(_GUARD_SHAPE)}
+
+
+def without_others(model: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
+    """Leave other bottleneck adapters' weights out of what is going to be saved of one: PEFT 0.19 does not."""
+    others = [re.escape(name) for name in getattr(model, "peft_config", {}) if name != adapter_name]
+    if not others:
+        return tensors
+    of_others = re.compile(rf"\.sibo_adapter_[a-z]+\.({'|'.join(others)})\.[^.]+$")
+    return {key: tensor for key, tensor in tensors.items() if of_others.search(key) is None}
 
 
 def without_guard(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -95,7 +116,7 @@ def _guards(tensors: Mapping[str, Any]) -> list[str]:
 def _is_lambda(key: str, adapter_name: str | None = None) -> bool:
     # PEFT 0.19 writes the parameters of all adapters whose name holds "bias" into the file of each: not this one's
     optional = "" if adapter_name is None else rf"({re.escape(adapter_name)}\.)?"
-    return re.search(rf"\.{LAMBDA_NAME}\.{optional}[^.]+$", key) is not None
+    return re.search(rf"\.({_LAMBDA_PATTERN})\.{optional}[^.]+$", key) is not None
 
 
 def check_checkpoint(
@@ -115,37 +136,37 @@ def check_checkpoint(
     """
     for key in _guards(state_dict):
         del state_dict[key]
-    for name, layer in lora_layers(model):
-        for adapter_name in sibo_adapters(layer):
-            stem = f"{prefix}{name}."
-            if f"{stem}lora_A.{adapter_name}.weight" not in state_dict:
+    for name, layer in tuner_layers(model):
+        for adapter_name, lambda_ in sibo_lambdas(layer).items():
+            stem, lambda_name = f"{prefix}{name}.", lambda_name_of(layer)
+            if f"{stem}{_FIRST_WEIGHTS[lambda_name]}.{adapter_name}.weight" not in state_dict:
                 continue
-            lambda_ = getattr(layer, LAMBDA_NAME)[adapter_name]
             for entry in lambda_.tensors():
-                key = f"{stem}{LAMBDA_NAME}.{adapter_name}.{entry}"
+                key = f"{stem}{lambda_name}.{adapter_name}.{entry}"
                 problem = lambda_.problem_with(entry, state_dict[key]) if key in state_dict else "is missing"
                 if problem is not None:
-                    _refuse_checkpoint(f"{name}.{LAMBDA_NAME}.{entry}", problem)
+                    _refuse_checkpoint(f"{name}.{lambda_name}.{entry}", problem)
 
 
 def check_loaded_lambdas(model: nn.Module, adapter_name: str, missing: Sequence[str]) -> None:
     """The same check for a loader that sets tensors itself (transformers' load_adapter), after it is done."""
-    for name, layer in lora_layers(model):
+    for name, layer in tuner_layers(model):
         if adapter_name not in sibo_adapters(layer):
             continue
-        for entry, tensor in getattr(layer, LAMBDA_NAME)[adapter_name].tensors().items():
-            key = f"{name}.{LAMBDA_NAME}.{adapter_name}.{entry}"
-            problem = getattr(layer, LAMBDA_NAME)[adapter_name].problem_with(entry, tensor)
+        lambda_, lambda_name = sibo_lambdas(layer)[adapter_name], lambda_name_of(layer)
+        for entry, tensor in lambda_.tensors().items():
+            key = f"{name}.{lambda_name}.{adapter_name}.{entry}"
+            problem = lambda_.problem_with(entry, tensor)
             if any(key.endswith(other) or other.endswith(key) for other in missing):
                 problem = "is missing"
             if problem is not None:
-                _refuse_checkpoint(f"{name}.{LAMBDA_NAME}.{entry}", problem)
+                _refuse_checkpoint(f"{name}.{lambda_name}.{entry}", problem)
 
 
 def check_adapter_mixes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]) -> None:
     """Raise a ValueError if weights of a SIBO adapter are going to be loaded onto an adapter that mixes nowhere."""
     exists = adapter_name in getattr(model, "peft_config", {})
-    if exists and not any(adapter_name in sibo_adapters(layer) for _, layer in lora_layers(model)):
+    if exists and not any(adapter_name in sibo_adapters(layer) for _, layer in tuner_layers(model)):
         lambdas = sorted(key for key in tensors if _is_lambda(key, adapter_name))
         _refuse_without_place(adapter_name, lambdas or _guards(tensors))
 
@@ -159,21 +180,42 @@ def _refuse_without_place(adapter_name: str, keys: Sequence[str]) -> None:
     if keys:
         raise ValueError(
             f"The weights hold {keys[0]}{' and others' if len(keys) > 1 else ''}, but adapter {adapter_name!r} "
-            "computes plain LoRA there, which is not what was trained. Load the folder as an adapter of another name, "
-            "or make this one with the SiboLoraConfig that was saved with the weights."
+            "computes plain LoRA there (or what else its config says), which is not what was trained. Load the folder "
+            "as an adapter of another name, or make this one with the SiboLoraConfig or SiboAdapterConfig that was "
+            "saved with the weights."
         )
 
 
 def check_same_source(adapter: PeftConfig, saved: PeftConfig) -> None:
-    """Raise a ValueError if weights for another kind of h0 would be loaded onto an adapter.
+    """Raise a ValueError if weights would be loaded onto an adapter that makes something else of them.
 
-    What h0 is, alone of the options of SIBO, is in no tensor.
+    Such as of another kind of h0: that is in no tensor.
     """
-    both = all(isinstance(config, SiboLoraConfig) and config.mixes for config in (adapter, saved))
-    if both and adapter.sibo_source != saved.sibo_source:
+    if not isinstance(adapter, SiboOptions) or not isinstance(saved, SiboOptions):
+        return
+    for name in adapter.in_no_tensor():
+        if name in saved.in_no_tensor() and getattr(adapter, name) != getattr(saved, name):
+            raise ValueError(
+                f"Configs are incompatible: for {name}, {getattr(adapter, name)!r} != {getattr(saved, name)!r}. "
+                "Loading onto an adapter exchanges its weights only: load the checkpoint as another adapter."
+            )
+
+
+def check_same_method(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
+    """Raise a ValueError if the weights of a bottleneck adapter are going to be loaded onto another, or the reverse.
+
+    No name would match, and PEFT would load nothing without a word.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is None:
+        return
+    expected = config.peft_type == "SIBO_ADAPTER"
+    found = any(f".{_FIRST_WEIGHTS[BOTTLENECK_LAMBDA_NAME]}." in key for key in tensors)
+    if expected != found:
+        weights = "those of" if found else "not those of"
         raise ValueError(
-            f"Configs are incompatible: for sibo_source, {adapter.sibo_source!r} != {saved.sibo_source!r}. Loading "
-            "onto an adapter exchanges its weights only: load the checkpoint as another adapter."
+            f"The weights are {weights} a bottleneck adapter (SiboAdapterConfig), and adapter {adapter_name!r} is "
+            f"{'' if expected else 'not '}one: nothing would be loaded. Load the folder as an adapter of another name."
         )
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 _START, _END = "<!-- sibo-triton -->", "<!-- /sibo-triton -->"
 
 
-def update_model_card(directory: str, lambda_: float, learnable: bool, source: str) -> None:
+_KINDS = {
+    "SIBO-LoRA": "not a plain LoRA adapter: the adapter reads",
+    "SIBO adapter": "a bottleneck adapter whose branch reads",
+}
+
+
+def update_model_card(
+    directory: str, lambda_: float, learnable: bool, source: str, method: Literal["SIBO-LoRA", "SIBO adapter"]
+) -> None:
     """Write or replace the SIBO section of `directory`/README.md."""
     path = Path(directory) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else "---\nlibrary_name: peft\n---\n"
@@ -15,9 +24,9 @@ def update_model_card(directory: str, lambda_: float, learnable: bool, source: s
     after = rest.partition(_END)[2] if start else ""
     value = f"learnable, one per module, starting at {lambda_}" if learnable else f"{lambda_}"
     section = f"""{_START}
-## SIBO-LoRA
+## {method}
 
-This is a SIBO-LoRA adapter (arXiv 2402.11896), not a plain LoRA adapter: the adapter reads
+This is a {method.removesuffix(" adapter")} adapter (arXiv 2402.11896), {_KINDS[method]}
 `(1 - lambda) * x + lambda * h0`, where h0 is the initial residual.
 
 - lambda: {value}

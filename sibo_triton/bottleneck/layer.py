@@ -1,0 +1,284 @@
+"""The layers: a frozen module with bottleneck adapters on it. They find h0 and call one operation."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sibo_triton import reference
+from sibo_triton.bottleneck.config import SiboAdapterConfig
+from sibo_triton.bottleneck.paths import obstacle_to_adapter
+from sibo_triton.initial_residual.binding import first_hidden_state
+from sibo_triton.injection.sites import BOTTLENECK_LAMBDA_NAME, MixingSite, initial_residual_for, mixed_batch
+from sibo_triton.lora.forward import _dropped
+from sibo_triton.mixing import Float32Module
+from sibo_triton.ops import add_bottleneck
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What an adapter of a layer is, beside its weights.
+
+    Attributes:
+        reads_output: whether it stands behind the frozen module, in series.
+        in_front: whether it stands in front of it, in series.
+        activation: f.
+        scaling: s; not looked at where s is learnable.
+    """
+
+    reads_output: bool
+    in_front: bool
+    activation: str
+    scaling: float
+
+
+class LearnableScaling(Float32Module):
+    """s of one module and one adapter: an fp32 parameter of shape [1], which stays fp32 when the model is cast."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
+
+    def forward(self) -> torch.Tensor:
+        """Return s: fp32, shape [1]."""
+        return self.weight
+
+
+class SiboAdapterLayer(nn.Module, BaseTunerLayer):
+    """A frozen module with bottleneck adapters, each in front of it, behind it or beside it.
+
+    Args:
+        base_layer: the frozen module.
+        in_features: width of what it reads.
+        out_features: width of what it returns, or of the first entry of the tuple that it returns.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (
+        "sibo_adapter_down",
+        "sibo_adapter_up",
+        "sibo_adapter_scaling",
+        BOTTLENECK_LAMBDA_NAME,
+    )
+    other_param_names: tuple[str, ...] = ("sibo_adapter_dropout", "sibo_adapter_options", "sibo_sites")
+
+    # PEFT's, which has no types
+    _active_adapter: Any
+    _move_adapter_to_device_of_base_layer: Any
+    active_adapters: Any
+    delete_adapter: Any
+    disable_adapters: Any
+    get_base_layer: Any
+    set_adapter: Any
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.sibo_adapter_down = nn.ModuleDict()
+        self.sibo_adapter_up = nn.ModuleDict()
+        self.sibo_adapter_dropout = nn.ModuleDict()
+        self.sibo_adapter_scaling = nn.ModuleDict()  # of those that learn it
+        self.sibo_adapter_lambda = nn.ModuleDict()  # of those that mix here
+        self.sibo_adapter_options: dict[str, AdapterOptions] = {}
+        self.sibo_sites: dict[str, MixingSite] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: SiboAdapterConfig) -> None:
+        """Add an adapter, or make one of that name anew."""
+        in_series = config.placement == "series"
+        options = AdapterOptions(
+            reads_output=in_series and config.side == "output",
+            in_front=in_series and config.side == "input",
+            activation=config.activation,
+            scaling=1.0 if config.scaling == "learnable" else config.scaling,
+        )
+        read = self.out_features if options.reads_output else self.in_features
+        written = self.in_features if options.in_front else self.out_features
+        for container in (self.sibo_adapter_scaling, self.sibo_adapter_lambda, self.sibo_sites):
+            if adapter_name in container:
+                del container[adapter_name]
+        self.sibo_adapter_options[adapter_name] = options
+        self.sibo_adapter_down[adapter_name] = nn.Linear(read, config.bottleneck_size, bias=config.adapter_bias)
+        self.sibo_adapter_up[adapter_name] = nn.Linear(config.bottleneck_size, written, bias=config.adapter_bias)
+        rate = config.adapter_dropout
+        self.sibo_adapter_dropout[adapter_name] = nn.Dropout(rate) if rate > 0 else nn.Identity()
+        if config.scaling == "learnable":
+            self.sibo_adapter_scaling[adapter_name] = LearnableScaling()
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+        """Draw the weights anew, as `SiboAdapterConfig.init_weights` says; biases are zero."""
+        down: Any = self.sibo_adapter_down[adapter_name]
+        up: Any = self.sibo_adapter_up[adapter_name]
+        if init_weights == "bert":
+            nn.init.normal_(down.weight, std=0.02)
+            nn.init.normal_(up.weight, std=0.02)
+        else:
+            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+            nn.init.zeros_(up.weight)
+        for linear in (down, up):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def modules_of(self, adapter_name: str) -> tuple[Any, Any, Any]:
+        """The two projections and the dropout of an adapter."""
+        return (
+            self.sibo_adapter_down[adapter_name],
+            self.sibo_adapter_up[adapter_name],
+            self.sibo_adapter_dropout[adapter_name],
+        )
+
+    def width_mixed(self, adapter_name: str) -> int:
+        """Width of what an adapter reads, and h0 must have."""
+        return self.out_features if self.sibo_adapter_options[adapter_name].reads_output else self.in_features
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The frozen module's output, with its adapters. `adapter_names` says which row of the batch has which."""
+        names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            return self.base_layer(*args, **kwargs)
+        if names is None:
+            active = {name: None for name in self.active_adapters if name in self.sibo_adapter_options}
+            return self._with_adapters(active, args, kwargs)
+        rows = {name: _rows_of(names, name) for name in dict.fromkeys(names) if name in self.sibo_adapter_options}
+        with mixed_batch(names):
+            return self._with_adapters(rows, args, kwargs, len(names))
+
+    def _with_adapters(
+        self, rows: Mapping[str, list[int] | None], args: tuple, kwargs: dict[str, Any], batch: int | None = None
+    ) -> Any:
+        """The output with each of the adapters for its rows of the batch (None: all)."""
+        if not rows:
+            return self.base_layer(*args, **kwargs)
+        x = self._input_among(args, kwargs)
+        if batch not in (None, len(x)):
+            raise ValueError(
+                f"adapter_names has {batch} entries, but a layer got an input of {len(x)} rows: give one name for each "
+                "sample of the batch."
+            )
+        options = self.sibo_adapter_options
+        x_changed = x
+        for name in (name for name in rows if options[name].in_front):
+            x_changed = self._add_rows(name, rows[name], x_changed, x)
+        args, kwargs = _replaced(args, kwargs, x, x_changed)
+        returned = self.base_layer(*args, **kwargs)
+        z = returned[0] if isinstance(returned, tuple) else returned
+        y = z
+        for name in (name for name in rows if not options[name].in_front):
+            y = self._add_rows(name, rows[name], y, z if options[name].reads_output else x)
+        return (y, *returned[1:]) if isinstance(returned, tuple) else y
+
+    def _input_among(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        x = first_hidden_state(args, kwargs)
+        if x is None:
+            x = next(iter((*args, *kwargs.values())), None)
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            raise TypeError(
+                f"An adapter on a {type(self.get_base_layer()).__name__} got no hidden states among its arguments, but "
+                f"{found}: take the module out of target_modules."
+            )
+        return x
+
+    def _add_rows(self, name: str, rows: list[int] | None, base: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """``base + g(v)`` in some rows of the batch."""
+        if rows is None:
+            return self._add_branch(name, base, v)
+        changed = self._add_branch(name, base[rows], v[rows])
+        return base.index_copy(0, torch.tensor(rows, device=base.device), changed)
+
+    def _add_branch(self, name: str, base: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """``base + g(v)``."""
+        down, up, dropout = self.modules_of(name)
+        options = self.sibo_adapter_options[name]
+        scaling: Any = self.sibo_adapter_scaling[name]() if name in self.sibo_adapter_scaling else options.scaling
+        h0, lambda_ = None, 0.0
+        if name in self.sibo_adapter_lambda:
+            h0, lambda_ = initial_residual_for(self, name, v), self.sibo_adapter_lambda[name]()
+        obstacle = obstacle_to_adapter(down, up, dropout, v)
+        if obstacle is not None:
+            site = self.sibo_sites[name]
+            site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
+            v_mixed = reference.mix(v.to(down.weight.dtype), h0, lambda_)
+            hidden = reference.ACTIVATIONS[options.activation](down(_dropped(dropout, v_mixed)))
+            return (base + up(hidden) * scaling).to(base.dtype)
+        drops = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+        return add_bottleneck(
+            base,
+            v,
+            down.weight,
+            up.weight,
+            scaling,
+            activation=options.activation,
+            down_bias=down.bias,
+            up_bias=up.bias,
+            initial_residual=h0,
+            lambda_=lambda_,
+            dropout_p=dropout.p if drops else 0.0,
+            dropout_seed=reference.draw_seed(v.device) if drops else None,
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        refuse_merge(", ".join(adapter_names or self.active_adapters))
+
+    def unmerge(self) -> None:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)  # as PEFT's layers say it
+
+
+class SubLayer(SiboAdapterLayer):
+    """A frozen sub-layer ("mlp", "self_attn") with adapters: what the model looks up on it is still found."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """Width of what a linear of any kind reads and returns; None for what is no linear."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.nf
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        read, written = (getattr(module, name, None) for name in names)
+        if isinstance(read, int) and isinstance(written, int):
+            return read, written
+    return None
+
+
+def refuse_merge(adapters: str) -> NoReturn:
+    """Raise the error that says why a bottleneck adapter is never merged."""
+    raise ValueError(
+        f"Cannot merge adapter {adapters!r}: a bottleneck adapter is not linear (and with SIBO reads the initial "
+        "residual), so no weight of the layer gives the same output. Keep the adapter as it is: it can be saved, "
+        "loaded and generated with. unload() gives the base model back."
+    )
+
+
+def _rows_of(names: Sequence[str], name: str) -> list[int]:
+    return [row for row, other in enumerate(names) if other == name]
+
+
+def _replaced(args: tuple, kwargs: dict[str, Any], x: torch.Tensor, by: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with another tensor in the place of x."""
+    if by is x:
+        return args, kwargs
+    return (
+        tuple(by if value is x else value for value in args),
+        {name: by if value is x else value for name, value in kwargs.items()},
+    )

@@ -1,0 +1,277 @@
+"""`SiboAdapterModel`: PEFT's tuner for bottleneck adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from sibo_triton.bottleneck.config import SiboAdapterConfig
+from sibo_triton.bottleneck.layer import SiboAdapterLayer, SubLayer, linear_features, refuse_merge
+from sibo_triton.initial_residual import BlockStack, Feeds, find_block_stacks, trace_feeds
+from sibo_triton.injection.mixing_modules import (
+    Decisions,
+    Method,
+    bind,
+    decide,
+    remove_unused_hooks,
+    requested_modules,
+    some,
+)
+from sibo_triton.injection.reversible import inject_reversibly, note_config
+from sibo_triton.injection.sites import MixingSite, Notices
+from sibo_triton.injection.targets import matches, shortest_names
+from sibo_triton.mixing import SiboLambda
+
+
+class SiboAdapterModel(BaseTuner):
+    """A model with bottleneck adapters; made by `peft.get_peft_model` for a `SiboAdapterConfig`."""
+
+    prefix = "sibo_adapter_"
+    tuner_layer_cls = SiboAdapterLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter on the modules that its config targets, and bind the initial residual where it mixes.
+
+        Raises:
+            ValueError: it cannot be made right; the model is then as it was.
+        """
+        config = self.peft_config[adapter_name]
+        inject_reversibly(
+            partial(self._inject, model, adapter_name, *args, **kwargs), self, model, adapter_name, remove_unused_hooks
+        )
+        note_config(model, adapter_name, config)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: SiboAdapterConfig = self.peft_config[adapter_name]
+        if not isinstance(config, SiboAdapterConfig):
+            raise TypeError(f"Adapter {adapter_name!r} needs a SiboAdapterConfig, got {type(config).__name__}.")
+        config.check_options()
+        for _, layer in adapter_layers(model):
+            if adapter_name in layer.sibo_adapter_options:
+                layer.delete_adapter(adapter_name)  # an earlier one of this name
+        requested, known = requested_modules(config)
+        known = known and config.target_modules is not None and not _targets_sub_layers(model, config)
+        stacks, feeds = _look_at(model, config, known)
+        if config.target_modules is None:
+            config.target_modules = _feed_forward_linears(model, stacks, feeds)  # a set, as PEFT has it
+        self._widths = _widths(stacks, feeds)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+        layers = {name: layer for name, layer in adapter_layers(model) if adapter_name in layer.sibo_adapter_options}
+        if not layers:  # PEFT 0.19 says it of the first adapter only
+            raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
+        if config.mixes:
+            method = _method(adapter_name, config)
+            decisions = decide(layers, requested, stacks, None if known else feeds, method)
+            if config.side == "output" and requested is None:
+                _refuse_other_widths(layers, decisions, self._widths)
+            sites = bind(model, config, layers, decisions, method)
+        else:
+            notices = Notices()
+            sites = {name: MixingSite(name, None, "plain adapter", notices) for name in layers}
+        train = adapter_name in self.active_adapters and not config.inference_mode
+        for name, layer in layers.items():
+            _install(layer, adapter_name, sites[name], config, train)
+
+    def _prepare_adapter_config(self, peft_config: SiboAdapterConfig, model_config: dict) -> SiboAdapterConfig:
+        return peft_config  # `_inject` has found the default of target_modules
+
+    def _create_and_replace(
+        self,
+        config: SiboAdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, SiboAdapterLayer):
+            target.update_layer(adapter_name, config)
+            return
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(
+                f"{current_key} has an adapter of another method already ({type(target).__name__}): put the two on "
+                "different modules."
+            )
+        layer = self._new_layer(config, target, current_key)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # another adapter: not trainable until it is activated
+        self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, config: SiboAdapterConfig, target: nn.Module, name: str) -> SiboAdapterLayer:
+        features = linear_features(target)
+        if isinstance(target, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"{name} is read by torch's MultiheadAttention, which never calls it: target another module."
+            )
+        if features is not None:
+            return SiboAdapterLayer(target, *features)
+        width = next((width for stack, width in self._widths.items() if name.startswith(stack + ".")), None)
+        in_front = config.placement == "series" and config.side == "input"
+        if in_front or width is None or not any(True for _ in target.children()):
+            raise ValueError(
+                f"{name} is a {type(target).__name__}, not a linear layer, and gets no adapter in front of it. Take it "
+                "out of target_modules; whole sub-layers of a block can have adapters with placement='parallel' or "
+                "side='output'."
+            )
+        return SubLayer(target, width, width)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        remove_unused_hooks(self.model)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        remove_unused_hooks(model)
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        refuse_merge(", ".join(self.active_adapters))
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: adapters are not linear, so a weighted sum of their weights is not that of what they compute."""
+        raise ValueError(
+            "Bottleneck adapters cannot be combined into one: they are not linear. Activate several with "
+            "base_model.set_adapter([...]) instead; what they compute then adds up."
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """For PeftModel: hand `adapter_names`, one name for each sample, to the layers."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = {name for name in names if name != "__base__"} - set(self.peft_config)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams") or 1
+        encoder = _get_encoder(self.model)
+        in_encoder = set() if encoder is None else set(encoder.modules())
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (SiboAdapterLayer, AuxiliaryTrainingWrapper)):
+                repeated = list(names) if module in in_encoder else [name for name in names for _ in range(beams)]
+                hook = partial(_adapter_names_pre_forward_hook, adapter_names=repeated)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, SiboAdapterLayer]]:
+    """The layers with bottleneck adapters of a base model, with their names from its root."""
+    for name, module in model.named_modules():
+        if isinstance(module, SiboAdapterLayer):
+            yield name, module
+
+
+def _install(
+    layer: SiboAdapterLayer, adapter_name: str, site: MixingSite, config: SiboAdapterConfig, train: bool
+) -> None:
+    layer.sibo_sites[adapter_name] = site
+    if site.residual is None:
+        return
+    device: Any = layer.sibo_adapter_down[adapter_name].weight.device
+    lambda_ = SiboLambda(config.sibo_lambda, config.sibo_learnable, None if device.type == "meta" else device)
+    layer.sibo_adapter_lambda[adapter_name] = lambda_.requires_grad_(train)
+
+
+def _look_at(model: nn.Module, config: SiboAdapterConfig, known: bool) -> tuple[list[BlockStack], Feeds]:
+    """The stacks of blocks, and what a trial run saw, as far as the config needs them."""
+    needs_feeds = config.target_modules is None or (config.mixes and not known) or _targets_sub_layers(model, config)
+    if not needs_feeds and not config.mixes:
+        return [], Feeds()
+    stacks = find_block_stacks(model, config.sibo_blocks)
+    return stacks, trace_feeds(model, stacks) if needs_feeds else Feeds()
+
+
+def _targets_sub_layers(model: nn.Module, config: SiboAdapterConfig) -> bool:
+    targets = config.target_modules
+    if targets is None or targets == "all-linear":
+        return False
+    modules = ((name, module) for name, module in model.named_modules() if matches(targets, name))
+    return any(linear_features(module) is None and not isinstance(module, BaseTunerLayer) for _, module in modules)
+
+
+def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], feeds: Feeds) -> set[str]:
+    """The default of target_modules."""
+    found = [
+        name
+        for stack in stacks
+        for name in feeds.marks
+        if stack.holds(name) and feeds.reads_into_feed_forward(name, stack)
+    ]
+    if not found:
+        problems = "".join(f"; {name}: {problem}" for name, problem in feeds.problems.items())
+        raise ValueError(
+            f"No linear of a feed-forward network that reads the residual stream was found in {type(model).__name__}"
+            f"{problems}. Name the modules in target_modules."
+        )
+    return set(shortest_names(found, [name for name, _ in model.named_modules() if name]))
+
+
+def _widths(stacks: list[BlockStack], feeds: Feeds) -> dict[str, int]:
+    return {stack.name: feeds.widths[stack.name] for stack in stacks if stack.name in feeds.widths}
+
+
+def _method(adapter_name: str, config: SiboAdapterConfig) -> Method:
+    if config.side == "output":
+        advice, can_mix = "modules whose output is as wide as the residual stream (down projections)", _as_wide
+    else:
+        advice, can_mix = "linears that read the residual stream (q/k/v, gate/up, the first of an MLP)", _reads
+    return Method(
+        name="adapter",
+        plain="a plain adapter",
+        advice=advice,
+        obstacle=lambda layer: None,
+        width=lambda layer: layer.width_mixed(adapter_name),
+        can_mix=can_mix,
+    )
+
+
+def _reads(name: str, layer: SiboAdapterLayer, stack: BlockStack, feeds: Feeds) -> tuple[bool, str]:
+    return feeds.reads(name, stack)
+
+
+def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, feeds: Feeds) -> tuple[bool, str]:
+    """Whether what a module returns can be mixed with h0: of the same tokens, and as wide."""
+    _, reason = feeds.reads(name, stack)
+    unknown = name not in feeds.marks or stack.name in feeds.problems or stack.name in feeds.repeated
+    if unknown or feeds.marks[name] - {None, stack.name}:  # of another stack's stream: other tokens
+        return False, reason
+    width = feeds.widths[stack.name]
+    if layer.out_features != width:
+        return False, f"returns {layer.out_features} features, and the initial residual of {stack.name} has {width}"
+    return True, "returns what is as wide as the residual stream"
+
+
+def _refuse_other_widths(layers: dict[str, SiboAdapterLayer], decisions: Decisions, widths: dict[str, int]) -> None:
+    """On the output side nothing is left plain silently for its width."""
+    others = {}
+    for name, layer in layers.items():
+        width = next((width for stack, width in widths.items() if name.startswith(stack + ".")), layer.out_features)
+        if decisions[name][0] is None and layer.out_features != width:
+            others[name] = decisions[name][1]
+    if others:
+        name, reason = next(iter(others.items()))
+        raise ValueError(
+            f"side='output': {name} {reason}, so its output cannot be mixed (as of {some(others)}). Use side='input', "
+            "target modules whose output is as wide (down projections), or name those that mix in sibo_target_modules: "
+            "the others then get a plain adapter."
+        )

@@ -1,0 +1,104 @@
+"""Find out what the output of each linear goes into: another linear, token by token, or an attention, or a choice.
+
+That tells a feed-forward network's linears from the others that read the residual stream (q, k, v, routers), without
+names. The output of a linear carries a tag through every operation, up to a product with a weight: it went into a
+linear. What is met on the way is noted: a product of two tensors that are tagged, an attention kernel or a convolution
+mixes tokens; a softmax or a top-k weighs or chooses something (a router).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+LINEAR, MIXES_TOKENS, CHOOSES = "linear", "mixes tokens", "chooses"
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "matmul", "mv", "addmv", "_grouped_mm", "_int_mm"}
+_CONVOLUTIONS = {"convolution", "_convolution", "conv1d", "conv2d", "cudnn_convolution", "mkldnn_convolution"}
+_CHOICES = {"softmax", "_softmax", "topk", "sort", "argsort", "argmax", "max", "multinomial", "cumsum"}
+
+
+class OutputUses(TorchDispatchMode):
+    """Carries tags from operation to operation, and notes what they met.
+
+    Attributes:
+        uses: by the linear's name, what its output met.
+        readers: by the linear's name, the linears whose input its output became.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uses: dict[str, set[str]] = {}
+        self.readers: dict[str, set[str]] = {}
+        # by the tensor's memory, as views are other objects; it is kept so that its memory is not reused
+        self._tags: dict[tuple, tuple[torch.Tensor, frozenset[str]]] = {}
+
+    def enter_linear(self, name: str, x: Any) -> None:
+        """Note that a linear is going to read `x`."""
+        for writer in self._tags_of(x) if isinstance(x, torch.Tensor) else ():
+            self.readers[writer].add(name)
+
+    def leave_linear(self, name: str, output: Any) -> None:
+        """Note that a linear has returned `output`."""
+        self.uses.setdefault(name, set())
+        self.readers.setdefault(name, set())
+        if isinstance(output, torch.Tensor):
+            self._tags[_memory(output)] = (output, frozenset([name]))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        tagged = [tags for tags in map(self._tags_of, _tensors((args, kwargs))) if tags]
+        result = func(*args, **kwargs)
+        if tagged:
+            use = _use_in(func.overloadpacket.__name__, len(tagged))
+            tags = frozenset().union(*tagged)
+            if use is not None:
+                for name in tags:
+                    self.uses[name].add(use)
+            if use != LINEAR:
+                self._tags.update((_memory(tensor), (tensor, tags)) for tensor in _tensors(result))
+        return result
+
+    def feeds_forward(self, name: str) -> bool:
+        """Whether a linear's output goes into other linears token by token, and theirs into no attention."""
+        readers = self.readers.get(name, ())
+        return self.uses.get(name) == {LINEAR} and all(MIXES_TOKENS not in self.uses[reader] for reader in readers)
+
+    def _tags_of(self, tensor: torch.Tensor) -> frozenset[str]:
+        return self._tags.get(_memory(tensor), (None, frozenset()))[1]
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether a module's output is to be followed: a linear of any kind, with an adapter or without."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = getattr(base, "weight", None)
+    has_matrix = isinstance(weight, torch.Tensor) and weight.dim() == 2
+    return (has_matrix or hasattr(base, "qweight")) and not isinstance(base, nn.Embedding)
+
+
+def _use_in(operation: str, tagged: int) -> str | None:
+    if operation in _PRODUCTS:
+        return LINEAR if tagged == 1 else MIXES_TOKENS
+    if operation in _CONVOLUTIONS or "attention" in operation or "attn" in operation:
+        return MIXES_TOKENS
+    return CHOOSES if operation in _CHOICES else None
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if value.layout == torch.strided:
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

@@ -1,0 +1,246 @@
+"""Decide which of the layers that an adapter is on mix in which initial residual, and put the hooks on that bind it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sibo_triton.initial_residual import BlockStack, Feeds, attach, attached, detach
+from sibo_triton.injection.checkpoints import check_checkpoint
+from sibo_triton.injection.options import SiboOptions
+from sibo_triton.injection.sites import MixingSite, Notices, tuner_layers
+from sibo_triton.injection.snapshot import is_loading
+from sibo_triton.injection.targets import matches, shortest_names
+
+_ON_TRUST = "named by sibo_target_modules, not verified"
+
+Decisions = dict[str, tuple[BlockStack | None, str]]  # by layer: whose initial residual it mixes in, or None; and why
+
+
+def _reads(name: str, layer: Any, stack: BlockStack, feeds: Feeds) -> tuple[bool, str]:
+    return feeds.reads(name, stack)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the decision needs to know of a PEFT method.
+
+    Attributes:
+        name: as in "the LoRA targets".
+        plain: what a layer computes that does not mix.
+        obstacle: why a layer cannot mix whatever feeds it, or None.
+        refuse: raises for a layer that would mix, and could not compute it.
+        can_mix: whether a layer can mix in its stack's initial residual, by what the trial run saw, and why (not).
+        width: of what a layer mixes.
+        advice: what to target where nothing can mix.
+    """
+
+    name: str
+    plain: str
+    advice: str
+    obstacle: Callable[[Any], str | None]
+    width: Callable[[Any], int]
+    refuse: Callable[[str, Any], None] = lambda name, layer: None
+    can_mix: Callable[[str, Any, BlockStack, Feeds], tuple[bool, str]] = _reads
+
+
+def requested_modules(config: SiboOptions) -> tuple[list[str] | str | None, bool]:
+    """What `sibo_target_modules` asks for, and whether that needs no trial run of the model.
+
+    A saved adapter that is loaded names its modules as they were found when it was made.
+    """
+    is_saved = is_loading() and config._sibo_from_file
+    requested = config.sibo_target_modules
+    if is_saved:
+        requested = requested or config.sibo_mixing_modules
+    return requested, is_saved and requested is not None
+
+
+def decide(
+    layers: Mapping[str, Any],
+    requested: list[str] | str | None,
+    stacks: Sequence[BlockStack],
+    feeds: Feeds | None,
+    method: Method,
+) -> Decisions:
+    """Decide for each layer.
+
+    Args:
+        layers: by their names from the base model's root.
+        requested: see :func:`requested_modules`.
+        stacks: of the model.
+        feeds: what the trial run saw, or None: then what is requested is taken.
+        method: the PEFT method.
+
+    Raises:
+        ValueError: what is requested cannot mix, or nothing mixes.
+    """
+    decisions = {name: _decide(name, layer, requested, stacks, feeds, method) for name, layer in layers.items()}
+    _check_request(requested, layers, decisions, feeds, method)
+    if feeds is not None:
+        _warn_of_problems(stacks, decisions, feeds, method)
+    return decisions
+
+
+def bind(
+    model: nn.Module, config: SiboOptions, layers: Mapping[str, Any], decisions: Decisions, method: Method
+) -> dict[str, MixingSite]:
+    """Put the hooks of the initial residuals on the model, and say of each layer what it mixes in."""
+    mixing = {name: stack for name, (stack, _) in decisions.items() if stack is not None}
+    used = {stack.name: stack for stack in mixing.values()}
+    # all are looked up before the first hook is put on, for what may be refused
+    widths = {name: (stack, method.width(layers[name])) for name, stack in mixing.items()}
+    embeddings = {name: _embedding_name(model, stack, config, widths) for name, stack in used.items()}
+    residuals = {name: attach(model, stack, config.sibo_source, embeddings[name]) for name, stack in used.items()}
+    notices = Notices()
+    config._sibo_resolved = shortest_names(list(mixing), list(layers))
+    if not any(getattr(hook, "hook", hook) is check_checkpoint for hook in model._load_state_dict_pre_hooks.values()):
+        model.register_load_state_dict_pre_hook(check_checkpoint)
+    return {
+        name: MixingSite(name, residuals[stack.name] if stack is not None else None, reason, notices)
+        for name, (stack, reason) in decisions.items()
+    }
+
+
+def remove_unused_hooks(model: nn.Module) -> None:
+    """Take off the hooks of initial residuals that no layer of `model` mixes in any more."""
+    sites = [site for _, layer in tuner_layers(model) for site in getattr(layer, "sibo_sites", {}).values()]
+    used = {id(site.residual) for site in sites}
+    for residual in attached(model):
+        if id(residual) not in used:
+            detach(model, residual)
+    if not attached(model):
+        for key, hook in list(model._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", hook) is check_checkpoint:
+                del model._load_state_dict_pre_hooks[key]
+
+
+def _decide(
+    name: str,
+    layer: Any,
+    requested: list[str] | str | None,
+    stacks: Sequence[BlockStack],
+    feeds: Feeds | None,
+    method: Method,
+) -> tuple[BlockStack | None, str]:
+    asked = requested is not None and matches(requested, name)
+    stack = next((stack for stack in stacks if stack.holds(name)), None)
+    obstacle = method.obstacle(layer)
+    if stack is None:
+        mixes, reason = False, "lies outside of the stacks of blocks"
+    elif obstacle is not None:
+        mixes, reason = False, obstacle
+    elif feeds is None:
+        mixes, reason = True, "named by the saved adapter"
+    else:
+        mixes, reason = method.can_mix(name, layer, stack, feeds)
+        if asked and stack.name in feeds.problems:
+            mixes, reason = True, _ON_TRUST
+    if asked and not mixes:
+        raise ValueError(
+            f"sibo_target_modules asks for {name}, which cannot mix: it {reason}. Leave it out of sibo_target_modules; "
+            f"it still gets {method.plain}."
+        )
+    if mixes and requested is not None and not asked:
+        return None, "not among sibo_target_modules"
+    if mixes:
+        method.refuse(name, layer)
+    return (stack, reason) if mixes else (None, reason)
+
+
+def _warn_of_problems(stacks: Sequence[BlockStack], decisions: Decisions, feeds: Feeds, method: Method) -> None:
+    for stack in stacks:
+        names = {name: None for name in decisions if stack.holds(name)}
+        if stack.name not in feeds.problems or not names:
+            continue
+        on_trust = {name: None for name in names if decisions[name][1] == _ON_TRUST}
+        what = (
+            f"sibo_target_modules is taken on trust for {some(on_trust)}: make sure that their input is the residual "
+            "stream"
+            if on_trust
+            else f"{some(names)} get {method.plain}: name in sibo_target_modules those that read the residual stream"
+        )
+        warnings.warn(
+            f"What feeds the modules of {stack.name!r} could not be found out, so {what}. A trial run of the model did "
+            f"not work: {feeds.problems[stack.name]}.",
+            stacklevel=2,
+        )
+
+
+def _check_request(
+    requested: list[str] | str | None,
+    layers: Mapping[str, Any],
+    decisions: Decisions,
+    feeds: Feeds | None,
+    method: Method,
+) -> None:
+    targets = f"{method.name} targets"
+    if isinstance(requested, list):
+        idle = [item for item in requested if not any(matches([item], name) for name in layers)]
+        if idle:
+            raise ValueError(
+                f"sibo_target_modules names {', '.join(map(repr, idle))}, which match no module that {targets}. The "
+                f"{targets} are {some(layers)}: add the module to target_modules, or mend the name."
+            )
+    if any(stack is not None for stack, _ in decisions.values()):
+        return
+    if isinstance(requested, str):
+        raise ValueError(f"sibo_target_modules={requested!r} matches none of the {targets}: {some(layers)}.")
+    examples: dict[str, str] = {}
+    for name, (_, reason) in decisions.items():
+        examples.setdefault(reason, name)
+    reasons = "; ".join(f"{name} {reason}" for reason, name in examples.items())
+    reasons += "".join(f"; {name}: {problem}" for name, problem in (feeds.problems if feeds else {}).items())
+    raise ValueError(
+        f"None of the {len(layers)} {targets} can mix in the initial residual ({reasons}), so SIBO would be "
+        f"{method.plain}. Target {method.advice}; where they cannot be found, name them in sibo_target_modules and "
+        "their block list in sibo_blocks; or use sibo_lambda=0."
+    )
+
+
+def _embedding_name(
+    model: nn.Module, stack: BlockStack, config: SiboOptions, widths: Mapping[str, tuple[BlockStack, int]]
+) -> str | None:
+    """For sibo_source="embedding": the name of the token embedding that feeds `stack`."""
+    if config.sibo_source != "embedding":
+        return None
+    names = stack.owner_name.split(".") if stack.owner_name else []
+    for end in range(len(names), -1, -1):
+        module: Any = model.get_submodule(".".join(names[:end]))
+        try:
+            embedding = module.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if embedding is not None:
+            break
+    else:
+        raise ValueError(
+            f"sibo_source='embedding': no token embedding was found for {stack.name!r} (get_input_embeddings). Use "
+            "sibo_source='block_input'."
+        )
+    table = embedding
+    while not isinstance(table, nn.Embedding):
+        inner = getattr(table, "base_layer", None) or getattr(table, "original_module", None)
+        if inner is None:
+            raise ValueError(
+                f"sibo_source='embedding': the input embedding of {stack.name!r} is a {type(table).__name__}, which "
+                "has no token table. Use sibo_source='block_input'."
+            )
+        table = inner
+    for name, (its_stack, width) in widths.items():
+        if its_stack is stack and width != table.embedding_dim:
+            raise ValueError(
+                f"sibo_source='embedding': {name} reads {width} features, but the embedding has "
+                f"{table.embedding_dim}. Use sibo_source='block_input'."
+            )
+    return next(name for name, candidate in model.named_modules() if candidate is embedding)
+
+
+def some(names: Mapping[str, Any]) -> str:
+    """The names, shortened, or the first of them."""
+    short = shortest_names(list(names), list(names))
+    return ", ".join(short[:12]) + (", ..." if len(short) > 12 else "")

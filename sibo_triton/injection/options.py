@@ -1,0 +1,74 @@
+"""The options that every SIBO config has beside those of its method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sibo_triton.mixing import InitialResidualSource, validate_lambda, validate_source
+
+
+@dataclass
+class SiboOptions:
+    """Mixed into a `PeftConfig`, whose docstring says what they mean."""
+
+    sibo_lambda: float = field(default=0.1, metadata={"help": "Share of the initial residual in the adapter's input."})
+    sibo_learnable: bool = field(default=False, metadata={"help": "Train lambda, one for each mixing module."})
+    sibo_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Which of the targets mix; default: those that read the residual stream."},
+    )
+    sibo_source: InitialResidualSource = field(
+        default="block_input", metadata={"help": "Where the initial residual is taken: 'block_input' or 'embedding'."}
+    )
+    sibo_blocks: list[str] | None = field(
+        default=None, metadata={"help": "Names of the block lists, from the base model's root; default: detected."}
+    )
+    sibo_mixing_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Written when an adapter is saved: what the default of sibo_target_modules chose."},
+    )
+
+    def _note_origin(self, from_file: bool) -> None:
+        """To be called by `__post_init__`."""
+        self._sibo_from_file = from_file
+        # Names that the default chose, by adapter injection; saved, so that loading needs no search.
+        self._sibo_resolved: list[str] | None = None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any module may mix: lambda is not 0, or learnable."""
+        return self.sibo_learnable or self.sibo_lambda != 0.0
+
+    def in_no_tensor(self) -> tuple[str, ...]:
+        """The options that change what saved weights compute, and that no tensor among them holds."""
+        return ("sibo_source",) if self.mixes else ()
+
+    def check_options(self) -> None:
+        """Raise what the constructor raises; injection calls it again, for options that were set since."""
+        if not isinstance(self.sibo_learnable, bool):
+            raise TypeError(f"sibo_learnable must be True or False, got {self.sibo_learnable!r}.")
+        self.sibo_lambda = validate_lambda(self.sibo_lambda, self.sibo_learnable)
+        validate_source(self.sibo_source)
+        if self.sibo_target_modules == "all-linear":
+            raise ValueError(
+                "sibo_target_modules='all-linear' would ask for linears that cannot mix (attention output, down "
+                "projection). Leave it at None for all that can, or name modules."
+            )
+        if isinstance(self.sibo_blocks, str):
+            self.sibo_blocks = [self.sibo_blocks]
+        for name in ("sibo_blocks", "sibo_target_modules"):
+            self._check_names(name)
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None or isinstance(value, str):
+            return
+        if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+            raise TypeError(f"{name} must be a list of module names (or None), got {value!r}.")
+        if not value:
+            raise ValueError(
+                f"{name} is empty. Leave it at None for the default, or use sibo_lambda=0 for {self._plain_method}."
+            )
+        setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+
+    _plain_method = "the plain method"

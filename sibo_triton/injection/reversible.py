@@ -1,0 +1,59 @@
+"""Inject an adapter so that a refusal, or a loading that fails afterwards, leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from sibo_triton.injection.sites import tuner_layers
+from sibo_triton.injection.snapshot import Snapshot, undo_if_loading_fails
+
+# What each adapter's config was when it was injected. Injecting another under its name replaces it in PEFT's dictionary
+# before anything of ours runs; a refusal puts it back.
+_configs: WeakKeyDictionary[nn.Module, dict[str, PeftConfig]] = WeakKeyDictionary()
+
+
+def note_config(model: nn.Module, adapter_name: str, config: PeftConfig) -> None:
+    """Remember the config of an adapter that has been injected."""
+    _configs.setdefault(model, {})[adapter_name] = config
+
+
+def inject_reversibly(
+    inject: Callable[[], None],
+    tuner: BaseTuner,
+    model: nn.Module,
+    adapter_name: str,
+    remove_unused_hooks: Callable[[nn.Module], None],
+) -> None:
+    """Run `inject`, and take back what it did to `model` and `tuner` if it raises, or if loading then fails."""
+    snapshot = Snapshot(model)
+    targeted = (tuner.targeted_module_names, tuner.targeted_parameter_names)
+    targeted_before = [list(names) for names in targeted]
+
+    def take_back() -> None:
+        snapshot.restore()
+        remove_unused_hooks(model)
+        previous = _configs.get(model, {}).get(adapter_name)  # PEFT has put the new one in its place
+        if previous is not None and any(adapter_name in adapters_on(layer) for _, layer in tuner_layers(model)):
+            tuner.peft_config[adapter_name] = previous
+        else:
+            tuner.peft_config.pop(adapter_name, None)
+        for names, before in zip(targeted, targeted_before, strict=True):
+            names[:] = before
+
+    try:
+        inject()
+        remove_unused_hooks(model)
+    except BaseException:
+        take_back()
+        raise
+    undo_if_loading_fails(take_back)
+
+
+def adapters_on(layer: BaseTunerLayer) -> set[str]:
+    """The adapters that have weights in a layer."""
+    return {adapter for name in layer.adapter_layer_names for adapter in getattr(layer, name, {})}

@@ -1,0 +1,130 @@
+"""A layer as one adapter sees it: what it mixes in, why, and which rows of h0 are its own."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from sibo_triton.initial_residual import InitialResidual
+
+# Where layers keep their lambdas by adapter; the prefix is PEFT's, which tells the weights of a method by it.
+LORA_LAMBDA_NAME = "lora_sibo_lambda"
+BOTTLENECK_LAMBDA_NAME = "sibo_adapter_lambda"
+LAMBDA_NAMES = (LORA_LAMBDA_NAME, BOTTLENECK_LAMBDA_NAME)
+
+
+@dataclass
+class Notices:
+    """What has been said about one adapter of one model: each reason once."""
+
+    said: set[str] = field(default_factory=set)
+
+    def say(self, module_name: str, what: str, reason: str) -> None:
+        """Warn that a module does not run by the fastest path, unless the reason has been given before."""
+        if torch.compiler.is_compiling() or reason in self.said:
+            return
+        self.said.add(reason)
+        warnings.warn(
+            f"{module_name}: {what}, because {reason}. It computes the same, slower. Other modules for the same "
+            "reason are not named: print(sibo_triton.explain(model)) lists them all.",
+            stacklevel=2,
+        )
+
+
+@dataclass
+class MixingSite:
+    """One layer as one adapter sees it.
+
+    Attributes:
+        name: the layer's name from the base model's root.
+        residual: the initial residual that it mixes in, or None for the plain method.
+        reason: why it mixes or not, in words.
+        notices: what was said about the adapter's speed.
+    """
+
+    name: str
+    residual: InitialResidual | None
+    reason: str
+    notices: Notices
+
+
+class _MixedBatch(threading.local):
+    adapter_names: Sequence[str] | None = None
+
+
+_mixed_batch = _MixedBatch()
+
+
+@contextmanager
+def mixed_batch(adapter_names: Sequence[str]) -> Iterator[None]:
+    """While a batch is split by `adapter_names`, let the layers know, so that they split h0 alike."""
+    previous, _mixed_batch.adapter_names = _mixed_batch.adapter_names, adapter_names
+    try:
+        yield
+    finally:
+        _mixed_batch.adapter_names = previous
+
+
+def site_of(module: nn.Module, adapter_name: str) -> MixingSite:
+    """The mixing site of a layer for an adapter."""
+    sites: dict[str, MixingSite] = module.__dict__["sibo_sites"]
+    return sites[adapter_name]
+
+
+def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    """h0 for the tokens of `x`, on its device and of its shape.
+
+    In a batch of several adapters x holds one adapter's rows: h0 is indexed alike. An x of [tokens, K] (routers and
+    shared experts flatten batch and sequence) gets h0 flattened.
+    """
+    site = site_of(module, adapter_name)
+    assert site.residual is not None
+    initial_residual = site.residual.get(site.name, x.device)
+    names = _mixed_batch.adapter_names
+    if names is not None:
+        if initial_residual.shape[0] != len(names):
+            raise ValueError(
+                f"{site.name}: adapter_names has {len(names)} entries, but the initial residual has a batch of "
+                f"{initial_residual.shape[0]}."
+            )
+        initial_residual = initial_residual[[row for row, name in enumerate(names) if name == adapter_name]]
+    if initial_residual.shape == x.shape:
+        return initial_residual
+    if x.dim() == 2 and initial_residual.shape[-1] == x.shape[-1] and initial_residual.numel() == x.numel():
+        return initial_residual.reshape(x.shape)
+    raise ValueError(
+        f"{site.name} got an input of shape {list(x.shape)}, which is not that of the initial residual "
+        f"{list(initial_residual.shape)} of {site.residual.stack_name!r}: the tokens cannot be told to be the same. "
+        "Leave the module out with sibo_target_modules; it then gets the plain method."
+    )
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers of a base model that carry adapters of any PEFT method, with their names from its root."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def lambda_name_of(layer: nn.Module) -> str:
+    """The name under which a layer keeps its lambdas, or would."""
+    return next((name for name in LAMBDA_NAMES if name in layer._modules), LORA_LAMBDA_NAME)
+
+
+def sibo_lambdas(layer: nn.Module) -> dict[str, Any]:
+    """The lambdas of a layer, by adapter: of those that mix in it."""
+    lambdas = layer._modules.get(lambda_name_of(layer))
+    return dict(lambdas.items()) if isinstance(lambdas, nn.ModuleDict) else {}
+
+
+def sibo_adapters(layer: nn.Module) -> list[str]:
+    """The adapters that mix in this layer."""
+    return list(sibo_lambdas(layer))

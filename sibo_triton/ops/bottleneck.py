@@ -1,0 +1,144 @@
+"""The SIBO bottleneck adapter as one operation, on whatever it is added to.
+
+    x~ = (1 - lambda) x + lambda h0        p = drop(x~) W_down^T + b_down        y = base + s (f(p) W_up^T + b_up)
+
+`sibo_triton.reference` is the definition, and ``ops/bottleneck_autograd.py`` has the products and their gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sibo_triton import reference
+from sibo_triton.ops.autograd import autocast_dtype
+from sibo_triton.ops.bottleneck_autograd import Bottleneck, Inputs, Settings, forward
+from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
+from sibo_triton.reference import check_activation
+
+
+def add_bottleneck(
+    base: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    scaling: float | Tensor = 1.0,
+    *,
+    activation: str = "tanh",
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    initial_residual: Tensor | None = None,
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
+    """``base + s (W_up f(W_down drop(x~) + b_down) + b_up)``: :func:`sibo_triton.reference.add_bottleneck`, fused.
+
+    ``add_bottleneck(x, x, ...)`` is the adapter in series. A new tensor, which may be written into. Under autocast the
+    branch computes in its dtype, as PEFT's modules do; x and h0 are read as they are. Where p or x~ would be rounded to
+    16 bits by the definition, they are not here. Differentiable once, with respect to every tensor but the seed;
+    ``SIBO_TRITON_BACKEND=reference`` runs the definition, which autograd differentiates any number of times. Under
+    ``torch.compile`` the definition is traced, and the compiler chooses what is kept.
+
+    Args:
+        base: what the branch is added to, ``[..., N]``, any floating dtype.
+        x: ``[..., K]``, float16, bfloat16, float32 or float64; any strides; of the leading dimensions of ``base``.
+        down_weight: W_down, ``[bottleneck, K]``, in ``x.dtype`` or float32.
+        up_weight: W_up, ``[N, bottleneck]``, in ``down_weight.dtype``.
+        scaling: s, a number or a floating point tensor with one element, to which a gradient flows.
+        activation: f, a name in :data:`sibo_triton.reference.ACTIVATIONS`.
+        down_bias, up_bias: b_down, ``[bottleneck]``, and b_up, ``[N]``, in ``down_weight.dtype``; or None.
+        initial_residual: h0, of the shape of x, any floating dtype; None where ``lambda_`` is the number 0.
+        lambda_: a number in [0, 1], or a floating point tensor with one element.
+        dropout_p: the probability of dropping an element of x~, in [0, 1); pass 0.0 outside of training.
+        dropout_seed: int64, ``[1]``, from :func:`sibo_triton.reference.draw_seed`; needed if ``dropout_p`` is not 0.
+
+    Returns:
+        ``[..., N]``, in ``base.dtype``: the sum is taken in the wider dtype and rounded once.
+
+    Raises:
+        TypeError, ValueError: as the definition; ValueError also for weights of two dtypes.
+        RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
+    """
+    _check_shapes(base, x, down_weight, up_weight, down_bias, up_bias)
+    _check_options(x, scaling, initial_residual, lambda_, dropout_p, dropout_seed)
+    check_activation(activation)
+    autocast = None if torch.float64 in (x.dtype, down_weight.dtype) else autocast_dtype(x.device.type)
+    adapter_dtype = down_weight.dtype if autocast is None else autocast
+    residual_dtype = None if initial_residual is None else initial_residual.dtype
+    choice = backend_for(x.device, (base.dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
+    if choice.fell_off:
+        say_if_fell_off(choice)
+    if choice.name in ("reference", "compiled"):
+        return reference.add_bottleneck(
+            base,
+            x,
+            down_weight,
+            up_weight,
+            scaling,
+            activation=activation,
+            down_bias=down_bias,
+            up_bias=up_bias,
+            initial_residual=initial_residual,
+            lambda_=lambda_,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+        )
+
+    number, lambda_tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
+    if lambda_tensor is None and number == 0:
+        initial_residual = None
+    s, scaling_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
+    weights = (down_weight, up_weight, down_bias, up_bias)
+    inputs = Inputs(
+        None if base is x else base, x, *weights, initial_residual, lambda_tensor, scaling_tensor, dropout_seed
+    )
+    settings = Settings(choice.name, activation, s, number, dropout_p, x.dtype, residual_dtype, adapter_dtype)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return Bottleneck.apply(settings, *inputs)
+    return forward(settings, inputs, wants_difference=False)[0]
+
+
+def _check_options(
+    x: Tensor,
+    scaling: float | Tensor,
+    initial_residual: Tensor | None,
+    lambda_: float | Tensor,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> None:
+    is_tensor = isinstance(lambda_, Tensor)
+    if not is_tensor and not 0 <= lambda_ <= 1:
+        raise ValueError(f"lambda_ is {lambda_}: it must lie in [0, 1]; 0 is the plain adapter")
+    if initial_residual is None and (is_tensor or lambda_ != 0):
+        raise ValueError(f"initial_residual is None, but lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing")
+    if initial_residual is not None and initial_residual.shape != x.shape:
+        raise ValueError(
+            f"initial_residual has shape {list(initial_residual.shape)} and x {list(x.shape)}: h0 must belong to the "
+            "same tokens and have the same width as x; pass lambda_=0.0 where it cannot"
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1); 0.0 turns dropout off")
+    if dropout_p != 0 and dropout_seed is None:
+        raise ValueError(f"dropout_p is {dropout_p}, but no seed was given: pass draw_seed(x.device), or dropout_p=0.0")
+    if isinstance(scaling, Tensor) and scaling.numel() != 1:
+        raise ValueError(f"scaling has shape {list(scaling.shape)}: pass a number or one floating point value")
+
+
+def _check_shapes(
+    base: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None
+) -> None:
+    if base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"base has shape {list(base.shape)} and x {list(x.shape)}: both must hold the same tokens")
+    if down_weight.dim() != 2 or down_weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"down_weight has shape {list(down_weight.shape)}, but [bottleneck, {x.shape[-1]}] fits x")
+    fitting = [base.shape[-1], down_weight.shape[0]]
+    if list(up_weight.shape) != fitting:
+        raise ValueError(f"up_weight has shape {list(up_weight.shape)}, but {fitting} fits base and down_weight")
+    for name, bias, size in (("down_bias", down_bias, fitting[1]), ("up_bias", up_bias, fitting[0])):
+        if bias is not None and bias.shape != (size,):
+            raise ValueError(f"{name} has shape {list(bias.shape)}, but [{size}] fits the weights")
+        if bias is not None and bias.dtype != down_weight.dtype:
+            raise ValueError(f"{name} is {bias.dtype} and down_weight {down_weight.dtype}: they need one dtype")
+    if up_weight.dtype != down_weight.dtype:
+        raise ValueError(f"down_weight is {down_weight.dtype} and up_weight {up_weight.dtype}: they need one dtype")

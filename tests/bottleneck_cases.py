@@ -1,0 +1,160 @@
+"""Cases of the bottleneck operation, for plain PyTorch and the kernels alike; the yardstick is that of op_cases.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from op_cases import BF16, FP16, FP32, FP64, in_dtype, output_and_gradients, to_cpu
+
+from sibo_triton import reference
+from sibo_triton.ops import add_bottleneck
+
+
+@dataclass(frozen=True)
+class BottleneckCase:
+    """One call: shapes, dtypes, and which tensors require grad."""
+
+    tokens: tuple[int, ...] = (2, 9)
+    in_features: int = 48
+    out_features: int | None = None  # None: in series, the base is x
+    bottleneck: int = 8
+    activation: str = "tanh"
+    dtype: torch.dtype = FP32  # of base, x and h0
+    adapter_dtype: torch.dtype | None = None  # None: the same
+    mixes: str = "tensor"  # "no", "number", "tensor", "learnable"
+    scaling: str = "number"  # "number", "learnable"
+    dropout_p: float = 0.0
+    biases: bool = True
+    wants: tuple[str, ...] = ("x", "down_weight", "up_weight", "down_bias", "up_bias")
+
+
+WANTABLE = ("base", "x", "down_weight", "up_weight", "down_bias", "up_bias", "initial_residual")
+
+# Chosen so that each value meets most of the others' once.
+BOTTLENECK_CASES = [
+    BottleneckCase(),
+    BottleneckCase(out_features=40, mixes="no", activation="relu", wants=WANTABLE),
+    BottleneckCase(mixes="learnable", scaling="learnable", dropout_p=0.2, activation="gelu", wants=WANTABLE),
+    BottleneckCase((7,), 33, 1, 1, "silu", mixes="number", dropout_p=0.05, biases=False, wants=WANTABLE),
+    BottleneckCase((1, 1), 1, 5, 3, "sigmoid", mixes="learnable", wants=WANTABLE),
+    BottleneckCase(dtype=BF16, adapter_dtype=FP32, mixes="learnable", dropout_p=0.1, wants=WANTABLE),
+    BottleneckCase((3, 50), 130, 70, 24, "gelu_pytorch_tanh", BF16, dropout_p=0.05, scaling="learnable"),
+    BottleneckCase((70,), 96, None, 16, "silu", FP16, FP32, biases=False, scaling="learnable"),
+    BottleneckCase((70,), 64, 65, 48, "tanh", FP16, mixes="learnable", wants=WANTABLE),
+    BottleneckCase((4, 2, 9), bottleneck=256, mixes="number", wants=WANTABLE),
+    BottleneckCase((66,), 40, None, 16, "relu", wants=("down_bias",)),
+    BottleneckCase((66,), 40, 31, 16, mixes="no", dropout_p=0.5, wants=("up_weight",)),
+    BottleneckCase((66,), 40, 31, 16, mixes="no", wants=("up_bias", "base")),
+    BottleneckCase((66,), 40, None, 16, dtype=BF16, dropout_p=0.1, wants=("x",)),
+    BottleneckCase((66,), 40, None, 16, wants=("initial_residual",)),
+    BottleneckCase((66,), 40, None, 16, wants=(), mixes="learnable"),
+    BottleneckCase((66,), 40, 31, 16, wants=(), scaling="learnable"),
+    BottleneckCase((66,), 40, None, 16, wants=()),
+]
+
+
+def name_of(case: BottleneckCase) -> str:
+    """A short name for pytest."""
+    short = {FP64: "fp64", FP32: "fp32", FP16: "fp16", BF16: "bf16"}
+    dtypes = short[case.dtype] + ("" if case.adapter_dtype is None else f"-{short[case.adapter_dtype]}")
+    kind = "series" if case.out_features is None else "base"
+    options = f"{case.activation}-{case.mixes}-{case.scaling}-p{case.dropout_p}"
+    return f"{kind}-{dtypes}-b{case.bottleneck}-{options}-{len(case.wants)}wanted"
+
+
+def make(case: BottleneckCase, device: str = "cpu", seed: int = 0) -> dict[str, object]:
+    """The arguments of a case."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter_dtype = case.adapter_dtype or case.dtype
+
+    def randn(name, *shape, dtype=adapter_dtype, scale=1.0):
+        tensor = (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
+        return tensor.requires_grad_(name in case.wants)
+
+    def one(value, learns):
+        return torch.tensor([value], device=device, requires_grad=learns)
+
+    k, b = case.in_features, case.bottleneck
+    n = case.out_features or k
+    x = randn("x", *case.tokens, k, dtype=case.dtype)
+    return {
+        "base": x if case.out_features is None else randn("base", *case.tokens, n, dtype=case.dtype),
+        "x": x,
+        "down_weight": randn("down_weight", b, k, scale=k**-0.5),
+        "up_weight": randn("up_weight", n, b, scale=b**-0.5),
+        "scaling": one(1.5, True) if case.scaling == "learnable" else 1.5,
+        "activation": case.activation,
+        "down_bias": randn("down_bias", b) if case.biases else None,
+        "up_bias": randn("up_bias", n) if case.biases else None,
+        "initial_residual": (
+            None if case.mixes == "no" else randn("initial_residual", *case.tokens, k, dtype=case.dtype)
+        ),
+        "lambda_": {"no": 0.0, "number": 0.3}.get(case.mixes, one(0.3, case.mixes == "learnable")),
+        "dropout_p": case.dropout_p,
+        "dropout_seed": torch.randint(0, 2**62, (1,), generator=generator).to(device),
+    }
+
+
+def wanted_of(arguments: dict[str, object]) -> dict[str, torch.Tensor]:
+    """The tensors that require grad; in series x once."""
+    wanted = {name: value for name, value in arguments.items() if getattr(value, "requires_grad", False)}
+    if arguments["base"] is arguments["x"]:
+        wanted.pop("base", None)
+    return wanted
+
+
+def run(operation, arguments: dict[str, object], grad_y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a call gives: y, and the gradient of each tensor that requires one."""
+    if arguments["base"] is not arguments["x"]:
+        return output_and_gradients(operation, arguments, grad_y)
+    rest = {name: value for name, value in arguments.items() if name != "base"}
+    return output_and_gradients(lambda **given: operation(base=given["x"], **given), rest, grad_y)
+
+
+def converted(arguments: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """The same numbers in another dtype."""
+    return _series_again(arguments, in_dtype(arguments, dtype))
+
+
+def _series_again(arguments: dict[str, object], copy: dict[str, object]) -> dict[str, object]:
+    return copy | {"base": copy["x"]} if arguments["base"] is arguments["x"] else copy
+
+
+def assert_as_good_as_the_definition(case: BottleneckCase, device: str = "cpu", margin: float | None = None) -> None:
+    """y and every gradient, norm-wise, against float64."""
+    arguments = make(case, device)
+    n = case.out_features or case.in_features
+    grad_y = torch.randn(*case.tokens, n, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+    found = run(add_bottleneck, arguments, grad_y.to(device))
+    on_cpu = _series_again(arguments, to_cpu(arguments))
+    by_definition = run(reference.add_bottleneck, on_cpu, grad_y)
+    exact = run(reference.add_bottleneck, converted(on_cpu, FP64), grad_y)
+    assert {"y", *wanted_of(arguments)} == set(found) == set(exact)
+    if margin is None:
+        margin = {FP64: 1e-12, FP32: 3e-6}.get(case.dtype, 1e-4)
+    for name, truth in exact.items():
+        assert found[name].dtype == by_definition[name].dtype, name
+        assert found[name].shape == truth.shape, name
+        size = _size(name, on_cpu, grad_y, truth)
+        error, allowed = (float((each[name].cpu().double() - truth).norm()) for each in (found, by_definition))
+        assert math.isfinite(error), name
+        # One number has no errors that average out: that of one rounding to 16 bits of its terms.
+        factor = 40 if truth.numel() == 1 and case.dtype.itemsize == 2 else 1
+        assert error <= 1.2 * allowed + factor * margin * size + 1e-30, (name, error, allowed, size)
+
+
+def _size(name: str, arguments: dict[str, object], grad_y: torch.Tensor, truth: torch.Tensor) -> float:
+    """The norm of a result; of one that is a sum over everything, that of its terms, which may cancel to anything."""
+    wide = converted(arguments, FP64)
+    if name == "lambda_":
+        wide["initial_residual"].requires_grad_()
+        dh0 = run(reference.add_bottleneck, wide, grad_y)["initial_residual"]
+        with torch.no_grad():
+            return float((dh0 / wide["lambda_"] * (wide["initial_residual"] - wide["x"])).norm())
+    if name == "scaling":
+        with torch.no_grad():
+            branch = reference.add_bottleneck(**wide | {"base": torch.zeros_like(grad_y, dtype=FP64), "scaling": 1.0})
+        return float((branch * grad_y.double()).norm())
+    return float(truth.norm())
