@@ -23,8 +23,11 @@ LAUNCHES = [
     Down(130, 200, (16, 3), BF16, FP32, 0.3, 0.1, difference=True, lambda_is_tensor=True, strides="padded"),
     Up(130, 200, 16, BF16, BF16, adds=True, strides="transposed"),
     UpBackward(130, 200, (16,), BF16, FP32, scaling_is_tensor=True),
+    UpBackward(130, 200, (16, 3), BF16, BF16, grad_dtype=BF16),
     WeightGradient(130, 200, (24,), BF16, BF16, 0.3, 0.1),
+    WeightGradient(130, 200, (24, 16), BF16, BF16, 0.3, grad_dtype=BF16),
     InputGradient(130, 200, (16,), BF16, BF16, p=0.1, adds=True, strides="padded"),
+    InputGradient(130, 200, (16, 3), BF16, BF16, p=0.1, wants_dh=True, last_is_plain=True),
 ]
 
 
