@@ -193,9 +193,9 @@ def plan(
     product = operands(x_dtype if len(dtypes) == 1 or not mix_first else torch.float32, adapter_dtype, exact)
     product_h = operands(h0_dtype, adapter_dtype, exact) if mixes and not mix_first else product
 
-    # Few columns of all siblings are one tile, and x is read once: not where x is mixed or masked for one sibling, nor on
-    # AMD's GPUs, whose compiler takes no tile of several pointers. Columns start at multiples of 16, so that u is loaded
-    # 16 bytes at a time.
+    # Few columns of all siblings are one tile, and x is read once: not where x is mixed or masked for one sibling, nor
+    # on AMD's GPUs, whose compiler takes no tile of several pointers. Columns start at multiples of 16, so that u is
+    # loaded 16 bytes at a time.
     columns = sum(cdiv(r, 16) * 16 for r in ranks)
     shares_tiles = len(ranks) > 1 and columns <= 64 and not (mix_first or drops or target.hip)
     BR = triton.next_power_of_2(columns if shares_tiles else max(16, *ranks))  # 16: the least that a dot takes

@@ -29,6 +29,15 @@ class DownProjection(NamedTuple):
         return self.lora_a.dtype, self.mixes, self.dropout_p > 0, self.difference
 
 
+class UpProjection(NamedTuple):
+    """``y = s (t B^T + b) + b0``."""
+
+    lora_b: Tensor  # [N, r]
+    scaling: float | Tensor
+    lora_bias: Tensor | None = None  # [N]
+    base_bias: Tensor | None = None  # [N], of the frozen layer
+
+
 class UpGradients(NamedTuple):
     """``u = s dY B`` and ``dB = s dY^T t``."""
 

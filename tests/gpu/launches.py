@@ -4,7 +4,8 @@ import random
 from itertools import product
 
 import torch
-from kernel_launches import Down, InputGradient, Launch, Up, UpBackward, WeightGradient
+from gradient_launches import InputGradient, UpBackward, WeightGradient
+from kernel_launches import Down, Launch, LowRank, Up
 
 from sibo_triton.kernels.precision import INTERPRETED
 
@@ -45,6 +46,13 @@ def _values() -> list[Launch]:
         UpBackward(65, 130, (24,), BF16, FP16, (False, True)),
         WeightGradient(65, 130, (24,), FP16, BF16, 0.3, 0.1, h0_dtype=FP32),
         InputGradient(65, 130, (24,), FP16, BF16, 0.3, 0.1, wants_dh=True),
+    ]
+    # Siblings of few rows, whose K is cut, and of many.
+    launches += [
+        LowRank(5, 1000, 257, (16, 3, 40), BF16, BF16, 0.3, lambda_is_tensor=True),
+        LowRank(1, 1000, 130, (16, 16, 16), BF16, FP32, 0.3, 0.1, has_bias=True, scaling_is_tensor=True),
+        LowRank(16, 500, 130, (24, 130), FP16, FP16, 0.0, has_bias=True),
+        LowRank(130, 257, 130, (8, 16), FP32, FP32, 0.3),
     ]
     # Gradients of siblings: few columns in one tile, a tile for each, several kinds.
     for ranks, x, adapter, p in (
@@ -99,6 +107,7 @@ SMALL: list[Launch] = [
     Down(5, 1000, (16, 8), BF16, BF16, 0.3, 0.1, difference=True, lambda_is_tensor=True),
     Down(65, 130, (128,), BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
     Up(65, 130, 16, BF16, FP32, adds=True, has_bias=True, scaling_is_tensor=True),
+    LowRank(5, 1000, 130, (16, 8), BF16, BF16, 0.3, 0.1, has_bias=True, lambda_is_tensor=True),
     UpBackward(ROWS, 130, (16,), BF16, BF16, scaling_is_tensor=True),
     UpBackward(ROWS, 130, (64,), BF16, FP32),
     WeightGradient(ROWS, 130, (16,), BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
