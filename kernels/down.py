@@ -395,7 +395,8 @@ def _launch(
                 SPLIT_X=product.split_a,
                 SPLIT_A=product.split_b,
                 DOT_DTYPE=product.tl_dtype,
-                **config,
+                # a pipeline longer than the loop would only take registers
+                **config | {"num_stages": min(config["num_stages"], how.k_steps)},
             )
         return parts, how.t_start
 
