@@ -118,6 +118,21 @@ def _up(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
     return bytes_of(a["p_y"]), grid[0] * dots * 2 * a["BM"] * a["BN"] * a["BR"]
 
 
+def _up_siblings(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """A tile of a sibling's y: all parts of its t by every such tile of columns, the rest as for one alone."""
+    n_tiles = a["n_tiles"]
+    m_tiles = grid[0] // n_tiles
+    dots = 0
+    for i, t in enumerate(a["p_t"]):
+        own_tiles = a["first_tile"][i + 1] - a["first_tile"][i]
+        loads.add(t, own_tiles)
+        for name in ("p_lora_b", "p_lora_bias", "p_base_bias"):
+            loads.add(a[name][i], m_tiles)
+        loads.add(a["scaling"][i], own_tiles * m_tiles)
+        dots += own_tiles * m_tiles * cdiv(a["R"][i], a["BR"]) * _dots(a["SPLIT_T"], a["SPLIT_B"])
+    return sum(map(bytes_of, a["p_y"])), dots * 2 * a["BM"] * a["BN"] * a["BR"]
+
+
 def _both(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
     """A strip of STEPS tiles of rows and one of columns: dY once, B by every strip, t by every tile of columns.
 
@@ -195,6 +210,7 @@ KERNELS: dict[str, Callable[[tuple[int, ...], Arguments, _Loads], tuple[int, int
     "down_kernel": _down,
     "sum_parts_kernel": _sum_parts,
     "up_kernel": _up,
+    "up_siblings_kernel": _up_siblings,
     "both_kernel": _both,
     "product_kernel": _product,
     "down_weight_gradient_kernel": _down_weight_gradient,

@@ -228,12 +228,16 @@ def cut(M: int, K: int, ranks: tuple[int, ...], results: int, BM: int, BK: int, 
     tiles_of = [cdiv(r, BR) for r in ranks]
     first_tile = tuple(sum(tiles_of[:i]) for i in range(len(ranks)))
     programs = cdiv(M, BM) * sum(tiles_of)
-    # As aligned as Triton asks before it uses vectors.
-    sizes = [cdiv(results * M * r, 16) * 16 for r in ranks]
-    t_start = tuple(sum(sizes[:i]) for i in range(len(ranks)))
+    t_start, size = lay_out(M, ranks, results)
     k_steps = steps_of_split(programs, cdiv(K, BK), multiprocessors)
     splits = cdiv(cdiv(K, BK), k_steps)
-    return Cut(sum(tiles_of), first_tile, programs, k_steps, splits, t_start, sum(sizes))
+    return Cut(sum(tiles_of), first_tile, programs, k_steps, splits, t_start, size)
+
+
+def lay_out(M: int, ranks: tuple[int, ...], results: int) -> tuple[tuple[int, ...], int]:
+    """Where each sibling's results start in one buffer, as aligned as Triton asks for vectors, and its size."""
+    sizes = [cdiv(results * M * r, 16) * 16 for r in ranks]
+    return tuple(sum(sizes[:i]) for i in range(len(ranks))), sum(sizes)
 
 
 def steps_of_split(programs: int, steps: int, multiprocessors: int) -> int:
@@ -291,6 +295,38 @@ def down_siblings(
         TypeError: a dtype that the kernel does not take.
         ValueError: a shape that does not fit, h0 or a seed missing, or a rate of dropout outside [0, 1).
     """
+    launched = _launch_kinds(x, siblings, initial_residual)
+    totals = sum_parts([parts for _, parts, _ in launched], [torch.float32] * len(launched))
+    results: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for (of_kind, _, t_start), flat in zip(launched, totals, strict=True):
+        for i, start in zip(of_kind, t_start, strict=True):
+            M, r = x.shape[0], siblings[i].lora_a.shape[0]
+            d = flat.as_strided((M, r), (r, 1), start + M * r) if siblings[i].difference else None
+            results[i] = flat.as_strided((M, r), (r, 1), start), d
+    return [results[i] for i in range(len(siblings))]
+
+
+def down_parts(
+    x: Tensor,  # [M, K]
+    siblings: Sequence[DownProjection],
+    initial_residual: Tensor | None = None,  # [M, K]
+) -> list[Tensor]:  # [parts, M, r] each
+    """The parts of each sibling's t, which the caller adds: for few rows, of which K is split.
+
+    As :func:`down_siblings`, without d. Each matrix of a part is contiguous, and the parts are evenly apart.
+    """
+    results: dict[int, Tensor] = {}
+    for of_kind, parts, t_start in _launch_kinds(x, siblings, initial_residual):
+        for i, start in zip(of_kind, t_start, strict=True):
+            M, r = x.shape[0], siblings[i].lora_a.shape[0]
+            results[i] = parts.as_strided((len(parts), M, r), (parts.shape[1], r, 1), start)
+    return [results[i] for i in range(len(siblings))]
+
+
+def _launch_kinds(
+    x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None
+) -> list[tuple[list[int], Tensor, tuple[int, ...]]]:
+    """A launch for each kind: which siblings it serves, the parts of their results, and where each one's start."""
     check_matrix("x", x, "M", "K")
     M, K = x.shape
     kinds = [sibling.kind for sibling in siblings]
@@ -300,28 +336,27 @@ def down_siblings(
         check_dropout(sibling.dropout_p, sibling.dropout_seed)
     if any(mixes for _, mixes, _, _ in kinds):
         check_matrix("initial_residual", initial_residual, M, K, "x")
-
-    results: dict[int, tuple[Tensor, Tensor | None]] = {}
+    launched = []
     for kind in dict.fromkeys(kinds):
         of_kind = [i for i, other in enumerate(kinds) if other == kind]
         h0 = initial_residual if kind[1] else None
-        results |= zip(of_kind, _launch(x, [siblings[i] for i in of_kind], h0, kind), strict=True)
-    return [results[i] for i in range(len(siblings))]
+        launched.append((of_kind, *_launch(x, [siblings[i] for i in of_kind], h0, kind)))
+    return launched
 
 
 def _launch(
     x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None, kind: tuple
-) -> list[tuple[Tensor, Tensor | None]]:
-    """:func:`down_siblings` for siblings of one kind."""
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The parts of all results of siblings of one kind, ``[splits of K, size]``, and where each sibling's start."""
     (M, K), ranks = x.shape, tuple(sibling.lora_a.shape[0] for sibling in siblings)
     _, _, drops, difference = kind
+    if M == 0 or K == 0 or max(ranks) == 0:
+        t_start, size = lay_out(M, ranks, 1 + difference)
+        return torch.zeros((1, size), dtype=torch.float32, device=x.device), t_start
     target = targets.target_of(x.device)
     h0_dtype = None if h0 is None else h0.dtype
     chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact())
     product = chosen.operands
-    if M == 0 or K == 0 or max(ranks) == 0:
-        zeros = [torch.zeros((1 + difference, M, r), dtype=torch.float32, device=x.device) for r in ranks]
-        return [(of[0], of[1] if difference else None) for of in zeros]
     rates = [drawn(sibling.dropout_p) for sibling in siblings]
     lambdas = [sibling.lambda_ for sibling in siblings]
 
@@ -361,15 +396,10 @@ def _launch(
                 SPLIT_X=product.split_a,
                 SPLIT_A=product.split_b,
                 DOT_DTYPE=product.tl_dtype,
-                **config,
+                # a pipeline longer than the loop would only take registers
+                **config | {"num_stages": min(config["num_stages"], how.k_steps)},
             )
         return parts, how.t_start
 
     key = ("down", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
-    parts, t_start = launch(tuned(key, chosen.config, launch, "BM"))
-    (flat,) = sum_parts([parts], [torch.float32])
-    results = []
-    for r, start in zip(ranks, t_start, strict=True):
-        t = flat.as_strided((M, r), (r, 1), start)
-        results.append((t, flat.as_strided((M, r), (r, 1), start + M * r) if difference else None))
-    return results
+    return launch(tuned(key, chosen.config, launch, "BM"))

@@ -76,6 +76,40 @@ def up_kernel(
         b_b = tl.load(b_p_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
         b_y = split_dot(b_t, tl.trans(b_b), b_y, SPLIT_T, SPLIT_B, DOT_DTYPE)
 
+    b_y = scaled(
+        b_y,
+        p_lora_bias,
+        p_base_bias,
+        scaling,
+        o_n,
+        m_n,
+        stride_lora_bias_n,
+        stride_base_bias_n,
+        HAS_LORA_BIAS,
+        HAS_BASE_BIAS,
+        SCALING_IS_TENSOR,
+    )
+    if HAS_BASE:
+        b_p_base = p_base + o_m[:, None] * stride_base_m + o_n[None, :] * stride_base_n
+        b_y += tl.load(b_p_base, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + o_m[:, None] * N + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit
+def scaled(
+    b_y,  # [BM, BN]
+    p_lora_bias,
+    p_base_bias,
+    scaling,
+    o_n,  # [BN]
+    m_n,  # [BN]
+    stride_lora_bias_n,
+    stride_base_bias_n,
+    HAS_LORA_BIAS: tl.constexpr,
+    HAS_BASE_BIAS: tl.constexpr,
+    SCALING_IS_TENSOR: tl.constexpr,
+):
+    """``s (b_y + b) + b0``, each bias where there is one."""
     if SCALING_IS_TENSOR:
         b_scaling = tl.load(scaling).to(tl.float32)
     else:
@@ -87,10 +121,7 @@ def up_kernel(
     if HAS_BASE_BIAS:
         b_bias = tl.load(p_base_bias + o_n * stride_base_bias_n, mask=m_n, other=0.0)  # [BN]
         b_y += b_bias.to(tl.float32)[None, :]
-    if HAS_BASE:
-        b_p_base = p_base + o_m[:, None] * stride_base_m + o_n[None, :] * stride_base_n
-        b_y += tl.load(b_p_base, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(p_y + o_m[:, None] * N + o_n[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
+    return b_y
 
 
 @dataclass(frozen=True)

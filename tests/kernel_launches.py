@@ -1,4 +1,6 @@
-"""Launches of the kernels as data: what goes in, the launcher's own call, and what float64 makes of it, on any device.
+"""Launches of the forward kernels as data: what goes in, the launcher's own call, and what float64 makes of it.
+
+On any device. `gradient_launches.py` has the other kernels'.
 
 `tests/gpu` compares the values on the device. What only compiles (`make compile-check`, `make gpu` before its tests)
 calls the launchers with tensors of the device "meta", which have shapes and strides and no memory.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +19,9 @@ from torch import Tensor
 from sibo_triton import reference
 from sibo_triton.kernels import up as up_module
 from sibo_triton.kernels.down import down_siblings
-from sibo_triton.kernels.down_input_gradient import down_input_gradient
-from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
-from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients
+from sibo_triton.kernels.low_rank import low_rank_siblings
+from sibo_triton.kernels.siblings import DownProjection, UpProjection
 from sibo_triton.kernels.targets import cdiv
-from sibo_triton.kernels.up_backward import up_backward_siblings
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 #: The largest relative error of one rounding to a dtype.
@@ -39,6 +40,16 @@ class Expected:
     operands: float  # the relative error of a product where the kernel rounds float32 operands to 16 bits; else 0
     in_parts: bool  # whether float32 operands are multiplied in bfloat16 parts
     length: int  # of the sums
+
+
+class Launch(Protocol):
+    """A dataclass of these methods."""
+
+    def inputs(self, device: str) -> Inputs: ...
+
+    def launch(self, tensors: Inputs) -> dict[str, Tensor]: ...
+
+    def expected(self, tensors: Inputs) -> dict[str, Expected]: ...
 
 
 def matrix(name: str, rows: int, cols: int, dtype: torch.dtype, device: str, strides: str = "contiguous") -> Tensor:
@@ -99,8 +110,8 @@ class Down:
         """Another one for each sibling."""
         return self.lambda_ / (i + 1)
 
-    def launch(self, tensors: Inputs) -> dict[str, Tensor]:
-        siblings = [
+    def siblings(self, tensors: Inputs) -> list[DownProjection]:
+        return [
             DownProjection(
                 tensors[f"a{i}"],
                 tensors[f"lambda{i}"] if self.lambda_is_tensor else self.lambda_of(i),
@@ -110,7 +121,9 @@ class Down:
             )
             for i in range(len(self.ranks))
         ]
-        results = down_siblings(tensors["x"], siblings, tensors.get("h0"))
+
+    def launch(self, tensors: Inputs) -> dict[str, Tensor]:
+        results = down_siblings(tensors["x"], self.siblings(tensors), tensors.get("h0"))
         named = {}
         for i, (t, d) in enumerate(results):
             named |= {f"t{i}": t} | ({f"d{i}": d} if self.difference else {})
@@ -189,212 +202,67 @@ class Up:
 
 
 @dataclass(frozen=True)
-class UpBackward:
-    """``u = s dY B`` and ``dB = s dY^T t``, for siblings of which the first is the widest."""
-
-    m: int
-    n: int
-    ranks: tuple[int, ...]
-    g_dtype: torch.dtype
-    b_dtype: torch.dtype
-    wants: tuple[bool, bool] = (True, True)
-    scaling: float = 0.7
-    scaling_is_tensor: bool = False
-    strides: str = "contiguous"
-    grad_dtype: torch.dtype = FP32
-
-    def inputs(self, device: str) -> Inputs:
-        tensors = {}
-        for i, rank in enumerate(self.ranks):
-            n = self.n if i == 0 else cdiv(self.n, 4)
-            tensors |= {
-                f"grad_y{i}": matrix(f"grad_y{i}", self.m, n, self.g_dtype, device, self.strides),
-                f"t{i}": matrix(f"t{i}", self.m, rank, FP32, device),
-                f"b{i}": matrix(f"b{i}", n, rank, self.b_dtype, device),
-                f"scaling{i}": torch.full((1,), self.scaling / (i + 1), device=device),
-            }
-        return tensors
-
-    def launch(self, tensors: Inputs) -> dict[str, Tensor]:
-        wants_u, wants_grad_b = self.wants
-        siblings = [
-            UpGradients(
-                tensors[f"grad_y{i}"],
-                tensors[f"t{i}"],
-                tensors[f"b{i}"],
-                tensors[f"scaling{i}"] if self.scaling_is_tensor else self.scaling / (i + 1),
-                wants_u,
-                self.grad_dtype if wants_grad_b else None,
-            )
-            for i in range(len(self.ranks))
-        ]
-        results = enumerate(up_backward_siblings(siblings))
-        named = {
-            f"{name}{i}": tensor for i, both in results for name, tensor in zip(("u", "grad_b"), both, strict=True)
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def expected(self, tensors: Inputs) -> dict[str, Expected]:
-        dtype, named = self.b_dtype, {}
-        in_parts = self.g_dtype != dtype
-        operands = 0.0 if in_parts or dtype == FP32 else ROUNDING[dtype]
-        for i in range(len(self.ranks)):
-            grad_y, s = tensors[f"grad_y{i}"], float(tensors[f"scaling{i}"])
-            u = ("u", grad_y, tensors[f"b{i}"], FP32)
-            grad_b = ("grad_b", grad_y.T, tensors[f"t{i}"], self.grad_dtype)
-            for name, g, w, result_dtype in [of for of, wanted in zip((u, grad_b), self.wants, strict=True) if wanted]:
-                exact, terms = s * (g.double() @ w.double()), s * (g.double().abs() @ w.double().abs())
-                by_torch = (s * (g.to(dtype) @ w.to(dtype)).float()).to(result_dtype)
-                named[f"{name}{i}"] = Expected(exact, terms, by_torch, operands, in_parts, g.shape[1])
-        return named
-
-
-@dataclass(frozen=True)
-class WeightGradient:
-    """``dA = u^T drop((1 - lambda) x + lambda h0)``, for siblings that share x and h0."""
+class LowRank:
+    """``y = s (t B^T + b) + b0`` for siblings that share x and h0, of which the first is the widest."""
 
     m: int
     k: int
+    n: int
     ranks: tuple[int, ...]
     x_dtype: torch.dtype
     a_dtype: torch.dtype
     lambda_: float = 0.3
     p: float = 0.0
+    has_bias: bool = False
     lambda_is_tensor: bool = False
-    h0_dtype: torch.dtype | None = None
-    strides: str = "contiguous"
-    last_is_plain: bool = False  # the last sibling neither mixes nor drops
-    grad_dtype: torch.dtype = FP32
+    scaling: float = 0.7
+    scaling_is_tensor: bool = False
 
     @property
-    def mixes(self) -> bool:
-        return self.lambda_is_tensor or self.lambda_ != 0
+    def down(self) -> Down:
+        rest = {"lambda_is_tensor": self.lambda_is_tensor}
+        return Down(self.m, self.k, self.ranks, self.x_dtype, self.a_dtype, self.lambda_, self.p, **rest)
 
     def inputs(self, device: str) -> Inputs:
-        tensors = {"x": matrix("x", self.m, self.k, self.x_dtype, device, self.strides)}
-        if self.mixes:
-            tensors["h0"] = matrix("h0", self.m, self.k, self.h0_dtype or self.x_dtype, device, self.strides)
-        return tensors | inputs_of_gradients(self, device)
-
-    def launch(self, tensors: Inputs) -> dict[str, Tensor]:
-        grads_a = down_weight_gradient(siblings_of(self, tensors, self.grad_dtype), tensors["x"], tensors.get("h0"))
-        return {f"grad_a{i}": grad_a for i, grad_a in enumerate(grads_a)}
-
-    def expected(self, tensors: Inputs) -> dict[str, Expected]:
-        x, h0, named = tensors["x"], tensors.get("h0", tensors["x"]), {}
-        for i in range(len(self.ranks)):
-            lambda_, p = share_and_rate(self, i)
-            read = {x.dtype, self.a_dtype} | ({h0.dtype} if self.mixes and not is_plain(self, i) else set())
-            dtype = self.a_dtype if len(read) == 1 else FP32
-
-            def gradient(dtype, absolute=False, i=i, lambda_=lambda_, p=p):
-                u, of_x, of_h = (of.to(dtype) for of in (tensors[f"u{i}"], x, h0))
-                if absolute:
-                    u, of_x, of_h = u.abs(), of_x.abs(), of_h.abs()
-                return u.T @ reference.dropout(reference.mix(of_x, of_h, lambda_), p, tensors[f"seed{i}"])
-
-            operands = 0.0 if self.a_dtype == FP32 else 2 * ROUNDING[self.a_dtype]  # of u, above rank 64 of the mix too
-            exact, terms = gradient(torch.float64), gradient(torch.float64, absolute=True)
-            by_torch = gradient(dtype).to(self.grad_dtype)
-            named[f"grad_a{i}"] = Expected(exact, terms, by_torch, operands, len(read) > 1, self.m)
-        return named
-
-
-@dataclass(frozen=True)
-class InputGradient:
-    """``dx = sum of (1 - lambda) dx~`` and ``dh0 = sum of lambda dx~``, where ``dx~ = drop'(u A)``, over siblings."""
-
-    m: int
-    k: int
-    ranks: tuple[int, ...]
-    x_dtype: torch.dtype  # of dx and dh0
-    a_dtype: torch.dtype
-    lambda_: float = 0.3
-    p: float = 0.0
-    adds: bool = False  # dx to the gradient of the frozen path
-    wants_dh: bool = False
-    lambda_is_tensor: bool = False
-    strides: str = "contiguous"  # of what it adds to
-    last_is_plain: bool = False
-
-    def inputs(self, device: str) -> Inputs:
-        tensors = inputs_of_gradients(self, device)
-        if self.adds:
-            tensors["base"] = matrix("base", self.m, self.k, self.x_dtype, device, self.strides)
+        tensors = self.down.inputs(device)
+        for i, rank in enumerate(self.ranks):
+            n = self.n if i == 0 else cdiv(self.n, 4)
+            tensors |= {
+                f"b{i}": matrix(f"b{i}", n, rank, self.a_dtype, device),
+                f"scaling{i}": torch.full((1,), self.scaling / (i + 1), device=device),
+            }
+            if self.has_bias:
+                tensors[f"bias{i}"] = matrix(f"bias{i}", 1, n, self.a_dtype, device)[0]
+                tensors[f"base_bias{i}"] = matrix(f"base_bias{i}", 1, n, self.x_dtype, device)[0]
         return tensors
 
     def launch(self, tensors: Inputs) -> dict[str, Tensor]:
-        into = None
-        if self.adds:  # in place, and the inputs stay as they are
-            into = torch.empty_strided(
-                tensors["base"].shape, tensors["base"].stride(), dtype=self.x_dtype, device=tensors["base"].device
+        ups = [
+            UpProjection(
+                tensors[f"b{i}"],
+                tensors[f"scaling{i}"] if self.scaling_is_tensor else self.scaling / (i + 1),
+                tensors.get(f"bias{i}"),
+                tensors.get(f"base_bias{i}"),
             )
-            into.copy_(tensors["base"])
-        dx, dh = down_input_gradient(
-            siblings_of(self, tensors, None),
-            dtype=None if self.adds else self.x_dtype,
-            accumulate_into=into,
-            residual_dtype=self.x_dtype if self.wants_dh else None,
-        )
-        return {"dx": dx} | ({"dh": dh} if self.wants_dh else {})
+            for i in range(len(self.ranks))
+        ]
+        siblings = self.down.siblings(tensors)
+        ys = low_rank_siblings(tensors["x"], siblings, ups, tensors.get("h0"), self.x_dtype)
+        return {f"y{i}": y for i, y in enumerate(ys)}
 
     def expected(self, tensors: Inputs) -> dict[str, Expected]:
-        base = tensors["base"] if self.adds else torch.zeros((), device=tensors["u0"].device)
-        dx, dx_terms, dx_by_torch = base.double(), base.double().abs(), base.float()
-        dh = dh_terms = dh_by_torch = 0.0
-        for i in range(len(self.ranks)):
-            u, lora_a, seed = (tensors[f"{name}{i}"] for name in ("u", "a", "seed"))
-            lambda_, p = share_and_rate(self, i)
-            product = reference.dropout(u.double() @ lora_a.double(), p, seed)
-            terms = reference.dropout(u.double().abs() @ lora_a.double().abs(), p, seed)
-            by_torch = reference.dropout(u.to(self.a_dtype) @ lora_a, p, seed).float()
-            dx, dx_terms = dx + (1 - lambda_) * product, dx_terms + (1 - lambda_) * terms
-            dh, dh_terms = dh + lambda_ * product, dh_terms + lambda_ * terms
-            dx_by_torch, dh_by_torch = dx_by_torch + (1 - lambda_) * by_torch, dh_by_torch + lambda_ * by_torch
-        operands = 0.0 if self.a_dtype == FP32 else ROUNDING[self.a_dtype]
-        rest = operands, self.a_dtype == FP32 != self.x_dtype, sum(self.ranks)
-        named = {"dx": Expected(dx, dx_terms, dx_by_torch.to(self.x_dtype), *rest)}
-        if self.wants_dh:
-            named["dh"] = Expected(dh, dh_terms, dh_by_torch.to(self.x_dtype), *rest)
+        named = {}
+        for i, t in enumerate(self.down.expected(tensors).values()):
+            b, s = tensors[f"b{i}"], float(tensors[f"scaling{i}"])
+            zero = b.new_zeros(())
+            bias, base = tensors.get(f"bias{i}", zero), tensors.get(f"base_bias{i}", zero)
+            exact = s * (t.exact @ b.double().T + bias.double()) + base.double()
+            terms = s * (t.terms @ b.double().abs().T + bias.double().abs()) + base.double().abs()
+            by_torch = (s * (t.by_torch.to(b.dtype) @ b.T + bias) + base).to(self.x_dtype)
+            operands = t.operands + (0.0 if b.dtype == FP32 else ROUNDING[b.dtype])  # t is rounded to B's dtype
+            in_parts = t.in_parts or b.dtype == FP32 != self.x_dtype
+            named[f"y{i}"] = Expected(exact, terms, by_torch, operands, in_parts, self.k + self.ranks[i])
         return named
-
-
-def inputs_of_gradients(launch: WeightGradient | InputGradient, device: str) -> Inputs:
-    """What each sibling brings."""
-    tensors = {}
-    for i, rank in enumerate(launch.ranks):
-        tensors |= {
-            f"u{i}": matrix(f"u{i}", launch.m, rank, FP32, device),
-            f"a{i}": matrix(f"a{i}", rank, launch.k, launch.a_dtype, device),
-            f"lambda{i}": torch.full((1,), share_and_rate(launch, i)[0], device=device),
-            f"seed{i}": torch.full((1,), -5 - i, dtype=torch.int64, device=device),
-        }
-    return tensors
-
-
-def is_plain(launch: WeightGradient | InputGradient, i: int) -> bool:
-    return launch.last_is_plain and i == len(launch.ranks) - 1
-
-
-def share_and_rate(launch: WeightGradient | InputGradient, i: int) -> tuple[float, float]:
-    """A sibling's lambda, another one for each, and its rate of dropout."""
-    return (0.0, 0.0) if is_plain(launch, i) else (launch.lambda_ / (i + 1), launch.p)
-
-
-def siblings_of(
-    launch: WeightGradient | InputGradient, tensors: Inputs, grad_dtype: torch.dtype | None
-) -> list[DownGradients]:
-    siblings = []
-    for i in range(len(launch.ranks)):
-        lambda_, p = share_and_rate(launch, i)
-        if launch.lambda_is_tensor and not is_plain(launch, i):
-            lambda_ = tensors[f"lambda{i}"]
-        u, lora_a, seed = tensors[f"u{i}"], tensors[f"a{i}"], tensors[f"seed{i}"]
-        siblings.append(DownGradients(u, lora_a, launch.a_dtype, lambda_, p, seed, grad_dtype))
-    return siblings
-
-
-Launch = Down | Up | UpBackward | WeightGradient | InputGradient
 
 
 SHORT = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}

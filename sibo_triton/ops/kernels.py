@@ -8,6 +8,7 @@ from torch import Tensor
 from sibo_triton.kernels.down import down, down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+from sibo_triton.kernels.low_rank import low_rank_siblings
 from sibo_triton.kernels.siblings import DownGradients
 from sibo_triton.kernels.up import add_up, up
 from sibo_triton.kernels.up_backward import up_backward_siblings
@@ -17,6 +18,7 @@ __all__ = [
     "down",
     "down_backward_siblings",
     "down_siblings",
+    "low_rank_siblings",
     "up",
     "up_backward_siblings",
 ]

@@ -4,7 +4,8 @@ import random
 from itertools import product
 
 import torch
-from kernel_launches import Down, InputGradient, Launch, Up, UpBackward, WeightGradient
+from gradient_launches import InputGradient, UpBackward, WeightGradient
+from kernel_launches import Down, Launch, LowRank, Up
 
 from sibo_triton.kernels.precision import INTERPRETED
 
@@ -46,6 +47,28 @@ def _values() -> list[Launch]:
         WeightGradient(65, 130, (24,), FP16, BF16, 0.3, 0.1, h0_dtype=FP32),
         InputGradient(65, 130, (24,), FP16, BF16, 0.3, 0.1, wants_dh=True),
     ]
+    # Siblings of few rows, whose K is cut, and of many.
+    launches += [
+        LowRank(5, 1000, 257, (16, 3, 40), BF16, BF16, 0.3, lambda_is_tensor=True),
+        LowRank(1, 1000, 130, (16, 16, 16), BF16, FP32, 0.3, 0.1, has_bias=True, scaling_is_tensor=True),
+        LowRank(16, 500, 130, (24, 130), FP16, FP16, 0.0, has_bias=True),
+        LowRank(130, 257, 130, (8, 16), FP32, FP32, 0.3),
+    ]
+    # Gradients of siblings: few columns in one tile, a tile for each, several kinds.
+    for ranks, x, adapter, p in (
+        ((16, 16, 16), BF16, BF16, 0.0),
+        ((3, 16, 24), BF16, FP32, 0.0),
+        ((16, 8), FP16, FP32, 0.1),
+        ((16, 130, 64), FP16, FP16, 0.0),
+        ((24, 8, 16), FP32, FP32, 0.1),
+    ):
+        rest = {"lambda_is_tensor": p == 0, "last_is_plain": len(ranks) == 3}
+        launches += [
+            UpBackward(130, 257, ranks, x, adapter, grad_dtype=adapter),
+            WeightGradient(130, 257, ranks, x, adapter, 0.3, p, grad_dtype=adapter, **rest),
+            InputGradient(130, 257, ranks, x, adapter, 0.3, p, **rest),
+            InputGradient(130, 257, ranks, x, adapter, 0.3, p, wants_dh=True, **rest),
+        ]
     return launches
 
 
@@ -61,6 +84,9 @@ LARGE: list[Launch] = [
         UpBackward(TOKENS, WIDTH, (rank,), x, adapter),
         WeightGradient(TOKENS, WIDTH, (rank,), x, adapter, 0.3, 0.1, lambda_is_tensor=True),
         InputGradient(TOKENS, WIDTH, (rank,), x, adapter, 0.3, 0.1, adds=True, lambda_is_tensor=True),
+        UpBackward(TOKENS, WIDTH, (rank,) * 3, x, adapter, grad_dtype=adapter),
+        WeightGradient(TOKENS, WIDTH, (rank,) * 3, x, adapter, 0.3, lambda_is_tensor=True, grad_dtype=adapter),
+        InputGradient(TOKENS, WIDTH, (rank,) * 3, x, adapter, 0.3, 0.1, lambda_is_tensor=True),
     )
 ]
 
@@ -81,10 +107,14 @@ SMALL: list[Launch] = [
     Down(5, 1000, (16, 8), BF16, BF16, 0.3, 0.1, difference=True, lambda_is_tensor=True),
     Down(65, 130, (128,), BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
     Up(65, 130, 16, BF16, FP32, adds=True, has_bias=True, scaling_is_tensor=True),
+    LowRank(5, 1000, 130, (16, 8), BF16, BF16, 0.3, 0.1, has_bias=True, lambda_is_tensor=True),
     UpBackward(ROWS, 130, (16,), BF16, BF16, scaling_is_tensor=True),
     UpBackward(ROWS, 130, (64,), BF16, FP32),
     WeightGradient(ROWS, 130, (16,), BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
     InputGradient(65, 130, (16,), BF16, FP32, 0.3, 0.1, adds=True, lambda_is_tensor=True),
+    UpBackward(ROWS, 130, (16, 8), BF16, BF16, grad_dtype=BF16),
+    WeightGradient(ROWS, 130, (16, 8, 16), BF16, BF16, 0.3, lambda_is_tensor=True, grad_dtype=BF16),
+    InputGradient(65, 130, (16, 8, 16), BF16, FP32, 0.3, 0.1, wants_dh=True, lambda_is_tensor=True),
 ]
 
 #: A is the identity: t shows the mask. The seed is drawn anew in each replay of a graph.

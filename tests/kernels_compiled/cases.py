@@ -10,7 +10,8 @@ from itertools import product
 
 import torch
 from ahead_of_time import TARGETS, TENSOR_CORE, Binary, read_binary
-from kernel_launches import SHORT, Down, InputGradient, Launch, Up, UpBackward, WeightGradient
+from gradient_launches import InputGradient, UpBackward, WeightGradient
+from kernel_launches import SHORT, Down, Launch, LowRank, Up
 from triton.compiler import CompiledKernel
 from without_gpu import compiling_for
 
@@ -88,6 +89,13 @@ def _up(rank: int, dtypes: tuple) -> Iterator[Case]:
         yield Case("up", rank, dtypes, options, Up(TOKENS, WIDTH, rank, *dtypes, adds, has_bias))
 
 
+def _low_rank(rank: int, dtypes: tuple) -> Iterator[Case]:
+    """Of few rows: K is split, and the parts are added on the way to y."""
+    for mixes, has_bias in ((False, False), (True, True)):
+        launch = LowRank(8, WIDTH, WIDTH, (rank,) * SIBLINGS, *dtypes, 0.3 * mixes, has_bias=has_bias)
+        yield Case("low_rank", rank, dtypes, _of(("mixing", mixes), ("bias", has_bias)), launch)
+
+
 def _up_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
     for name, wants in (("u", (True, False)), ("dB", (False, True))):
         yield Case("up_backward", rank, dtypes, name, UpBackward(TOKENS, WIDTH, (rank,), *dtypes, wants))
@@ -113,7 +121,7 @@ def _down_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
 
 CASES = [
     case
-    for cases_of in (_down, _up, _up_backward, _down_backward)
+    for cases_of in (_down, _up, _low_rank, _up_backward, _down_backward)
     for rank in RANKS
     for dtypes in DTYPES
     for case in cases_of(rank, dtypes)
@@ -132,6 +140,7 @@ def check(case: Case, target: str) -> list[Row]:
         return [Row(target, str(case), case.kind, violation=violation)]
     for kernel in compiled:
         binary = _read_once(kernel.kernel, target)
+        has_few_rows = isinstance(case.launch, LowRank)  # multiplied by the instruction of sm_80
         loads = "gfx" if target.startswith("gfx") else "sm"
         row = Row(
             target,
@@ -143,12 +152,12 @@ def check(case: Case, target: str) -> list[Row]:
             binary.registers,
             binary.shared,
             binary.spilled,
-            bool(re.search(TENSOR_CORE[target], binary.code)),
+            bool(re.search(TENSOR_CORE[target] + ("|HMMA" if has_few_rows else ""), binary.code)),
             bool(re.search(LOAD_128[loads], binary.code)),
             len(re.findall(LOAD_16[loads], binary.code)),
         )
         has_dot = any(name.startswith("DOT_DTYPE") for name in kernel.constants)
-        has_bias = isinstance(case.launch, Up) and case.launch.has_bias
+        has_bias = isinstance(case.launch, Up | LowRank) and case.launch.has_bias
         row.violation = violation_of(row, has_dot and case.dtypes != (FP32, FP32), reads_vector=has_bias)
         rows.append(row)
     return rows

@@ -8,7 +8,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from ahead_of_time import TARGETS
 from cases import CASES, FP32, Case, Row, check, violation_of
-from kernel_launches import BF16, Down, InputGradient, Up, UpBackward, WeightGradient, name_of
+from gradient_launches import InputGradient, UpBackward, WeightGradient
+from kernel_launches import BF16, Down, LowRank, Up, name_of
 from without_gpu import compiling_for
 
 from sibo_triton.kernels import up as up_module
@@ -22,9 +23,13 @@ pytestmark = pytest.mark.skipif(
 LAUNCHES = [
     Down(130, 200, (16, 3), BF16, FP32, 0.3, 0.1, difference=True, lambda_is_tensor=True, strides="padded"),
     Up(130, 200, 16, BF16, BF16, adds=True, strides="transposed"),
+    LowRank(3, 800, 200, (16, 3), BF16, BF16, 0.3, 0.1, has_bias=True),
     UpBackward(130, 200, (16,), BF16, FP32, scaling_is_tensor=True),
+    UpBackward(130, 200, (16, 3), BF16, BF16, grad_dtype=BF16),
     WeightGradient(130, 200, (24,), BF16, BF16, 0.3, 0.1),
+    WeightGradient(130, 200, (24, 16), BF16, BF16, 0.3, grad_dtype=BF16),
     InputGradient(130, 200, (16,), BF16, BF16, p=0.1, adds=True, strides="padded"),
+    InputGradient(130, 200, (16, 3), BF16, BF16, p=0.1, wants_dh=True, last_is_plain=True),
 ]
 
 

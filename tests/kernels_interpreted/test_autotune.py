@@ -14,7 +14,8 @@ from sibo_triton.kernels.autotune import neighbours
 from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
-from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients
+from sibo_triton.kernels.low_rank import low_rank_siblings
+from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
 from sibo_triton.kernels.targets import STAND_IN
 from sibo_triton.kernels.up import add_up, plan, up
 from sibo_triton.kernels.up_backward import up_backward_siblings
@@ -108,6 +109,7 @@ def test_every_launcher_can_be_tuned_and_repeats_bitwise(tuning):
         return [
             down_siblings(x, [DownProjection(lora_a, 0.5), DownProjection(lora_a, 0.1)], h0)[1][0],
             add_up(base, t, lora_b, 2.0),
+            *low_rank_siblings(x, [DownProjection(lora_a, 0.5)], [UpProjection(lora_b, 2.0)], h0, BF16),
             *up_backward_siblings([up])[0],
             up_backward_siblings([up._replace(wants_u=False)])[0][1],
             *down_weight_gradient(pair, x, h0),

@@ -15,8 +15,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 from inputs import FP16, FP32, randn
 from triton.runtime import interpreter
 
-from sibo_triton.kernels import down, down_input_gradient, down_weight_gradient, partial_sums, targets, up, up_backward
-from sibo_triton.kernels.siblings import DownGradients, UpGradients
+from sibo_triton.kernels import (
+    down,
+    down_input_gradient,
+    down_weight_gradient,
+    low_rank,
+    partial_sums,
+    targets,
+    up,
+    up_backward,
+)
+from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
 
 LONG = 2**22 + 70  # rows, of which the last tile has 6
 RANK = 512
@@ -49,7 +58,7 @@ def last_programs(monkeypatch):
     except MemoryError:
         pytest.skip("no 18 GiB of address space")
     monkeypatch.undo()  # so that torch.empty touches no memory
-    for module in (down, down_input_gradient, down_weight_gradient, partial_sums, up, up_backward):
+    for module in (down, down_input_gradient, down_weight_gradient, low_rank, partial_sums, up, up_backward):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, LastProgram(getattr(module, name)))
 
@@ -81,6 +90,19 @@ def test_up():
     assert y.numel() > 2**31
     exact = base[-END:].double() + 0.5 * t[-END:].double() @ lora_b.double().T
     assert_end(y[-END:, -8:], exact[:, -8:])
+
+
+def test_up_of_siblings(monkeypatch):
+    """y past 2^31, and the third part of t."""
+    rank, siblings = 256, [DownProjection(randn(256, 1, FP16))]
+    t = tall(3 * LONG, rank, FP32).view(3, LONG, rank)
+    t[:2, -END:] = torch.randn(2, END, rank)
+    assert t.stride(0) * 2 > 2**31
+    monkeypatch.setattr(low_rank, "down_parts", lambda *arguments: [t])
+    lora_b = randn(520, rank, FP16)
+    (y,) = low_rank.low_rank_siblings(tall(LONG, 1, FP16), siblings, [UpProjection(lora_b, 0.5)], None, FP16)
+    assert y.numel() > 2**31
+    assert_end(y[-END:, -8:], 0.5 * t[:, -END:].double().sum(0) @ lora_b[-8:].double().T)
 
 
 def test_input_gradient():

@@ -23,7 +23,8 @@ from sibo_triton.kernels import targets
 from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
-from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients
+from sibo_triton.kernels.low_rank import low_rank_siblings
+from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
 from sibo_triton.kernels.up_backward import up_backward_siblings
 from sibo_triton.ops import add_lora, lora_linear
 
@@ -147,6 +148,19 @@ def test_siblings_and_a_gradient_to_add_to(mixes, dropout_p):
         down_siblings(x, [DownProjection(torch.randn(r, K), shares, dropout_p, seed) for r in (3, 200, 16)], h0)
         own = DownGradients(torch.randn(M, 16), torch.randn(16, K), BF16, shares, dropout_p, seed)
         down_input_gradient([own], accumulate_into=torch.zeros(M, K, dtype=BF16))
+    interpreted.assert_as_modelled()
+
+
+def test_siblings_of_few_rows():
+    x, h0, *_ = layer_inputs(BF16, BF16, 16, False)
+    siblings = [DownProjection(torch.randn(r, K), share) for r, share in ((3, 0.3), (70, torch.tensor([0.1])))]
+    ups = [
+        UpProjection(torch.randn(N, 3), 2.0),
+        UpProjection(torch.randn(40, 70), torch.tensor([0.5]), torch.randn(40)),
+    ]
+    with Interpreted() as interpreted:
+        low_rank_siblings(x[:5], siblings, ups, h0[:5], BF16)
+    assert [of.name for of in interpreted.launches] == ["down_kernel", "up_siblings_kernel"]
     interpreted.assert_as_modelled()
 
 

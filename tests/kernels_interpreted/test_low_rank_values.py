@@ -1,0 +1,145 @@
+"""The values of siblings' low-rank products for few rows against float64, and how many launches they take."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from inputs import BF16, FP16, FP32, ROUNDING, randn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.launch_traffic import recorded_launches
+from sibo_triton import reference
+from sibo_triton.kernels import targets
+from sibo_triton.kernels.down import down_parts, down_siblings
+from sibo_triton.kernels.low_rank import low_rank_siblings
+from sibo_triton.kernels.siblings import DownProjection, UpProjection
+from sibo_triton.kernels.targets import KNOWN
+from sibo_triton.kernels.up import up
+
+SEED = torch.tensor([11])
+
+
+@pytest.fixture(autouse=True)
+def many_multiprocessors(monkeypatch):
+    """So that K is cut."""
+    monkeypatch.setattr(targets, "target_of", lambda device: KNOWN["sm_90"])
+
+
+def group(x_dtype, a_dtypes, b_dtypes, ranks, widths, lambdas, rates, biases, k):
+    siblings = [
+        DownProjection(randn(r, k, dtype), lambda_, p, SEED + i)
+        for i, (r, dtype, lambda_, p) in enumerate(zip(ranks, a_dtypes, lambdas, rates, strict=True))
+    ]
+    ups = []
+    for n, r, dtype, (scaling, has_lora_bias, has_base_bias) in zip(widths, ranks, b_dtypes, biases, strict=True):
+        lora_bias = randn(n, 1, dtype, "padded")[:, 0] if has_lora_bias else None  # a stride of 2
+        ups.append(
+            UpProjection(randn(n, r, dtype), scaling, lora_bias, randn(1, n, x_dtype)[0] if has_base_bias else None)
+        )
+    return siblings, ups
+
+
+def assert_as_good_as_two_steps(ys, x, h0, siblings, ups, dtype):
+    """Against float64; the yardstick is each step in plain torch, t in float32 and rounded as the kernels round it."""
+    for y, sibling, one in zip(ys, siblings, ups, strict=True):
+        assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, (x.shape[0], one.lora_b.shape[0]), True)
+        if y.numel() == 0:
+            continue
+        lora_a, lambda_, p, seed, _ = sibling
+        lora_b, s = one.lora_b, float(one.scaling)
+        bias, base = (y.new_zeros(()) if b is None else b for b in (one.lora_bias, one.base_bias))
+        wide = float(lambda_) if isinstance(lambda_, torch.Tensor) else lambda_
+        t = reference.down(x.double(), lora_a.double(), h0.double(), wide, p, seed)
+        t_terms = reference.down(x.double().abs(), lora_a.double().abs(), h0.double().abs(), wide, p, seed)
+        exact = s * (t @ lora_b.double().T + bias.double()) + base.double()
+        terms = abs(s) * (t_terms @ lora_b.double().abs().T + bias.double().abs()) + base.double().abs()
+        read = {x.dtype, lora_a.dtype} | ({h0.dtype} if sibling.mixes else set())
+        splits = len(read) > 1 or (lora_b.dtype == FP32 and dtype != FP32)
+        product = 3e-4 if splits else 2e-6
+        # t is not rounded to 16 bits here, as the interpreter's dots are float32
+        rounding = 1.01 * ROUNDING[dtype] * exact.abs() + (2**-24 if dtype == FP16 else 0)
+        assert ((y.double() - exact).abs() <= product * terms + rounding).all()
+        by_torch = (s * (t.float() @ lora_b.float().T + bias.float()) + base.float()).to(dtype)
+        error, torch_error = (float((result.double() - exact).norm()) for result in (y, by_torch))
+        margin = 2.3 if dtype == BF16 else 1.2
+        assert error <= margin * torch_error + (6e-5 if splits else 5e-7) * float(terms.norm())
+
+
+NO_BIAS = [(2.0, False, False), (0.5, False, False), (torch.tensor([-0.7]), False, False)]
+BIASES = [(torch.tensor(0.7), True, True), (0.5, False, True), (1.5, True, False)]
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "ranks", "widths", "dtypes", "lambdas", "rates", "biases"),
+    [
+        (1, 1000, (16, 16, 16), (260, 70, 64), (FP16, FP16, FP16), (0.1, torch.tensor([0.4]), 0.9), (0, 0, 0), NO_BIAS),
+        (5, 520, (3, 40, 16), (130, 33, 1), (BF16, BF16, BF16), (0.3, 0.2, 0.1), (0, 0, 0), BIASES),
+        (16, 512, (16, 8, 16), (130, 40, 40), (BF16, FP32, BF16), (0.3, 0.2, 0.1), (0, 0, 0), BIASES),
+        (2, 300, (16, 130, 5), (40, 140, 20), (FP32, FP32, FP32), (0.0, 0.0, 0.0), (0, 0, 0), BIASES),
+        (7, 400, (16, 8, 16), (130, 40, 40), (FP16, FP32, FP16), (0.3, 0.0, 0.1), (0.2, 0, 0.5), NO_BIAS),
+        (70, 130, (16, 8, 0), (130, 0, 40), (FP16, FP16, FP16), (0.3, 0.2, 0.1), (0, 0, 0), BIASES),
+        (0, 130, (16, 8, 4), (130, 10, 40), (FP16, FP16, FP16), (0.3, 0.2, 0.1), (0, 0, 0), BIASES),
+    ],
+)
+def test_values(m, k, ranks, widths, dtypes, lambdas, rates, biases):
+    torch.manual_seed(m)
+    x_dtype, adapter_dtype, dtype = dtypes
+    x, h0 = randn(m, k, x_dtype), randn(m, k, x_dtype)
+    siblings, ups = group(x_dtype, [adapter_dtype] * 3, [adapter_dtype] * 3, ranks, widths, lambdas, rates, biases, k)
+    ys = low_rank_siblings(x, siblings, ups, h0, dtype)
+    assert_as_good_as_two_steps(ys, x, h0, siblings, ups, dtype)
+    assert all(map(torch.equal, low_rank_siblings(x, siblings, ups, h0, dtype), ys)), "not the same bits again"
+
+
+def test_adapters_of_several_dtypes():
+    x, h0 = randn(3, 600, BF16), randn(3, 600, FP16)
+    dtypes = (BF16, FP32, FP16)
+    siblings, ups = group(BF16, dtypes, dtypes, (16, 8, 5), (140, 30, 70), (0.3, 0.6, 0.0), (0, 0, 0), BIASES, 600)
+    assert_as_good_as_two_steps(low_rank_siblings(x, siblings, ups, h0, BF16), x, h0, siblings, ups, BF16)
+
+
+@pytest.mark.parametrize("m", [1, 130])
+def test_a_group_takes_two_launches(m):
+    names, x, h0 = [], randn(m, 1000, BF16), randn(m, 1000, BF16)
+    rest = ((16, 16, 16), (256, 64, 64), (0.1, 0.2, 0.3), (0, 0, 0), NO_BIAS, 1000)
+    siblings, ups = group(BF16, [BF16] * 3, [BF16] * 3, *rest)
+    with recorded_launches(lambda launch: names.append(launch.name), run=True):
+        low_rank_siblings(x, siblings, ups, h0, BF16)
+    assert names == ["down_kernel", "up_siblings_kernel"]
+    assert len(down_parts(x, siblings, h0)[0]) > 1
+
+
+def test_one_part_gives_the_bits_of_the_two_steps(monkeypatch):
+    monkeypatch.setattr(targets, "target_of", lambda device: targets.STAND_IN)
+    x, h0 = randn(9, 300, FP16), randn(9, 300, FP16)
+    rest = ((16, 70, 3), (140, 64, 30), (0.1, 0.2, 0.0), (0, 0, 0), BIASES, 300)
+    siblings, ups = group(FP16, [FP16] * 3, [FP16] * 3, *rest)
+    ys = low_rank_siblings(x, siblings, ups, h0, FP16)
+    for y, (t, _), (lora_b, s, lora_bias, base_bias) in zip(ys, down_siblings(x, siblings, h0), ups, strict=True):
+        assert torch.equal(y, up(t, lora_b, s, FP16, lora_bias, base_bias))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, r"lora_b has shape \[8, 3\], but \[N, 2\] fits lora_a", {"lora_b": torch.zeros(8, 3)}),
+        (ValueError, r"lora_bias has shape \[7\], but \[8\] fits lora_b", {"lora_bias": torch.zeros(7)}),
+        (ValueError, r"base_bias has shape \[1\], but \[8\] fits lora_b", {"base_bias": torch.zeros(1)}),
+        (ValueError, r"scaling is a torch.float32 tensor of shape \[2\]", {"scaling": torch.zeros(2)}),
+        (TypeError, "lora_b is torch.float64", {"lora_b": torch.zeros(8, 2).double()}),
+    ],
+)
+def test_wrong_arguments_are_named(error, message, arguments):
+    right = {"lora_b": torch.zeros(8, 2), "scaling": 1.0}
+    siblings = [DownProjection(torch.zeros(2, 5))]
+    with pytest.raises(error, match=message):
+        low_rank_siblings(torch.zeros(4, 5), siblings, [UpProjection(**right | arguments)], None, FP32)
+    with pytest.raises(TypeError, match="y is torch.float64"):
+        low_rank_siblings(torch.zeros(4, 5), siblings, [UpProjection(**right)], None, torch.float64)
+    with pytest.raises(ValueError):
+        low_rank_siblings(torch.zeros(4, 5), siblings, [], None, FP32)
