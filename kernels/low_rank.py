@@ -112,7 +112,7 @@ def low_rank_siblings(
     """``y = s (t B^T + b) + b0`` for siblings, as :func:`~.down.down_siblings` and :func:`~.up.up` in two launches.
 
     For any number of rows, though made for few. A launch more for each further kind of siblings, and for each further
-    dtype of B. The same bits from run to run; those of ``up`` only where t has one part.
+    dtype of B. The same bits from run to run.
 
     Args:
         x, siblings, initial_residual: as for :func:`~.down.down_siblings`; d is not computed for the caller.

@@ -16,7 +16,7 @@ from benchmarks import providers, traffic
 from benchmarks.counting import Counts, counted, summed
 from benchmarks.launch_traffic import Traffic
 from benchmarks.providers import PROVIDERS, Setting
-from sibo_triton.ops import lora_linear
+from sibo_triton.ops import lora_linear, lora_linear_group
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL = traffic.Shape(hidden=256, ffn=512, heads=4, kv_heads=2, batch=2, length=64)
@@ -206,3 +206,29 @@ def test_providers_compute_the_same(one, other):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     plain = step_values(providers.Peft(), setting)[0]
     assert torch.allclose(ours[0], plain, rtol=1e-3) != one.mixes
+
+
+def test_a_step_of_generation_takes_two_launches_for_linears_that_share_x():
+    """Beside the frozen products, which accumulate; one row, bfloat16; also a linear that is alone."""
+    x, h0 = (torch.empty(1, 1, 512, dtype=BF16) for _ in range(2))
+    layers = [
+        {
+            "weight": torch.empty(n, 512, dtype=BF16),
+            "bias": None,
+            "lora_a": torch.empty(16, 512, dtype=BF16),
+            "lora_b": torch.empty(n, 16, dtype=BF16),
+            "scaling": 2.0,
+            "initial_residual": h0,
+            "lambda_": 0.1,
+        }
+        for n in (512, 128, 128)
+    ]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counted() as operations:
+        group = lora_linear_group(x, layers)
+        for i in range(3):
+            group.output(i)
+    names = ["down_kernel", "up_siblings_kernel"]
+    assert [of.name for of in operations] == [*names, *["aten.addmm_"] * 3]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counted() as operations:
+        lora_linear(x, **layers[0])
+    assert [of.name for of in operations] == [*names, "aten.addmm_"]

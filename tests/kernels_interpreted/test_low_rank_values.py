@@ -114,14 +114,16 @@ def test_a_group_takes_two_launches(m):
     assert len(down_parts(x, siblings, h0)[0]) > 1
 
 
-def test_one_part_gives_the_bits_of_the_two_steps(monkeypatch):
+def test_one_part_gives_what_the_two_steps_give(monkeypatch):
+    """Up to the last bit: the interpreter's products depend on where NumPy has put their operands."""
     monkeypatch.setattr(targets, "target_of", lambda device: targets.STAND_IN)
     x, h0 = randn(9, 300, FP16), randn(9, 300, FP16)
     rest = ((16, 70, 3), (140, 64, 30), (0.1, 0.2, 0.0), (0, 0, 0), BIASES, 300)
     siblings, ups = group(FP16, [FP16] * 3, [FP16] * 3, *rest)
     ys = low_rank_siblings(x, siblings, ups, h0, FP16)
     for y, (t, _), (lora_b, s, lora_bias, base_bias) in zip(ys, down_siblings(x, siblings, h0), ups, strict=True):
-        assert torch.equal(y, up(t, lora_b, s, FP16, lora_bias, base_bias))
+        expected = up(t, lora_b, s, FP16, lora_bias, base_bias)
+        torch.testing.assert_close(y, expected, atol=2**-9, rtol=2**-10)
 
 
 @pytest.mark.parametrize(
