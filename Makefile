@@ -78,6 +78,7 @@ compile-check: $(READY) ## compile every kernel for every target: spills, shared
 bench: $(READY) ## count and time what needs no GPU (3 minutes; writes benchmarks/ and the README's tables)
 	@$(BIN)/python -m benchmarks.traffic
 	@$(BIN)/python -m benchmarks.cpu
+	@$(BIN)/python -m benchmarks.host_time
 	@$(BIN)/python -m benchmarks.plots
 	@$(BIN)/python -m benchmarks.readme_table
 

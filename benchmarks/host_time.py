@@ -11,12 +11,15 @@ kernels do not. Its tensors hold nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,12 +28,14 @@ from torch import nn
 from benchmarks.checks import without_known_warnings
 from benchmarks.models import LLAMA_3_8B, Part, part_linears
 from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider, Setting
+from sibo_triton.environment import provenance
 from sibo_triton.kernels import down, targets
 from sibo_triton.ops import low_rank
 from sibo_triton.ops.dispatch import Choice
 
 TINY = replace(LLAMA_3_8B, hidden=16, ffn=16, heads=1, kv_heads=1, head=16)
 TOKENS, REPEATS = 2, 20
+RESULTS = Path(__file__).parent / "results/host-time.json"
 GROUPS = {"one linear": ("o_proj",), "three that share x": ("q_proj", "k_proj", "v_proj")}
 
 
@@ -80,29 +85,48 @@ def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting) -> dic
     return runs
 
 
+def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int) -> list[dict[str, Any]]:
+    """A row for each provider, printed as well."""
+    names = GROUPS[title]
+    runs = runs_of(names, dtype, setting)
+    h0, x = (torch.randn(1, TOKENS, TINY.hidden, dtype=dtype) for _ in range(2))
+    grads = [torch.randn(1, TOKENS, TINY.shapes()[name][1], dtype=dtype) for name in names]
+    x.requires_grad_()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(run.microseconds(h0, x, grads))
+    frozen, *others = times
+    base = str(dtype).removeprefix("torch.")
+    print(f"{title}, {base}, dropout {setting.dropout:g}: microseconds a module, forward + backward / forward alone")
+    rows = []
+    for name in others:
+        pairs = list(zip(times[name], times[frozen], strict=True))
+        added = [statistics.median((own[i] - floor[i]) / len(names) for own, floor in pairs) for i in range(2)]
+        print(f"  {name:32} {added[0]:7.1f} {added[1]:7.1f}", flush=True)
+        both, alone = (round(value, 1) for value in added)
+        case = {"linears": title, "base": base, "dropout": setting.dropout, "provider": name}
+        rows.append({**case, "forward_backward_us": both, "forward_without_gradients_us": alone})
+    return rows
+
+
 def main() -> None:
-    """Print the tables."""
+    """Print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    for (title, names), (dtype, dropout) in product(
-        GROUPS.items(), product((torch.float32, torch.bfloat16), (0.0, 0.05))
-    ):
-        runs = runs_of(names, dtype, Setting(fp32_adapters=True, dropout=dropout))
-        h0, x = (torch.randn(1, TOKENS, TINY.hidden, dtype=dtype) for _ in range(2))
-        grads = [torch.randn(1, TOKENS, TINY.shapes()[name][1], dtype=dtype) for name in names]
-        x.requires_grad_()
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(run.microseconds(h0, x, grads))
-        frozen, *others = times
-        print(f"{title}, {dtype}, dropout {dropout:g}: microseconds a module, forward + backward / forward alone")
-        for name in others:
-            pairs = list(zip(times[name], times[frozen], strict=True))
-            added = [statistics.median((own[i] - floor[i]) / len(names) for own, floor in pairs) for i in range(2)]
-            print(f"  {name:32} {added[0]:7.1f} {added[1]:7.1f}", flush=True)
+    rows = []
+    for title, dtype, dropout in product(GROUPS, (torch.float32, torch.bfloat16), (0.0, 0.05)):
+        rows += measured(title, dtype, Setting(fp32_adapters=True, dropout=dropout), options.rounds)
+    head = {
+        "command": "python -m benchmarks.host_time",
+        **{key: value for key, value in provenance().items() if key != "devices"},
+        "what": "microseconds of process time that a module adds to its frozen linear; tiny tensors, float32 adapters",
+    }
+    options.output.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {options.output}")
 
 
 if __name__ == "__main__":
