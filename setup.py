@@ -48,9 +48,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # `kernels/` must not be installed under its own name, which belongs to a package that transformers imports.
-    packages=[*find_packages(include=["sibo_triton", "sibo_triton.*"]), "sibo_triton.kernels"],
-    package_dir={"sibo_triton.kernels": "kernels"},
-    package_data={"sibo_triton": ["py.typed"]},
+    packages=[*find_packages(include=["sibo_triton", "sibo_triton.*"]), "sibo_triton.kernels", "sibo_triton.recipes"],
+    package_dir={"sibo_triton.kernels": "kernels", "sibo_triton.recipes": "examples/recipes"},
+    package_data={"sibo_triton": ["py.typed"], "sibo_triton.recipes": ["*.toml"]},
     include_package_data=False,
     zip_safe=False,
     install_requires=[

@@ -18,13 +18,16 @@ from sibo_triton.finetune.options import ALL_LINEAR, FinetuneOptions, InputError
 _DEFAULT_MAX_LENGTH = 512
 
 
-def load_base(options: FinetuneOptions) -> tuple[Any, Any]:
-    """The causal language model and its tokenizer, from a folder or the hub.
+def load_base(name: str, dtype: str) -> tuple[Any, Any]:
+    """The causal language model and its tokenizer.
+
+    Args:
+        name: a folder, or a hub id.
+        dtype: "auto" (as saved), "float32" or "bfloat16".
 
     Raises:
         InputError: there is no such model, it is an adapter folder, or it is no causal language model.
     """
-    name = options.model
     folder = Path(name).expanduser()
     if folder.is_dir():
         name = str(folder)
@@ -36,8 +39,7 @@ def load_base(options: FinetuneOptions) -> tuple[Any, Any]:
         raise InputError(f"--model {name}: there is no such folder.")  # and it cannot be a hub id
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"--model {name} cannot be loaded as a causal language model: {first_line(error)}") from error
     return model, tokenizer
@@ -88,12 +90,17 @@ def adapter_config(options: FinetuneOptions, target_modules: list[str] | str | N
 
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": target_modules}
     mixing: dict[str, Any] = {"sibo_lambda": options.lambda_, "sibo_learnable": options.sibo_learnable}
+    if options.sibo_target_modules is not None:
+        mixing["sibo_target_modules"] = list(options.sibo_target_modules)
     if not options.is_lora:
-        placement: Any = options.placement or "series"
+        chosen: dict[str, Any] = {"init_weights": True if options.init_weights in (None, "zero") else "bert"}
+        for name in ("activation", "placement", "side"):
+            if getattr(options, name) is not None:
+                chosen[name] = getattr(options, name)
         return SiboAdapterConfig(
             bottleneck_size=options.bottleneck,
-            placement=placement,
             adapter_dropout=options.dropout,
+            **chosen,
             **common,
             **mixing,
         )
@@ -118,6 +125,9 @@ def _target_modules(model: Any, options: FinetuneOptions, notes: list[str]) -> l
     wanted = list(options.target_modules)
     if wanted == [ALL_LINEAR]:
         return ALL_LINEAR
+    recipe = options.recipe
+    if recipe is not None and recipe.model_type != model.config.model_type:
+        notes.append(f"the recipe {recipe.name} is for {recipe.model_type} models, this is a {model.config.model_type}")
     # PEFT complains only when nothing at all matches, and a mistyped name among others would go unseen.
     names = [name for name, _ in model.named_modules()]
     for target in wanted:

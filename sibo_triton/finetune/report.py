@@ -140,10 +140,13 @@ def _settings(result: FinetuneResult) -> str:
         f"rank {o.lora_rank}, alpha {o.lora_alpha}"
         if o.is_lora
         else f"bottleneck {o.bottleneck}, in {o.placement or 'series'}"
+        + (" behind the module" if o.side == "output" else "")
     )
     method = f"{o.method}, {size}, dropout {o.dropout}"
     if o.mixes:
         method += f", lambda {o.lambda_}" + (" (learnable)" if o.sibo_learnable else "")
+        if o.sibo_target_modules:
+            method += f" in {', '.join(o.sibo_target_modules)}"
     length = f"{o.max_steps} steps" if o.max_steps else f"{o.epochs:g} epochs"
     rows = [
         ("base model", f"`{o.model}`, {result.parameters:,} parameters, {result.dtype}"),
@@ -156,6 +159,9 @@ def _settings(result: FinetuneResult) -> str:
         ("gradient checkpointing", "on" if o.gradient_checkpointing else "off"),
         ("versions", versions()),
     ]
+    if o.recipe:
+        loss = "every token" if o.recipe.train_on_inputs else "the output only"
+        rows.insert(0, ("recipe", f"{o.recipe.name} ({o.recipe.description}); loss on {loss}"))
     return f"## Settings\n\n{markdown_table(('', ''), rows)}"
 
 

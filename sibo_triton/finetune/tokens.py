@@ -84,7 +84,7 @@ def _tokenize(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[tuple[lis
     if len(rows[0]) == 1:
         texts = [row[0] for row in rows]
         return [(ids, 0, False) for ids in tokenizer(texts)["input_ids"]]
-    prompts = [_without_end(ids, tokenizer) for ids in tokenizer([prompt for prompt, _ in rows])["input_ids"]]
+    prompts = [without_end(ids, tokenizer) for ids in tokenizer([prompt for prompt, _ in rows])["input_ids"]]
     whole = tokenizer([prompt + completion for prompt, completion in rows])["input_ids"]
     result = []
     for (_, completion), prompt, ids in zip(rows, prompts, whole, strict=True):
@@ -95,7 +95,7 @@ def _tokenize(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[tuple[lis
     return result
 
 
-def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+def without_end(ids: list[int], tokenizer: Any) -> list[int]:
     """A prompt's tokens without the end-of-text token that some tokenizers append to every text."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from sibo_triton.finetune.data import Examples, read_examples
+from sibo_triton.finetune.instructions import read_training_examples
 from sibo_triton.finetune.model import add_adapter, check_vocabulary, choose_max_length, load_base
 from sibo_triton.finetune.options import FinetuneOptions, InputError, check_options, first_line
 from sibo_triton.finetune.progress import ProgressAndLog
@@ -52,10 +53,10 @@ def finetune(options: FinetuneOptions, console: Console | None = None) -> Finetu
     console = console or Console()
     dataset_class = _import_dataset()
     check_options(options)
-    train_rows = read_examples(options.data)
-    eval_rows = None if options.eval_data is None else read_examples(options.eval_data)
+    train_rows = _read(options, options.data)
+    eval_rows = None if options.eval_data is None else _read(options, options.eval_data)
 
-    model, tokenizer = load_base(options)
+    model, tokenizer = load_base(options.model, options.dtype)
     result = FinetuneResult(options, max_length=choose_max_length(options, model))
     train_set, eval_set = _datasets(dataset_class, result, tokenizer, train_rows, eval_rows)
     result.examples, result.eval_examples = len(train_set), len(eval_set) if eval_set is not None else 0
@@ -94,6 +95,13 @@ def _import_dataset() -> Any:
     return Dataset
 
 
+def _read(options: FinetuneOptions, path: Path) -> Examples:
+    """The examples of a file: as they stand there, or with a recipe's prompt around them."""
+    if options.recipe is None:
+        return read_examples(path)
+    return read_training_examples(path, options.recipe.template, options.recipe.train_on_inputs)
+
+
 def _datasets(
     dataset_class: Any, result: FinetuneResult, tokenizer: Any, train_rows: Examples, eval_rows: Examples | None
 ) -> tuple[Any, Any]:
@@ -125,7 +133,7 @@ def _tokenized(dataset_class: Any, result: FinetuneResult, tokenizer: Any, rows:
 
 def _data_notes(rows: Examples, tokens: TokenizedExamples, max_length: int) -> list[str]:
     total = len(rows.rows)
-    notes = []
+    notes = list(rows.notes)
     if rows.ignored:
         notes.append(f"{rows.path}: not used: column {', '.join(f'`{name}`' for name in sorted(rows.ignored))}")
     if tokens.truncated:
