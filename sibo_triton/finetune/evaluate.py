@@ -160,7 +160,9 @@ def _kind(recipe: Recipe, path: Path, questions: Sequence[Question]) -> AnswerKi
             )
         first = first or kind
         if kind is not first:
-            raise InputError(f"{where}, a {kind.name}, where the file's first is a {first.name}; split the file.")
+            raise InputError(
+                f"{where}, of the kind {kind.name}, where the file's first is of the kind {first.name}; split the file."
+            )
     assert first is not None  # a file without questions was refused when it was read
     return first
 
