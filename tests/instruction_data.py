@@ -80,10 +80,14 @@ def tokenizer():
 
 
 def save_model(kind, folder):
-    """A Llama or GPT-J of two layers, 512 positions and random weights, with its tokenizer."""
+    """A Llama or GPT-J of two layers, 512 positions and random weights, with its tokenizer.
+
+    The weights are large enough that what it generates depends on the prompt.
+    """
     reader = tokenizer()
     torch.manual_seed(0)
     ids = {"vocab_size": len(reader), "bos_token_id": reader.bos_token_id, "eos_token_id": reader.eos_token_id}
+    ids["initializer_range"] = 0.3
     if kind == "llama":
         config = tf.LlamaConfig(
             hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -40,7 +40,7 @@ def adapters(bases, tmp_path_factory):
         if not (folder / name).exists():
             kind, _, task = name.split("-")
             path = write_list(folder / f"{name}.json", TRAINING[task])
-            given = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 0.1, "batch_size": 4, "dtype": "float32"}
+            given = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 0.01, "batch_size": 4, "dtype": "float32"}
             options = FinetuneOptions(model=str(bases[kind]), data=path, output=folder / name, **given)
             finetune(apply_recipe(load_recipe(name), options, given), QUIET)
         return folder / name
