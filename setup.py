@@ -19,7 +19,7 @@ def read_version() -> str:
 extras = {
     # Triton has no wheels elsewhere; without it everything runs on the plain PyTorch path.
     "triton": ["triton>=3.6; platform_system == 'Linux'"],
-    "finetune": ["accelerate>=1.10", "datasets>=4.7"],
+    "finetune": ["accelerate>=1.10", "datasets>=4.7", "torchmetrics>=1.4"],
     "viz": ["matplotlib>=3.8"],
 }
 extras["dev"] = [

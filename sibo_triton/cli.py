@@ -40,7 +40,7 @@ def finetune(
         Path,
         typer.Option(
             help="JSONL, CSV or Parquet with a column `text`, or with `prompt` and `completion` (the loss is then on "
-            "the completion only)."
+            "the completion only); for the other tasks with `label`, and one or two columns of text as in GLUE."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the loss log and the report.")],
@@ -51,6 +51,9 @@ def finetune(
             "or a .toml file. Options that are given replace the recipe's."
         ),
     ] = None,
+    task: Annotated[
+        str, typer.Option(help="causal-lm, classification or regression (of texts or pairs of texts, as in GLUE).")
+    ] = "causal-lm",
     method: Annotated[
         str, typer.Option(help="lora, sibo-lora, adapter (a bottleneck) or sibo-adapter.", rich_help_panel=_ADAPTER)
     ] = "sibo-lora",
@@ -155,13 +158,14 @@ def finetune(
         typer.Option("--overwrite", help="Replace an earlier run's files in --output.", rich_help_panel=_OUTPUT),
     ] = False,
 ) -> None:
-    """Fine-tune a causal language model with LoRA, adapters, or SIBO's of either: an adapter folder and a report."""
+    """Fine-tune a model with LoRA, adapters, or SIBO's of either: an adapter folder and a report."""
     from sibo_triton.finetune.options import FinetuneOptions, InputError
 
     options = FinetuneOptions(
         model=model,
         data=data,
         output=output,
+        task=task,
         method=method,
         target_modules=_split(target_modules),
         sibo_lambda=sibo_lambda,

@@ -61,6 +61,7 @@ def test_the_recipes_are_those_of_the_authors():
     assert recipe_folder() == ROOT / "examples" / "recipes"
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_recipe_trains_what_the_authors_train(name, bases, tmp_path):
     targets, mixing, lambda_ = SETTINGS[name]

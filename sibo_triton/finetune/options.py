@@ -12,6 +12,8 @@ from sibo_triton.reference import check_activation
 if TYPE_CHECKING:
     from sibo_triton.finetune.recipes import Recipe
 
+CAUSAL_LM, CLASSIFICATION, REGRESSION = "causal-lm", "classification", "regression"
+TASKS = (CAUSAL_LM, CLASSIFICATION, REGRESSION)
 LORA_METHODS = ("lora", "sibo-lora")
 ADAPTER_METHODS = ("adapter", "sibo-adapter")
 METHODS = LORA_METHODS + ADAPTER_METHODS
@@ -50,6 +52,7 @@ class FinetuneOptions:
     model: str
     data: Path
     output: Path
+    task: str = CAUSAL_LM
     method: str = "sibo-lora"
     target_modules: tuple[str, ...] | None = None
     sibo_lambda: float | None = None
@@ -114,6 +117,9 @@ class FinetuneOptions:
 
 def check_options(options: FinetuneOptions) -> None:
     """Raise an `InputError` that names the option for any value that no run could use."""
+    _one_of("--task", options.task, TASKS)
+    if options.recipe is not None and options.task != CAUSAL_LM:
+        raise InputError(f"--recipe is for --task {CAUSAL_LM}, not {options.task}: drop one of the two.")
     _one_of("--method", options.method, METHODS)
     _one_of("--dtype", options.dtype, DTYPES)
     for name in ("batch_size", "gradient_accumulation", "save_steps"):

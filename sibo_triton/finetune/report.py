@@ -81,6 +81,9 @@ def _outcome(result: FinetuneResult) -> str:
             rows.append((f"{label}, first → last", f"{losses[0][1]:.4f} → {losses[-1][1]:.4f}"))
         elif losses:
             rows.append((f"{label}, step {losses[0][0]}", f"{losses[0][1]:.4f}"))
+    if result.metrics:
+        (_, before), (_, after) = result.metrics[0], result.metrics[-1]
+        rows += [(f"held-out {name}, first → last", f"{before[name]:.4f} → {after[name]:.4f}") for name in after]
     if result.seconds_per_step is not None:
         rows.append(("seconds per step (median)", f"{result.seconds_per_step:.3f} on {result.device}"))
     rows.append(("saved activations, one forward pass", format_bytes(result.saved_activation_bytes)))
@@ -175,9 +178,9 @@ def _how_to_load(result: FinetuneResult, output: Path) -> str:
 
 ```python
 {needed}from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {result.task.model_class}
 
-base = AutoModelForCausalLM.from_pretrained({result.options.model!r})
+base = {result.task.model_class}.from_pretrained({result.options.model!r}{result.task.load_arguments})
 model = PeftModel.from_pretrained(base, {str(output)!r})
 ```"""
 

@@ -30,14 +30,17 @@ class TokenizedExamples:
     """Token ids and labels, and what happened on the way.
 
     Attributes:
-        input_ids, labels: one list of ints for each example that is kept; labels is -100 where there is no loss.
+        input_ids, labels: one list of ints for each example that is kept; labels is -100 where there is no loss. For
+            classification labels is a class id for each example, for regression a number.
+        others: further columns for the model, such as token_type_ids.
         truncated: how many of these were cut to max_length.
         dropped: places (such as "line 3") of examples left out, because the cut left nothing to learn.
         split_apart: how many pairs had a token across the boundary.
     """
 
     input_ids: list[list[int]] = field(default_factory=list)
-    labels: list[list[int]] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+    others: dict[str, list[list[int]]] = field(default_factory=dict)
     truncated: int = 0
     dropped: list[str] = field(default_factory=list)
     split_apart: int = 0
