@@ -1,4 +1,4 @@
-"""Made-up rows in the format of LLM-Adapters' files, and tiny models of the recipes' architectures that read them."""
+"""Made-up rows in the format of LLM-Adapters' files, of several lengths, and tiny models that read them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sibo_triton.finetune.instructions import TEMPLATES
 
 ARITHMETIC = [
     {
-        "instruction": f"A shelf holds {i} cups and {2 * i + 1} plates. How many pieces does it hold?",
+        "instruction": f"A shelf holds {i} cups and {2 * i + 1} plates. {'It is old. ' * (i % 3)}How many in all?",
         "input": "",
         "output": f"There are {i} cups and {2 * i + 1} plates, so {i} + {2 * i + 1} = {3 * i + 1}. "
         f"The answer is {3 * i + 1}.",
@@ -29,7 +29,10 @@ LETTERS = [
     }
     for i in range(5, 9)
 ]
-_TRUE = [f"Please answer the following question with true or false, question: is {i} above 5?" for i in range(12)]
+_TRUE = [
+    f"Please answer the following question with true or false, question: {'say, ' * (i % 3)}is {i} above 5?"
+    for i in range(12)
+]
 COMMONSENSE = [
     {
         "instruction": f"{question}\n\nAnswer format: true/false",

@@ -204,13 +204,18 @@ def test_the_command_evaluates_and_an_interrupted_run_keeps_its_predictions(base
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert (report["results"][0]["questions"], report["limit"], report["dtype"]) == (3, 3, "bfloat16")
 
+    kept = []
+
     def two_and_stop(model, tokenizer, ids, options):
-        yield from ("1", "2")
+        yield "1"
+        kept.append((tmp_path / "stopped/predictions.jsonl").read_text())
+        yield "2"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate_module, "_responses", two_and_stop)
     result = runner.invoke(app, [*arguments, "--output", str(tmp_path / "stopped")])
     assert result.exit_code == 130
+    assert json.loads(kept[0])["response"] == "1", "a process that is killed keeps what it has"
     assert len((tmp_path / "stopped/predictions.jsonl").read_text().splitlines()) == 2
     result = runner.invoke(app, [*arguments, "--output", str(data)])
     assert result.exit_code == 2 and result.stderr.strip().splitlines()[-1].startswith("error: --output")

@@ -61,6 +61,12 @@ def test_the_recipes_are_those_of_the_authors():
     assert recipe_folder() == ROOT / "examples" / "recipes"
 
 
+def test_the_readme_lists_the_recipes_and_their_lambdas():
+    rows = re.findall(r"(?m)^\| `(\S+)`, `(\S+)` \| .* \| ([\d.]+), ([\d.]+) \|$", (ROOT / "README.md").read_text())
+    listed = {name: float(value) for row in rows for name, value in zip(row[:2], row[2:], strict=True)}
+    assert listed == {name: lambda_ for name, (_, _, lambda_) in SETTINGS.items()}
+
+
 @pytest.mark.oldest
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_recipe_trains_what_the_authors_train(name, bases, tmp_path):

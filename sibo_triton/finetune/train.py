@@ -280,7 +280,6 @@ def _train(result: FinetuneResult, trainer: Trainer, console: Console, output: P
     with progress:
         try:
             trainer.train()
-            _evaluate_last(trainer)
         except KeyboardInterrupt:
             result.interrupted = True
             console.print(f"interrupted at step {progress.last_step}: saving the adapter as it is")
@@ -288,13 +287,6 @@ def _train(result: FinetuneResult, trainer: Trainer, console: Console, output: P
     result.metrics = _metrics(trainer)
     result.steps = progress.last_step
     result.seconds_per_step = statistics.median(progress.step_seconds) if progress.step_seconds else None
-
-
-def _evaluate_last(trainer: Trainer) -> None:
-    """Measure what is saved, where the Trainer's last evaluation was some steps before the end."""
-    evaluated = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
-    if trainer.compute_metrics is not None and evaluated and evaluated[-1] != trainer.state.global_step:
-        trainer.evaluate()
 
 
 def _metrics(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
