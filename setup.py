@@ -19,7 +19,7 @@ def read_version() -> str:
 extras = {
     # Triton has no wheels elsewhere; without it everything runs on the plain PyTorch path.
     "triton": ["triton>=3.6; platform_system == 'Linux'"],
-    "finetune": ["accelerate>=1.10", "datasets>=4.7"],
+    "finetune": ["accelerate>=1.10", "datasets>=4.7", "torchmetrics>=1.4"],
     "viz": ["matplotlib>=3.8"],
 }
 extras["dev"] = [
@@ -48,9 +48,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # `kernels/` must not be installed under its own name, which belongs to a package that transformers imports.
-    packages=[*find_packages(include=["sibo_triton", "sibo_triton.*"]), "sibo_triton.kernels"],
-    package_dir={"sibo_triton.kernels": "kernels"},
-    package_data={"sibo_triton": ["py.typed"]},
+    packages=[*find_packages(include=["sibo_triton", "sibo_triton.*"]), "sibo_triton.kernels", "sibo_triton.recipes"],
+    package_dir={"sibo_triton.kernels": "kernels", "sibo_triton.recipes": "examples/recipes"},
+    package_data={"sibo_triton": ["py.typed"], "sibo_triton.recipes": ["*.toml"]},
     include_package_data=False,
     zip_safe=False,
     install_requires=[

@@ -1,4 +1,4 @@
-"""The command line: `sibo-triton finetune`, `sibo-triton demo`, `sibo-triton env`.
+"""The command line: `sibo-triton finetune`, `evaluate`, `recipes`, `demo` and `env`.
 
 A command imports what it needs when it runs: `env` must answer where the fine-tuning libraries are missing.
 """
@@ -34,15 +34,26 @@ def main() -> None:
 
 @app.command()
 def finetune(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Base model: a folder that save_pretrained wrote, or a hub id.")],
     data: Annotated[
         Path,
         typer.Option(
             help="JSONL, CSV or Parquet with a column `text`, or with `prompt` and `completion` (the loss is then on "
-            "the completion only)."
+            "the completion only); for the other tasks with `label`, and one or two columns of text as in GLUE."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the loss log and the report.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Take the settings of a published run, and instruction data: a name that `sibo-triton recipes` lists, "
+            "or a .toml file. Options that are given replace the recipe's."
+        ),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="causal-lm, classification or regression (of texts or pairs of texts, as in GLUE).")
+    ] = "causal-lm",
     method: Annotated[
         str, typer.Option(help="lora, sibo-lora, adapter (a bottleneck) or sibo-adapter.", rich_help_panel=_ADAPTER)
     ] = "sibo-lora",
@@ -64,6 +75,13 @@ def finetune(
     sibo_learnable: Annotated[
         bool, typer.Option("--sibo-learnable", help="Train lambda, one per module.", rich_help_panel=_ADAPTER)
     ] = False,
+    sibo_target_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which of the target modules mix. Default: those that read the residual stream.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="r of LoRA. Default: 16.", rich_help_panel=_ADAPTER)] = None,
     alpha: Annotated[
         int | None, typer.Option(help="alpha of LoRA. Default: twice the rank.", rich_help_panel=_ADAPTER)
@@ -71,9 +89,26 @@ def finetune(
     bottleneck_size: Annotated[
         int | None, typer.Option(help="Width of an adapter's bottleneck. Default: 256.", rich_help_panel=_ADAPTER)
     ] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="In an adapter's bottleneck. Default: tanh.", rich_help_panel=_ADAPTER)
+    ] = None,
     placement: Annotated[
         str | None,
         typer.Option(help="Of an adapter: series (in front, the default) or parallel.", rich_help_panel=_ADAPTER),
+    ] = None,
+    side: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an adapter in series: input (in front of the module, the default) or output.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
+    init_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an adapter: zero (starts as the base model, the default) or bert (a small normal).",
+            rich_help_panel=_ADAPTER,
+        ),
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.", rich_help_panel=_ADAPTER)] = 0.05,
     epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=_TRAINING)] = 3.0,
@@ -123,21 +158,26 @@ def finetune(
         typer.Option("--overwrite", help="Replace an earlier run's files in --output.", rich_help_panel=_OUTPUT),
     ] = False,
 ) -> None:
-    """Fine-tune a causal language model with LoRA, adapters, or SIBO's of either: an adapter folder and a report."""
+    """Fine-tune a model with LoRA, adapters, or SIBO's of either: an adapter folder and a report."""
     from sibo_triton.finetune.options import FinetuneOptions, InputError
 
     options = FinetuneOptions(
         model=model,
         data=data,
         output=output,
+        task=task,
         method=method,
         target_modules=_split(target_modules),
         sibo_lambda=sibo_lambda,
         sibo_learnable=sibo_learnable,
+        sibo_target_modules=_split(sibo_target_modules),
         rank=rank,
         alpha=alpha,
         bottleneck_size=bottleneck_size,
+        activation=activation,
         placement=placement,
+        side=side,
+        init_weights=init_weights,
         dropout=dropout,
         epochs=epochs,
         max_steps=max_steps,
@@ -155,7 +195,7 @@ def finetune(
         overwrite=overwrite,
     )
     try:
-        result = _run_finetune(options)
+        result = _run_finetune(options, recipe, _given(context))
     except InputError as error:
         _fail(error, _BAD_INPUT)
     typer.echo(f"adapter and report: {output}")
@@ -163,6 +203,83 @@ def finetune(
         _fail("training diverged: a loss was NaN or infinite; lower --learning-rate", _FAILED)
     if result.interrupted:
         raise typer.Exit(_INTERRUPTED)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes: the settings of published runs, for `finetune` and `evaluate`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sibo_triton.finetune.recipes import load_recipe, recipe_names
+
+    table = Table("recipe", "what it is")
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        table.add_row(name, f"{recipe.description}, trained on {recipe.train_data}")
+    Console().print(table)
+
+
+@app.command()
+def evaluate(
+    recipe: Annotated[
+        str,
+        typer.Option(help="Whose prompt, generation and scoring: a name that `sibo-triton recipes` lists, or a file."),
+    ],
+    model: Annotated[str, typer.Option(help="Base model: a folder that save_pretrained wrote, or a hub id.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="JSON (a list, or an object per line), CSV or Parquet with the columns `instruction` and `answer`; "
+            "repeat the option for several."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the predictions and the report.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a trained adapter. Without it the base model answers.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions to a batch; each takes one row per beam.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Ask only the first questions of each file.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams of the search. Default: the recipe's.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length of a response at most. Default: the recipe's.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the base model: auto (as saved), float32 or bfloat16. Default: the recipe's."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier evaluation's files in --output.")
+    ] = False,
+) -> None:
+    """Let a model answer questions and score it as LLM-Adapters does: predictions, a JSON report and a table."""
+    from sibo_triton.finetune.options import InputError
+
+    try:
+        from sibo_triton.finetune.evaluate import EvaluateOptions, run_evaluation
+        from sibo_triton.finetune.recipes import load_recipe
+
+        run_evaluation(
+            EvaluateOptions(
+                recipe=load_recipe(recipe),
+                model=model,
+                data=tuple(data),
+                output=output,
+                adapter=adapter,
+                batch_size=batch_size,
+                limit=limit,
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                dtype=dtype,
+                overwrite=overwrite,
+            )
+        )
+    except InputError as error:
+        _fail(error, _BAD_INPUT)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: the predictions so far, if any, are in {output}", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    typer.echo(f"predictions and report: {output}")
 
 
 @app.command()
@@ -198,10 +315,17 @@ def env() -> None:
     environment.main()
 
 
-def _run_finetune(options: Any) -> Any:
+def _run_finetune(options: Any, recipe: str | None, given: set[str]) -> Any:
+    from sibo_triton.finetune.recipes import apply_recipe, load_recipe
     from sibo_triton.finetune.train import finetune as run
 
-    return run(options)
+    return run(options if recipe is None else apply_recipe(load_recipe(recipe), options, given))
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The names of the options that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
 
 
 def _split(names: list[str] | None) -> tuple[str, ...] | None:

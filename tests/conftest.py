@@ -52,7 +52,7 @@ def source_copy(tmp_path_factory):
     copy = tmp_path_factory.mktemp("source")
     for file in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / file, copy)
-    for folder in ("benchmarks", "kernels", "sibo_triton", "tests"):
+    for folder in ("benchmarks", "examples", "kernels", "sibo_triton", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return copy
 

@@ -60,7 +60,8 @@ def test_sdist_can_build_the_wheel(source_copy, tmp_path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "sibo_triton/__init__.py", "sibo_triton/py.typed"}
-    assert needed | {f"kernels/{name}" for name in KERNEL_FILES} <= names
+    recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples/recipes").glob("*.toml")}
+    assert recipes and needed | recipes | {f"kernels/{name}" for name in KERNEL_FILES} <= names
 
 
 def test_metadata(wheel):

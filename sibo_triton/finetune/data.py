@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import sys
@@ -27,6 +28,7 @@ class Examples:
         rows: one tuple of strings for each example, in the order of `columns`.
         places: where each example stands in the file, such as "line 3"; for messages.
         ignored: names of columns that the file holds besides.
+        notes: what the user should be told of them.
     """
 
     path: Path
@@ -34,6 +36,7 @@ class Examples:
     rows: list[tuple[str, ...]] = field(default_factory=list)
     places: list[_Place] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_examples(path: Path) -> Examples:
@@ -43,10 +46,35 @@ def read_examples(path: Path) -> Examples:
         InputError: the file is missing, empty, of another kind, or a row is not what the others are. Nothing is
             skipped in silence: the first row that cannot be used ends it, with its line and column.
     """
+    examples: Examples | None = None
+    for place, row in read_rows(path):
+        if examples is None:
+            examples = Examples(path, _columns_of(path, place, row))
+        # With an empty prompt the completion starts from nothing, which is possible.
+        values = tuple(text_value(path, place, row, column, column == "prompt") for column in examples.columns)
+        examples.rows.append(values)
+        examples.places.append(place)
+        examples.ignored.update(name for name in row if name not in examples.columns)
+    if examples is None:
+        raise InputError(f"{path}: holds no examples; {_NEEDED}.")
+    return examples
+
+
+def read_rows(path: Path, needed: str = _NEEDED, lists: bool = False) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
+    """Each row of a data file, and where it stands in it.
+
+    Args:
+        path: .jsonl, .ndjson, .json, .csv or .parquet.
+        needed: which columns are needed, for messages.
+        lists: whether a .json file may also be one list of objects; its places are "item 1", "item 2"...
+
+    Raises:
+        InputError: the file is missing, of another kind, or is not what its suffix says.
+    """
     readers = {
         ".jsonl": _read_jsonl,
         ".ndjson": _read_jsonl,
-        ".json": _read_jsonl,
+        ".json": _read_json if lists else _read_jsonl,
         ".csv": _read_csv,
         ".parquet": _read_parquet,
     }
@@ -55,19 +83,13 @@ def read_examples(path: Path) -> Examples:
         raise InputError(f"{path}: there is no such file.")
     if reader is None or path.is_dir():
         kind = "a folder" if path.is_dir() else f"of kind {path.suffix or 'unknown'!r}"
-        raise InputError(f"{path}: is {kind}; give a file that ends in .jsonl, .csv or .parquet.")
-
-    examples: Examples | None = None
+        raise InputError(
+            f"{path}: is {kind}; give a file that ends in {'.json, ' if lists else ''}.jsonl, .csv or .parquet."
+        )
     for place, row in reader(path):
-        if examples is None:
-            examples = Examples(path, _columns_of(path, place, row))
-        values = tuple(_string(path, place, row, column) for column in examples.columns)
-        examples.rows.append(values)
-        examples.places.append(place)
-        examples.ignored.update(name for name in row if name not in examples.columns)
-    if examples is None:
-        raise InputError(f"{path}: holds no examples; {_NEEDED}.")
-    return examples
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, {place}: is a JSON {type(row).__name__}, not an object; {needed}.")
+        yield place, row
 
 
 def _columns_of(path: Path, place: _Place, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -89,7 +111,12 @@ def _columns_of(path: Path, place: _Place, row: Mapping[str, Any]) -> tuple[str,
     raise InputError(f"{path}, {place}: no column to train on (found: {found}); {_NEEDED}.")
 
 
-def _string(path: Path, place: _Place, row: Mapping[str, Any], column: str) -> str:
+def text_value(path: Path, place: _Place, row: Mapping[str, Any], column: str, may_be_empty: bool) -> str:
+    """The string in a column of a row.
+
+    Raises:
+        InputError: it is missing, no string, not encodable, or empty where it may not be.
+    """
     where = f"{path}, {place}, column `{column}`"
     if column not in row:
         raise InputError(f"{where}: missing; every example needs the columns of the first one.")
@@ -97,7 +124,7 @@ def _string(path: Path, place: _Place, row: Mapping[str, Any], column: str) -> s
     if not isinstance(value, str):
         kind = "a chat or another list" if isinstance(value, list) else f"{type(value).__name__} {value!r}"
         raise InputError(f"{where}: expected a string, got {kind:.60}; write it as text, with the template applied.")
-    if not value and column != "prompt":  # with an empty prompt the completion starts from nothing, which is possible
+    if not value and not may_be_empty:
         raise InputError(f"{where}: is empty; remove the example or fill it in.")
     try:
         value.encode("utf-8")
@@ -106,7 +133,7 @@ def _string(path: Path, place: _Place, row: Mapping[str, Any], column: str) -> s
     return value
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[_Place, Any]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             place = f"line {number}"
@@ -119,9 +146,23 @@ def _read_jsonl(path: Path) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}, {place}, character {error.colno}: is not JSON ({error.msg}).") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, {place}: is a JSON {type(row).__name__}, not an object; {_NEEDED}.")
             yield place, row
+
+
+def _read_json(path: Path) -> Iterator[tuple[_Place, Any]]:
+    """A file that is one JSON list, or has one object per line."""
+    content = path.read_bytes()
+    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _read_jsonl(path)
+        return
+    lines = content.splitlines(keepends=True)
+    text = "".join(_decode(path, f"line {i}", line, first=i == 1) for i, line in enumerate(lines, start=1))
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}, character {error.colno}: is not JSON ({error.msg}).") from error
+    for number, item in enumerate(items, start=1):
+        yield f"item {number}", item
 
 
 def _decode(path: Path, place: _Place, raw: bytes, first: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,76 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from sibo_triton.finetune.options import ALL_LINEAR, FinetuneOptions, InputError, first_line
 
 # Without --max-length, where the model allows it: a batch of 16 then stays modest.
 _DEFAULT_MAX_LENGTH = 512
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+_HEADS = ("classifier", "score")  # PEFT trains and saves these by itself
 
 
-def load_base(options: FinetuneOptions) -> tuple[Any, Any]:
-    """The causal language model and its tokenizer, from a folder or the hub.
+def load_base(name: str, dtype: str) -> tuple[Any, Any]:
+    """The causal language model and its tokenizer.
+
+    Args:
+        name: a folder, or a hub id.
+        dtype: "auto" (as saved), "float32" or "bfloat16".
 
     Raises:
         InputError: there is no such model, it is an adapter folder, or it is no causal language model.
     """
-    name = options.model
+    name = _checked_name(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=_dtype(dtype))
+    except _LOADING_ERRORS as error:
+        raise InputError(f"--model {name} cannot be loaded as a causal language model: {first_line(error)}") from error
+    return model, tokenizer
+
+
+def load_classifier(name: str, dtype: str, names: Sequence[str], regression: bool) -> tuple[Any, Any, list[str]]:
+    """A model with a classification head, its tokenizer, and which other modules have no weights in the file.
+
+    Those start from random weights, as the head does, and must be trained and saved with the adapter: the pooler of a
+    BERT that was saved as a masked language model.
+
+    Args:
+        name: a folder, or a hub id.
+        dtype: "auto" (as saved), "float32" or "bfloat16".
+        names: of the classes, by id; one for regression.
+        regression: whether the loss is the squared error, or cross-entropy.
+
+    Raises:
+        InputError: there is no such model, it is an adapter folder, it cannot have such a head, or it cannot pad.
+    """
+    name = _checked_name(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=_dtype(dtype),
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={label: i for i, label in enumerate(names)},
+            problem_type="regression" if regression else "single_label_classification",
+            output_loading_info=True,
+        )
+    except (*_LOADING_ERRORS, RuntimeError) as error:
+        raise InputError(f"--model {name} cannot be loaded as a sequence classifier: {first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"--model {name}: its tokenizer has neither a padding nor an end-of-text token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:  # a decoder reads it to find the last token of a text
+        model.config.pad_token_id = tokenizer.pad_token_id
+    fresh = {key.rpartition(".")[0] for key in loading["missing_keys"]}
+    return model, tokenizer, sorted(module for module in fresh if module.split(".")[0] not in _HEADS)
+
+
+def _checked_name(name: str) -> str:
+    """The name of a model: a folder with one, or what may be a hub id."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         name = str(folder)
@@ -34,13 +90,11 @@ def load_base(options: FinetuneOptions) -> tuple[Any, Any]:
             raise InputError(f"--model {name} holds no config.json: give a folder that save_pretrained wrote.")
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"--model {name}: there is no such folder.")  # and it cannot be a hub id
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise InputError(f"--model {name} cannot be loaded as a causal language model: {first_line(error)}") from error
-    return model, tokenizer
+    return name
+
+
+def _dtype(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)
 
 
 def choose_max_length(options: FinetuneOptions, model: Any) -> int:
@@ -67,16 +121,29 @@ def check_vocabulary(model: Any, largest_id: int) -> None:
         )
 
 
-def add_adapter(model: Any, options: FinetuneOptions) -> tuple[PeftModel, list[str]]:
+def add_adapter(
+    model: Any, options: FinetuneOptions, task_type: str = "CAUSAL_LM", modules_to_save: Sequence[str] = ()
+) -> tuple[PeftModel, list[str]]:
     """Wrap the model with an adapter of the chosen method; returns it and what the user should be told.
+
+    Args:
+        model: the base model.
+        options: of the run.
+        task_type: PEFT's name of the task.
+        modules_to_save: modules that are trained and saved whole.
 
     Raises:
         InputError: PEFT or SIBO cannot do it for this model, with their reason.
     """
     notes: list[str] = []
     targets = _target_modules(model, options, notes)
+    config = adapter_config(options, targets)
+    config.task_type = task_type
+    if modules_to_save:
+        config.modules_to_save = list(modules_to_save)
+        notes.append(f"no weights in --model for {', '.join(modules_to_save)}: trained, and saved with the adapter")
     try:
-        peft_model = get_peft_model(model, adapter_config(options, targets))
+        peft_model = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"--method {options.method} is not possible on this model: {error}") from error
     return peft_model, notes
@@ -88,12 +155,17 @@ def adapter_config(options: FinetuneOptions, target_modules: list[str] | str | N
 
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": target_modules}
     mixing: dict[str, Any] = {"sibo_lambda": options.lambda_, "sibo_learnable": options.sibo_learnable}
+    if options.sibo_target_modules is not None:
+        mixing["sibo_target_modules"] = list(options.sibo_target_modules)
     if not options.is_lora:
-        placement: Any = options.placement or "series"
+        chosen: dict[str, Any] = {"init_weights": True if options.init_weights in (None, "zero") else "bert"}
+        for name in ("activation", "placement", "side"):
+            if getattr(options, name) is not None:
+                chosen[name] = getattr(options, name)
         return SiboAdapterConfig(
             bottleneck_size=options.bottleneck,
-            placement=placement,
             adapter_dropout=options.dropout,
+            **chosen,
             **common,
             **mixing,
         )
@@ -118,6 +190,9 @@ def _target_modules(model: Any, options: FinetuneOptions, notes: list[str]) -> l
     wanted = list(options.target_modules)
     if wanted == [ALL_LINEAR]:
         return ALL_LINEAR
+    recipe = options.recipe
+    if recipe is not None and recipe.model_type != model.config.model_type:
+        notes.append(f"the recipe {recipe.name} is for {recipe.model_type} models, this is a {model.config.model_type}")
     # PEFT complains only when nothing at all matches, and a mistyped name among others would go unseen.
     names = [name for name, _ in model.named_modules()]
     for target in wanted:

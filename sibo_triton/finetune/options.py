@@ -5,11 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sibo_triton.reference import check_activation
+
+if TYPE_CHECKING:
+    from sibo_triton.finetune.recipes import Recipe
+
+CAUSAL_LM, CLASSIFICATION, REGRESSION = "causal-lm", "classification", "regression"
+TASKS = (CAUSAL_LM, CLASSIFICATION, REGRESSION)
 LORA_METHODS = ("lora", "sibo-lora")
 ADAPTER_METHODS = ("adapter", "sibo-adapter")
 METHODS = LORA_METHODS + ADAPTER_METHODS
 PLACEMENTS = ("series", "parallel")
+SIDES = ("input", "output")
+INITS = ("zero", "bert")
 DTYPES = ("auto", "float32", "bfloat16")
 
 DEFAULT_LAMBDA = 0.1  # the paper's default
@@ -33,22 +43,28 @@ def first_line(error: BaseException) -> str:
 class FinetuneOptions:
     """The options of one fine-tuning run; `sibo-triton finetune --help` says what each means.
 
-    `None` stands for "the default depends": `target_modules` on the architecture, `rank`, `bottleneck_size`,
-    `placement` and `sibo_lambda` on the method, `alpha` on the rank, `warmup_steps` on the number of steps,
-    `max_length` on the model.
+    `None` stands for "the default depends": `target_modules` and `sibo_target_modules` on the architecture, `rank`,
+    `bottleneck_size`, `activation`, `placement`, `side`, `init_weights` and `sibo_lambda` on the method, `alpha` on the
+    rank, `warmup_steps` on the number of steps, `max_length` on the model. `recipe`: whose prompt and labels are used;
+    its other settings are already in the options.
     """
 
     model: str
     data: Path
     output: Path
+    task: str = CAUSAL_LM
     method: str = "sibo-lora"
     target_modules: tuple[str, ...] | None = None
     sibo_lambda: float | None = None
     sibo_learnable: bool = False
+    sibo_target_modules: tuple[str, ...] | None = None
     rank: int | None = None
     alpha: int | None = None
     bottleneck_size: int | None = None
+    activation: str | None = None
     placement: str | None = None
+    side: str | None = None
+    init_weights: str | None = None
     dropout: float = 0.05
     epochs: float = 3.0
     max_steps: int | None = None
@@ -64,6 +80,7 @@ class FinetuneOptions:
     gradient_checkpointing: bool = False
     save_steps: int = 500
     overwrite: bool = False
+    recipe: Recipe | None = None
 
     @property
     def mixes(self) -> bool:
@@ -100,6 +117,9 @@ class FinetuneOptions:
 
 def check_options(options: FinetuneOptions) -> None:
     """Raise an `InputError` that names the option for any value that no run could use."""
+    _one_of("--task", options.task, TASKS)
+    if options.recipe is not None and options.task != CAUSAL_LM:
+        raise InputError(f"--recipe is for --task {CAUSAL_LM}, not {options.task}: drop one of the two.")
     _one_of("--method", options.method, METHODS)
     _one_of("--dtype", options.dtype, DTYPES)
     for name in ("batch_size", "gradient_accumulation", "save_steps"):
@@ -123,18 +143,26 @@ def check_options(options: FinetuneOptions) -> None:
     if options.eval_fraction and options.eval_data is not None:
         raise InputError("--eval-fraction and --eval-data are both given: keep the one that says what to evaluate on.")
     _check_method(options)
-    _check_output(options)
+    check_output(options.output, options.model, options.overwrite)
+
+
+_OF_ADAPTERS = ("bottleneck_size", "activation", "placement", "side", "init_weights")
 
 
 def _check_method(options: FinetuneOptions) -> None:
-    if options.placement is not None:
-        _one_of("--placement", options.placement, PLACEMENTS)
-    others = ("bottleneck_size", "placement") if options.is_lora else ("rank", "alpha")
-    for name in others:
+    for name, choices in (("placement", PLACEMENTS), ("side", SIDES), ("init_weights", INITS)):
+        if getattr(options, name) is not None:
+            _one_of(_flag(name), getattr(options, name), choices)
+    if options.activation is not None:
+        try:
+            check_activation(options.activation)
+        except ValueError as error:
+            raise InputError(f"--{error}.") from error
+    for name in _OF_ADAPTERS if options.is_lora else ("rank", "alpha"):
         if getattr(options, name) is not None:
             kind = "adapter" if options.is_lora else "lora"
             raise InputError(
-                f"--{name.replace('_', '-')} has no effect with --method {options.method}: drop it, or use --method "
+                f"{_flag(name)} has no effect with --method {options.method}: drop it, or use --method "
                 f"{'sibo-' if options.mixes else ''}{kind}."
             )
     if not options.mixes:
@@ -143,6 +171,7 @@ def _check_method(options: FinetuneOptions) -> None:
             for name, used in (
                 ("--sibo-lambda", options.sibo_lambda is not None),
                 ("--sibo-learnable", options.sibo_learnable),
+                ("--sibo-target-modules", options.sibo_target_modules is not None),
             )
             if used
         ]
@@ -160,18 +189,22 @@ def _check_method(options: FinetuneOptions) -> None:
         )
 
 
-def _check_output(options: FinetuneOptions) -> None:
-    output = options.output
+def check_output(output: Path, model: str, overwrite: bool) -> None:
+    """Raise an `InputError` for an output folder in which something would be lost."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file: name a folder.")
-    model = Path(options.model)
-    if model.exists() and output.resolve() == model.resolve():
+    if Path(model).exists() and output.resolve() == Path(model).resolve():
         raise InputError(f"--output {output} is the base model's own folder: name another, its files would be mixed.")
-    if not options.overwrite and output.is_dir() and any(output.iterdir()):
+    if not overwrite and output.is_dir() and any(output.iterdir()):
         raise InputError(
             f"--output {output} is not empty: name another folder, or pass --overwrite to replace the files of an "
             "earlier run in it."
         )
+
+
+def _flag(name: str) -> str:
+    """The command line's name of an option."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -181,4 +214,4 @@ def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
-        raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
+        raise InputError(f"{_flag(name)} is {value}: it must be at least 1.")

@@ -81,6 +81,9 @@ def _outcome(result: FinetuneResult) -> str:
             rows.append((f"{label}, first → last", f"{losses[0][1]:.4f} → {losses[-1][1]:.4f}"))
         elif losses:
             rows.append((f"{label}, step {losses[0][0]}", f"{losses[0][1]:.4f}"))
+    if result.metrics:
+        (_, before), (_, after) = result.metrics[0], result.metrics[-1]
+        rows += [(f"held-out {name}, first → last", f"{before[name]:.4f} → {after[name]:.4f}") for name in after]
     if result.seconds_per_step is not None:
         rows.append(("seconds per step (median)", f"{result.seconds_per_step:.3f} on {result.device}"))
     rows.append(("saved activations, one forward pass", format_bytes(result.saved_activation_bytes)))
@@ -140,10 +143,13 @@ def _settings(result: FinetuneResult) -> str:
         f"rank {o.lora_rank}, alpha {o.lora_alpha}"
         if o.is_lora
         else f"bottleneck {o.bottleneck}, in {o.placement or 'series'}"
+        + (" behind the module" if o.side == "output" else "")
     )
     method = f"{o.method}, {size}, dropout {o.dropout}"
     if o.mixes:
         method += f", lambda {o.lambda_}" + (" (learnable)" if o.sibo_learnable else "")
+        if o.sibo_target_modules:
+            method += f" in {', '.join(o.sibo_target_modules)}"
     length = f"{o.max_steps} steps" if o.max_steps else f"{o.epochs:g} epochs"
     rows = [
         ("base model", f"`{o.model}`, {result.parameters:,} parameters, {result.dtype}"),
@@ -156,6 +162,9 @@ def _settings(result: FinetuneResult) -> str:
         ("gradient checkpointing", "on" if o.gradient_checkpointing else "off"),
         ("versions", versions()),
     ]
+    if o.recipe:
+        loss = "every token" if o.recipe.train_on_inputs else "the output only"
+        rows.insert(0, ("recipe", f"{o.recipe.name} ({o.recipe.description}); loss on {loss}"))
     return f"## Settings\n\n{markdown_table(('', ''), rows)}"
 
 
@@ -169,9 +178,9 @@ def _how_to_load(result: FinetuneResult, output: Path) -> str:
 
 ```python
 {needed}from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {result.task.model_class}
 
-base = AutoModelForCausalLM.from_pretrained({result.options.model!r})
+base = {result.task.model_class}.from_pretrained({result.options.model!r}{result.task.load_arguments})
 model = PeftModel.from_pretrained(base, {str(output)!r})
 ```"""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sibo_triton.finetune.options import FinetuneOptions
+from sibo_triton.finetune.tasks import Task
 
 
 @dataclass
@@ -19,6 +20,8 @@ class FinetuneResult:
             out, training and evaluation together.
         modules, mixing_modules: how many modules got an adapter, and how many of these mix.
         lambdas: lambda of every mixing module after training, by module name.
+        task: what was learnt.
+        metrics: (step, metrics by name) of every evaluation; empty for causal language models.
         log: the rows of loss.csv.
         seconds_per_step: median wall time of an optimizer step, or None if none was made.
         saved_activation_bytes: see `saved_activation_bytes`, on the first batch, in training mode.
@@ -29,6 +32,7 @@ class FinetuneResult:
 
     options: FinetuneOptions
     max_length: int
+    task: Task
     notes: list[str] = field(default_factory=list)
     examples: int = 0
     eval_examples: int = 0
@@ -45,6 +49,7 @@ class FinetuneResult:
     steps: int = 0
     planned_steps: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     seconds_per_step: float | None = None
     saved_activation_bytes: int = 0
     base_similarity: list[float] = field(default_factory=list)

@@ -30,14 +30,17 @@ class TokenizedExamples:
     """Token ids and labels, and what happened on the way.
 
     Attributes:
-        input_ids, labels: one list of ints for each example that is kept; labels is -100 where there is no loss.
+        input_ids, labels: one list of ints for each example that is kept; labels is -100 where there is no loss. For
+            classification labels is a class id for each example, for regression a number.
+        others: further columns for the model, such as token_type_ids.
         truncated: how many of these were cut to max_length.
         dropped: places (such as "line 3") of examples left out, because the cut left nothing to learn.
         split_apart: how many pairs had a token across the boundary.
     """
 
     input_ids: list[list[int]] = field(default_factory=list)
-    labels: list[list[int]] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+    others: dict[str, list[list[int]]] = field(default_factory=dict)
     truncated: int = 0
     dropped: list[str] = field(default_factory=list)
     split_apart: int = 0
@@ -84,7 +87,7 @@ def _tokenize(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[tuple[lis
     if len(rows[0]) == 1:
         texts = [row[0] for row in rows]
         return [(ids, 0, False) for ids in tokenizer(texts)["input_ids"]]
-    prompts = [_without_end(ids, tokenizer) for ids in tokenizer([prompt for prompt, _ in rows])["input_ids"]]
+    prompts = [without_end(ids, tokenizer) for ids in tokenizer([prompt for prompt, _ in rows])["input_ids"]]
     whole = tokenizer([prompt + completion for prompt, completion in rows])["input_ids"]
     result = []
     for (_, completion), prompt, ids in zip(rows, prompts, whole, strict=True):
@@ -95,7 +98,7 @@ def _tokenize(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[tuple[lis
     return result
 
 
-def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+def without_end(ids: list[int], tokenizer: Any) -> list[int]:
     """A prompt's tokens without the end-of-text token that some tokenizers append to every text."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 

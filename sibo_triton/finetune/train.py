@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from sibo_triton.finetune.data import Examples, read_examples
-from sibo_triton.finetune.model import add_adapter, check_vocabulary, choose_max_length, load_base
-from sibo_triton.finetune.options import FinetuneOptions, InputError, check_options, first_line
+from sibo_triton.finetune.model import add_adapter, check_vocabulary, choose_max_length
+from sibo_triton.finetune.options import CAUSAL_LM, FinetuneOptions, InputError, check_options, first_line
 from sibo_triton.finetune.progress import ProgressAndLog
 from sibo_triton.finetune.report import write_report
 from sibo_triton.finetune.result import FinetuneResult
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
-from sibo_triton.finetune.tokens import Collator, TokenizedExamples, tokenize_examples
+from sibo_triton.finetune.tasks import task_of
+from sibo_triton.finetune.tokens import TokenizedExamples
 from sibo_triton.mixing import SiboLambda
 from sibo_triton.similarity import similarity_by_layer
 
@@ -36,7 +36,7 @@ _WARMUP_STEPS = 100  # the authors' setting, bounded by a tenth of the run
 
 
 def finetune(options: FinetuneOptions, console: Console | None = None) -> FinetuneResult:
-    """Fine-tune a causal language model with LoRA, bottleneck adapters, or SIBO's of either.
+    """Fine-tune a model with LoRA, bottleneck adapters, or SIBO's of either.
 
     Everything that can be refused is refused before the output folder is touched. The folder then gets the adapter
     (what `PeftModel.from_pretrained` reads), loss.csv, report.md with its plots, and the Trainer's checkpoints.
@@ -52,11 +52,12 @@ def finetune(options: FinetuneOptions, console: Console | None = None) -> Finetu
     console = console or Console()
     dataset_class = _import_dataset()
     check_options(options)
-    train_rows = read_examples(options.data)
-    eval_rows = None if options.eval_data is None else read_examples(options.eval_data)
+    task = task_of(options)
+    train_rows = task.read(options.data)
+    eval_rows = None if options.eval_data is None else task.read(options.eval_data)
 
-    model, tokenizer = load_base(options)
-    result = FinetuneResult(options, max_length=choose_max_length(options, model))
+    model, tokenizer, fresh_modules = task.load(train_rows)
+    result = FinetuneResult(options, max_length=choose_max_length(options, model), task=task)
     train_set, eval_set = _datasets(dataset_class, result, tokenizer, train_rows, eval_rows)
     result.examples, result.eval_examples = len(train_set), len(eval_set) if eval_set is not None else 0
     for data in filter(None, (train_set, eval_set)):
@@ -65,7 +66,7 @@ def finetune(options: FinetuneOptions, console: Console | None = None) -> Finetu
         result.notes.append("the base model is in float16, where training can overflow: --dtype bfloat16 is safer")
 
     set_seed(options.seed)
-    model, notes = add_adapter(model, options)
+    model, notes = add_adapter(model, options, task.peft_type, fresh_modules)
     result.notes += notes
     if options.gradient_checkpointing:
         _enable_checkpointing(model)
@@ -95,10 +96,10 @@ def _import_dataset() -> Any:
 
 
 def _datasets(
-    dataset_class: Any, result: FinetuneResult, tokenizer: Any, train_rows: Examples, eval_rows: Examples | None
+    dataset_class: Any, result: FinetuneResult, tokenizer: Any, train_rows: Any, eval_rows: Any
 ) -> tuple[Any, Any]:
     """The training set and the evaluation set (or None), tokenised."""
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and result.options.task == CAUSAL_LM:
         result.notes.append("the tokenizer has no end-of-text token: the model will not learn where to stop")
     train = _tokenized(dataset_class, result, tokenizer, train_rows)
     if eval_rows is not None:
@@ -115,17 +116,17 @@ def _datasets(
     return parts["train"], parts["test"]
 
 
-def _tokenized(dataset_class: Any, result: FinetuneResult, tokenizer: Any, rows: Examples) -> Any:
-    tokens = tokenize_examples(rows, tokenizer, result.max_length)
+def _tokenized(dataset_class: Any, result: FinetuneResult, tokenizer: Any, rows: Any) -> Any:
+    tokens = result.task.tokenize(rows, tokenizer, result.max_length)
     result.truncated += tokens.truncated
     result.dropped += len(tokens.dropped)
     result.notes += _data_notes(rows, tokens, result.max_length)
-    return dataset_class.from_dict({"input_ids": tokens.input_ids, "labels": tokens.labels})
+    return dataset_class.from_dict({"input_ids": tokens.input_ids, "labels": tokens.labels} | tokens.others)
 
 
-def _data_notes(rows: Examples, tokens: TokenizedExamples, max_length: int) -> list[str]:
+def _data_notes(rows: Any, tokens: TokenizedExamples, max_length: int) -> list[str]:
     total = len(rows.rows)
-    notes = []
+    notes = list(rows.notes)
     if rows.ignored:
         notes.append(f"{rows.path}: not used: column {', '.join(f'`{name}`' for name in sorted(rows.ignored))}")
     if tokens.truncated:
@@ -215,7 +216,7 @@ def _trainer(result: FinetuneResult, model: Any, tokenizer: Any, train_set: Any,
         eval_strategy="no" if eval_set is None else "steps",
         eval_steps=max(1, result.planned_steps // _EVALUATIONS),
         eval_on_start=eval_set is not None,
-        prediction_loss_only=True,
+        prediction_loss_only=result.task.compute_metrics is None,
         save_steps=options.save_steps,
         save_total_limit=2,
         label_names=["labels"],  # a PeftModel's forward does not name them
@@ -229,7 +230,8 @@ def _trainer(result: FinetuneResult, model: Any, tokenizer: Any, train_set: Any,
         args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=Collator(tokenizer),
+        data_collator=result.task.collator(tokenizer),
+        compute_metrics=result.task.compute_metrics,
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -282,5 +284,17 @@ def _train(result: FinetuneResult, trainer: Trainer, console: Console, output: P
             result.interrupted = True
             console.print(f"interrupted at step {progress.last_step}: saving the adapter as it is")
     result.log = progress.rows
+    result.metrics = _metrics(trainer)
     result.steps = progress.last_step
     result.seconds_per_step = statistics.median(progress.step_seconds) if progress.step_seconds else None
+
+
+def _metrics(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
+    """(step, metrics by name) of every evaluation of a task that has some."""
+    of_trainer = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    found = []
+    for row in trainer.state.log_history:
+        names = [name for name in row if name.startswith("eval_") and name not in of_trainer]
+        if names:
+            found.append((row["step"], {name.removeprefix("eval_"): row[name] for name in names}))
+    return found

@@ -1,0 +1,136 @@
+"""Texts, or pairs of texts, with a label: what sequence classification and regression learn from, as GLUE has it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sibo_triton.finetune.data import read_rows, text_value
+from sibo_triton.finetune.options import InputError
+
+# Pairs first: a file with both columns of a pair is one of pairs. The names are those of GLUE's tasks, and our own.
+_COLUMNS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("text",),
+    ("sentence",),
+)
+_LABEL = "label"
+_NEEDED = (
+    "it needs a column `label`, and `text` or `sentence`, or two columns: `text` and `text_pair`, or a pair's names in "
+    "GLUE"
+)
+_UNLABELLED = "-1"  # what GLUE's test sets have as label
+
+
+@dataclass
+class LabelledTexts:
+    """The examples of one file.
+
+    Attributes:
+        columns: the one or two columns that are read as text.
+        rows: one tuple of one or two strings for each example.
+        labels: of each: the label's name, or the number for regression.
+        places, ignored, notes: as in `sibo_triton.finetune.data.Examples`.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_labelled(path: Path, regression: bool) -> LabelledTexts:
+    """Read labelled texts from a .jsonl, .json (a list, or an object per line), .csv or .parquet file.
+
+    Args:
+        path: the file.
+        regression: whether labels are numbers (STS-B), or the names or indices of classes.
+
+    Raises:
+        InputError: the file holds no examples, or a row cannot be used; it names file, place and column.
+    """
+    examples: LabelledTexts | None = None
+    for place, row in read_rows(path, _NEEDED, lists=True):
+        if examples is None:
+            examples = LabelledTexts(path, _columns_of(path, place, row))
+        texts = [text_value(path, place, row, column, may_be_empty=False) for column in examples.columns]
+        examples.rows.append(tuple(texts))
+        examples.labels.append(_label(path, place, row, regression))
+        examples.places.append(place)
+        examples.ignored.update(name for name in row if name not in (*examples.columns, _LABEL))
+    if examples is None:
+        raise InputError(f"{path}: holds no examples; {_NEEDED}.")
+    return examples
+
+
+def class_names(examples: LabelledTexts) -> list[str]:
+    """The names of the classes, in the order of their ids: by number if all are numbers, else by name.
+
+    Raises:
+        InputError: there is one class only.
+    """
+    names = set(examples.labels)
+    if len(names) < 2:
+        raise InputError(
+            f"{examples.path}: every `label` is {examples.labels[0]!r}; a classifier needs two classes at least."
+        )
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def class_ids(examples: LabelledTexts, names: Sequence[str]) -> list[int]:
+    """The id of each example's class.
+
+    Raises:
+        InputError: a label is none of the names, as in an evaluation file with a class that training has not seen.
+    """
+    ids = {name: i for i, name in enumerate(names)}
+    for label, place in zip(examples.labels, examples.places, strict=True):
+        if label not in ids:
+            raise InputError(
+                f"{examples.path}, {place}, column `label` is {label!r:.60}: the training data has the labels "
+                f"{', '.join(names)}; correct it, or add examples of it."
+            )
+    return [ids[label] for label in examples.labels]
+
+
+def _columns_of(path: Path, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which columns hold the texts, from the first row."""
+    for columns in _COLUMNS:
+        if all(column in row for column in columns):
+            return columns
+    found = ", ".join(f"`{name}`" for name in row) or "none"
+    raise InputError(f"{path}, {place}: no column with a text (found: {found}); {_NEEDED}.")
+
+
+def _label(path: Path, place: str, row: Mapping[str, Any], regression: bool) -> str | float:
+    where = f"{path}, {place}, column `{_LABEL}`"
+    if _LABEL not in row:
+        raise InputError(f"{where}: missing; {_NEEDED}.")
+    value = row[_LABEL]
+    if str(value) == _UNLABELLED:
+        raise InputError(f"{where} is -1, which stands for no label in GLUE's test sets; use the validation set.")
+    if regression:
+        return _number(where, value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise InputError(f"{where}: expected a name or an integer, got {value!r:.60}; --task regression takes numbers.")
+    return str(value)
+
+
+def _number(where: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{where}: expected a number, got {value!r:.60}; --task classification takes names.")
+    return number

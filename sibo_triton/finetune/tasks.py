@@ -1,0 +1,117 @@
+"""What a fine-tuning run learns: to continue text, to classify texts, or to give them a number.
+
+A task reads the data, loads the model that it needs, makes token ids and labels, and measures. Everything else is the
+same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import DataCollatorWithPadding
+
+from sibo_triton.finetune.data import Examples, read_examples
+from sibo_triton.finetune.instructions import read_training_examples
+from sibo_triton.finetune.labelled import LabelledTexts, class_ids, class_names, read_labelled
+from sibo_triton.finetune.metrics import classification_metrics, regression_metrics, require_metrics
+from sibo_triton.finetune.model import load_base, load_classifier
+from sibo_triton.finetune.options import CAUSAL_LM, REGRESSION, FinetuneOptions
+from sibo_triton.finetune.tokens import Collator, TokenizedExamples, tokenize_examples
+
+
+class CausalLanguageModelling:
+    """To continue text: a prompt's completion, or every token.
+
+    Attributes:
+        peft_type: PEFT's name of the task.
+        model_class: transformers' class to load the model with, and with which arguments, for the report.
+        compute_metrics: for the `Trainer`, or None: the loss says it all.
+    """
+
+    peft_type = "CAUSAL_LM"
+    model_class = "AutoModelForCausalLM"
+    load_arguments = ""
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+
+    def __init__(self, options: FinetuneOptions) -> None:
+        self._options = options
+
+    def read(self, path: Path) -> Examples:
+        """The examples of a file: as they stand there, or with a recipe's prompt around them."""
+        recipe = self._options.recipe
+        if recipe is None:
+            return read_examples(path)
+        return read_training_examples(path, recipe.template, recipe.train_on_inputs)
+
+    def load(self, train: Any) -> tuple[Any, Any, list[str]]:
+        """The model, its tokenizer, and the modules that have no weights in the file."""
+        return *load_base(self._options.model, self._options.dtype), []
+
+    def tokenize(self, rows: Any, tokenizer: Any, max_length: int) -> TokenizedExamples:
+        """Token ids and labels."""
+        return tokenize_examples(rows, tokenizer, max_length)
+
+    def collator(self, tokenizer: Any) -> Callable[[Any], Any]:
+        """What makes padded tensors of examples."""
+        return Collator(tokenizer)
+
+
+class SequenceClassification:
+    """To give a text, or a pair of texts, its class, or a number.
+
+    Attributes: those of `CausalLanguageModelling`, and
+        names: of the classes, by id; of the one output for regression.
+    """
+
+    peft_type = "SEQ_CLS"
+    model_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, options: FinetuneOptions) -> None:
+        require_metrics()
+        self._options = options
+        self._regression = options.task == REGRESSION
+        self.names: list[str] = []
+        self.compute_metrics = regression_metrics if self._regression else classification_metrics
+
+    @property
+    def load_arguments(self) -> str:
+        """Further arguments to `from_pretrained`, as source text."""
+        labels = ", ".join(f"{i}: {name!r}" for i, name in enumerate(self.names))
+        return f", num_labels={len(self.names)}" + ("" if self._regression else f", id2label={{{labels}}}")
+
+    def read(self, path: Path) -> LabelledTexts:
+        """The examples of a file."""
+        return read_labelled(path, self._regression)
+
+    def load(self, train: Any) -> tuple[Any, Any, list[str]]:
+        """The model with a head for the training data's classes, its tokenizer, and other modules without weights."""
+        self.names = ["score"] if self._regression else class_names(train)
+        return load_classifier(self._options.model, self._options.dtype, self.names, self._regression)
+
+    def tokenize(self, rows: LabelledTexts, tokenizer: Any, max_length: int) -> TokenizedExamples:
+        """Token ids of the texts, with the tokenizer's special tokens, cut to `max_length`; labels are class ids."""
+        texts = list(zip(*rows.rows, strict=True))
+        whole = tokenizer(*map(list, texts))["input_ids"]
+        cut = tokenizer(*map(list, texts), truncation=True, max_length=max_length)
+        result = TokenizedExamples(
+            input_ids=cut["input_ids"],
+            labels=rows.labels if self._regression else class_ids(rows, self.names),
+            truncated=sum(len(ids) > max_length for ids in whole),
+        )
+        if "token_type_ids" in cut:
+            result.others["token_type_ids"] = cut["token_type_ids"]
+        return result
+
+    def collator(self, tokenizer: Any) -> Callable[[Any], Any]:
+        """What makes padded tensors of examples: input_ids, attention_mask, labels (int64, or float32 numbers)."""
+        return DataCollatorWithPadding(tokenizer)
+
+
+Task = CausalLanguageModelling | SequenceClassification
+
+
+def task_of(options: FinetuneOptions) -> Task:
+    """The task that the options ask for."""
+    return CausalLanguageModelling(options) if options.task == CAUSAL_LM else SequenceClassification(options)
