@@ -244,6 +244,7 @@ def test_the_adapter_folder_reloads_to_equal_logits(method, options, base):
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), options.output)
     assert torch.equal(logits_of(reloaded), logits_of(result.model))
     assert not torch.equal(logits_of(reloaded), logits_of(AutoModelForCausalLM.from_pretrained(base)))
+    assert ("import sibo_triton" in (options.output / "report.md").read_text()) is (method != "lora")
     classes = {"lora": LoraConfig, "adapter": sibo_triton.SiboAdapterConfig}
     classes |= {"sibo-adapter": sibo_triton.SiboAdapterConfig}
     config = reloaded.peft_config["default"]

@@ -173,7 +173,8 @@ def _notes(result: FinetuneResult) -> str:
 
 
 def _how_to_load(result: FinetuneResult, output: Path) -> str:
-    needed = "import sibo_triton  # registers the adapter type with PEFT\n" if result.mixing_modules else ""
+    own_type = result.mixing_modules or not result.options.is_lora
+    needed = "import sibo_triton  # registers the adapter type with PEFT\n" if own_type else ""
     return f"""## Load it
 
 ```python
