@@ -170,7 +170,13 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def plan(
-    rank: int, x_dtype: torch.dtype, h0_dtype: torch.dtype | None, kind: tuple, target: Target, exact: bool = True
+    rank: int,
+    x_dtype: torch.dtype,
+    h0_dtype: torch.dtype | None,
+    kind: tuple,
+    target: Target,
+    exact: bool = True,
+    siblings: int = 1,
 ) -> Plan:
     """The plan for the largest rank of a launch; ``kind`` is :attr:`DownProjection.kind`, ``exact`` float32's."""
     a_dtype, mixes, _, difference = kind
@@ -186,6 +192,8 @@ def plan(
     if whole.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
         BK, BR, num_warps = 16, min(BR, 32 if difference else 64), 4
+        if BR == 64 and siblings > 1 and not mixes and target.capability == 90:
+            num_warps = 8  # there 4 spill
     elif whole.split_a or whole.split_b:
         BK, BR = 32, min(BR, 128)
         if whole.split_a and BR == 64:
@@ -202,6 +210,8 @@ def plan(
             BK = 64  # with 32, registers are spilled to make room for a second program
         if BR == 128 and not mixes and target.capability == 100:
             num_warps = 4  # the only sum is in tensor memory; 8 spill
+        if BR == 256 and siblings > 1 and not mixes and target.capability == 120:
+            num_warps = 4  # with 8, registers are spilled to make room for a second program
     BM = 64  # what Hopper's tensor cores take at once; few rows (8192) are one program for a multiprocessor
     bytes_of_stage = BK * (BM * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + BR * a_dtype.itemsize)
     num_stages = target.stages(3, bytes_of_stage, programs=1)
@@ -355,7 +365,7 @@ def _launch(
         return torch.zeros((1, size), dtype=torch.float32, device=x.device), t_start
     target = targets.target_of(x.device)
     h0_dtype = None if h0 is None else h0.dtype
-    chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact())
+    chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact(), len(siblings))
     product = chosen.operands
     rates = [drawn(sibling.dropout_p) for sibling in siblings]
     lambdas = [sibling.lambda_ for sibling in siblings]

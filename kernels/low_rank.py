@@ -144,7 +144,8 @@ def _launch_up(parts: Sequence[Tensor], ups: Sequence[UpProjection], ys: Sequenc
     """Write each y, of which none is empty; B has one dtype."""
     M, b_dtype, dtype, device = ys[0].shape[0], ups[0].lora_b.dtype, ys[0].dtype, ys[0].device
     ranks, widths = tuple(of.shape[2] for of in parts), tuple(y.shape[1] for y in ys)
-    chosen = plan(max(ranks), b_dtype, dtype, targets.target_of(device), float32_is_exact())
+    target = targets.target_of(device)
+    chosen = plan(max(ranks), b_dtype, dtype, target, float32_is_exact())
     dot = chosen.operands
 
     def launch(config: dict[str, int]) -> None:
@@ -180,6 +181,9 @@ def _launch_up(parts: Sequence[Tensor], ups: Sequence[UpProjection], ys: Sequenc
             )
 
     key = ("up of siblings", M.bit_length(), widths, ranks, b_dtype, dtype, dot, device)
-    # So narrow that registers have room for several parts of t; not pipelined, or shared memory had to hold them.
-    narrow = {"BM": 16 if M <= 16 else 64, "BR": min(chosen.config["BR"], 32), "num_stages": 1}
-    launch(tuned(key, chosen.config | narrow, launch, "BM"))
+    # So small that registers have room for several parts of t, and few rows make many programs; AMD's 256 threads load
+    # 16 bytes of B each only from 128 columns. Not pipelined, or shared memory had to hold the parts.
+    small = {"BM": 16 if M <= 16 else 64, "BN": 128 if target.hip else 64, "BR": 16, "num_stages": 1}
+    if dot.dtype != torch.float32:
+        small["num_warps"] = 4
+    launch(tuned(key, chosen.config | small, launch, "BM"))

@@ -79,7 +79,7 @@ def _down(rank: int, dtypes: tuple) -> Iterator[Case]:
                 lambda_ = 0.3 if mixes else 0.0
                 ranks = (rank,) * siblings
                 launch = Down(TOKENS, WIDTH, ranks, *dtypes, lambda_, p, difference, lambda_is_tensor=mixes)
-                if siblings == 1 or mixes:
+                if siblings == 1 or mixes or p == 0:
                     yield Case("down", rank, dtypes, options, launch)
 
 
@@ -91,9 +91,10 @@ def _up(rank: int, dtypes: tuple) -> Iterator[Case]:
 
 def _low_rank(rank: int, dtypes: tuple) -> Iterator[Case]:
     """Of few rows: K is split, and the parts are added on the way to y."""
-    for mixes, has_bias in ((False, False), (True, True)):
-        launch = LowRank(8, WIDTH, WIDTH, (rank,) * SIBLINGS, *dtypes, 0.3 * mixes, has_bias=has_bias)
-        yield Case("low_rank", rank, dtypes, _of(("mixing", mixes), ("bias", has_bias)), launch)
+    for rows, mixes, has_bias in ((8, False, False), (8, True, True), (64, True, True)):
+        launch = LowRank(rows, WIDTH, WIDTH, (rank,) * SIBLINGS, *dtypes, 0.3 * mixes, has_bias=has_bias)
+        options = _of(("mixing", mixes), ("bias", has_bias), (f"{rows} rows", True))
+        yield Case("low_rank", rank, dtypes, options, launch)
 
 
 def _up_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
