@@ -17,8 +17,8 @@ from sibo_triton import reference
 from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.bottleneck.paths import obstacle_to_adapter
 from sibo_triton.initial_residual.binding import first_hidden_state
+from sibo_triton.injection.obstacles import dropped
 from sibo_triton.injection.sites import BOTTLENECK_LAMBDA_NAME, MixingSite, initial_residual_for, mixed_batch
-from sibo_triton.lora.forward import _dropped
 from sibo_triton.mixing import Float32Module
 from sibo_triton.ops import add_bottleneck
 
@@ -213,7 +213,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
             site = self.sibo_sites[name]
             site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
             v_mixed = reference.mix(v.to(down.weight.dtype), h0, lambda_)
-            hidden = reference.ACTIVATIONS[options.activation](down(_dropped(dropout, v_mixed)))
+            hidden = reference.ACTIVATIONS[options.activation](down(dropped(dropout, v_mixed)))
             return (base + up(hidden) * scaling).to(base.dtype)
         drops = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
         return add_bottleneck(

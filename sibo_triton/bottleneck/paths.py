@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from sibo_triton.lora.paths import _DTYPES, _PLAIN_TENSORS, obstacle_in
+from sibo_triton.injection.obstacles import DTYPES, obstacle_in, obstacle_in_dropout, obstacle_of_input
 
 
 def obstacle_to_adapter(
@@ -19,19 +21,11 @@ def obstacle_to_adapter(
         obstacle = obstacle_in(module, nn.Linear)
         if obstacle is not None:
             return f"{name} {obstacle}"
-    obstacle = obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
+    obstacle = obstacle_in_dropout(dropout, "sibo_adapter_dropout")
     if obstacle is not None:
-        return f"sibo_adapter_dropout {obstacle}"
-    if type(dropout) is nn.Dropout and dropout.p >= 1:
-        return "its rate of dropout is 1"
-    weight = down.weight  # an attribute of the replicas of DataParallel too
+        return obstacle
+    weight: Any = down.weight  # an attribute of the replicas of DataParallel too
     dtypes = {weight.dtype, up.weight.dtype}
-    if len(dtypes) > 1 or not dtypes.issubset(_DTYPES):
+    if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
         return f"its weights are {', '.join(sorted(map(str, dtypes)))}"
-    if x is None:
-        return None
-    if type(x) not in _PLAIN_TENSORS or x.is_nested:
-        return f"its input is a {'nested tensor' if x.is_nested else type(x).__name__}"
-    if weight.device != x.device:
-        return f"its adapter is on {weight.device} and its input on {x.device}"
-    return None if x.dtype in _DTYPES else f"its input is {x.dtype}"
+    return None if x is None else obstacle_of_input(x, weight)

@@ -18,10 +18,10 @@ from peft.tuners.xlora import XLoraModel
 from torch import nn
 
 from sibo_triton.initial_residual import find_block_stacks, trace_feeds
+from sibo_triton.injection.sites import Notices
 from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
 from sibo_triton.lora.install import add_site, forget, is_linear
 from sibo_triton.lora.layer import MixingSite, dispatches_variants, lora_layers
-from sibo_triton.lora.paths import Notices
 from sibo_triton.lora.siblings import attach_siblings, detach_unused_siblings, find_siblings
 
 _state = {"all": False}

@@ -11,8 +11,9 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from sibo_triton import reference
+from sibo_triton.injection.obstacles import dropped
 from sibo_triton.lora.layer import initial_residual_for, lambda_of, site_of
-from sibo_triton.lora.paths import adapter_modules, obstacle_in, obstacle_to_adapter, obstacle_to_fusing, parameter
+from sibo_triton.lora.paths import adapter_modules, obstacle_to_adapter, obstacle_to_fusing, parameter
 from sibo_triton.lora.siblings import shared_output
 from sibo_triton.ops import add_lora, lora_linear
 
@@ -112,7 +113,7 @@ class SiboLoraVariant(LoraVariant):
         if site.residual is not None:
             h0 = initial_residual_for(module, active_adapter, x)
             x = reference.mix(x, h0, lambda_of(module, active_adapter))
-        down = module.lora_A[active_adapter](_dropped(module.lora_dropout[active_adapter], x))
+        down = module.lora_A[active_adapter](dropped(module.lora_dropout[active_adapter], x))
         return result + module.lora_B[active_adapter](down) * module.scaling[active_adapter]
 
     @staticmethod
@@ -136,15 +137,6 @@ def refuse_merge(what: str) -> NoReturn:
         "be saved, loaded and generated with as it is. Trainers that merge for a separate engine (TRL's GRPO with "
         "vLLM) need use_vllm=False, or a plain peft.LoraConfig."
     )
-
-
-def _dropped(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the module returns, by the operations' mask: a checkpoint may recompute the layer by another path."""
-    if type(dropout) is not nn.Dropout or not dropout.training or not 0 < dropout.p < 1:
-        return dropout(x)
-    if obstacle_in(dropout, nn.Dropout) is not None:
-        return dropout(x)
-    return reference.dropout(x, dropout.p, reference.draw_seed(x.device))
 
 
 def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:

@@ -13,15 +13,16 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from sibo_triton.injection.sites import Notices as Notices  # as it was here
+from sibo_triton.injection.obstacles import (
+    DTYPES,
+    has_own_forward,
+    obstacle_in,
+    obstacle_in_dropout,
+    obstacle_of_input,
+)
 from sibo_triton.ops import autocast_dtype
-
-_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 PathName = Literal["fused", "adapter", "modules"]
 
@@ -67,25 +68,15 @@ def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | N
     obstacle = obstacle_in(lora_b, nn.Linear)
     if obstacle is not None:
         return f"lora_B {obstacle}"
-    obstacle = obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
+    obstacle = obstacle_in_dropout(dropout, "lora_dropout")
     if obstacle is not None:
-        return f"lora_dropout {obstacle}"
+        return obstacle
     if parameter(lora_a, "bias") is not None:
         return "lora_A has a bias"
-    if type(dropout) is nn.Dropout and dropout.p >= 1:
-        return "its rate of dropout is 1"
     a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
-    if a.dtype != b.dtype or a.dtype not in _DTYPES:
+    if a.dtype != b.dtype or a.dtype not in DTYPES:
         return f"lora_A is {a.dtype} and lora_B {b.dtype}"
-    if x is None:
-        return None
-    if type(x) not in _PLAIN_TENSORS or x.is_nested:
-        return f"its input is a {'nested tensor' if x.is_nested else type(x).__name__}"
-    if a.device != x.device:
-        return f"its adapter is on {a.device} and its input on {x.device}"
-    if x.dtype not in _DTYPES:
-        return f"its input is {x.dtype}"
-    return None
+    return None if x is None else obstacle_of_input(x, a)
 
 
 def adapter_modules(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear, nn.Module]:
@@ -102,29 +93,3 @@ def parameter(module: nn.Module, name: str) -> Any:
     """A parameter, by torch's dictionary too; the replicas of DataParallel have theirs as attributes."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
-
-
-def has_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
-    """Whether the object has another forward than its class's; what is only that one, bound, does not count."""
-    own = module.__dict__.get(attribute)
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
-
-
-def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why a module is more than its parameters, or None; by its dictionary, as every forward asks four times."""
-    state = module.__dict__
-    if type(module) is not kind:
-        return f"is a {type(module).__name__}"
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
-        return "has hooks"
-    if "forward" in state and has_own_forward(module):
-        return "has a forward of its own (a device hook of accelerate, or a patch)"
-    for name, tensor in state["_parameters"].items():
-        if type(tensor) not in _PLAIN_TENSORS and tensor is not None:
-            return f"has a {type(tensor).__name__} as its {name}"
-    return None

@@ -1,0 +1,71 @@
+"""Why an adapter's modules must be called, and not its operation: what LoRA and bottleneck adapters both ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sibo_triton import reference
+
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
+#: What the operations compute in.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a module is more than its parameters, or None; by its dictionary, as every forward asks four times."""
+    state = module.__dict__
+    if type(module) is not kind:
+        return f"is a {type(module).__name__}"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return "has hooks"
+    if "forward" in state and has_own_forward(module):
+        return "has a forward of its own (a device hook of accelerate, or a patch)"
+    for name, tensor in state["_parameters"].items():
+        if type(tensor) not in _PLAIN_TENSORS and tensor is not None:
+            return f"has a {type(tensor).__name__} as its {name}"
+    return None
+
+
+def obstacle_in_dropout(dropout: nn.Module, name: str) -> str | None:
+    """Why an adapter's dropout must be called, or None; `name` is the module's."""
+    obstacle = obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
+    if obstacle is not None:
+        return f"{name} {obstacle}"
+    if type(dropout) is nn.Dropout and dropout.p >= 1:
+        return "its rate of dropout is 1"
+    return None
+
+
+def obstacle_of_input(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why an operation does not take x for an adapter with this weight, or None."""
+    if type(x) not in _PLAIN_TENSORS or x.is_nested:
+        return f"its input is a {'nested tensor' if x.is_nested else type(x).__name__}"
+    if weight.device != x.device:
+        return f"its adapter is on {weight.device} and its input on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"its input is {x.dtype}"
+    return None
+
+
+def has_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
+    """Whether the object has another forward than its class's; what is only that one, bound, does not count."""
+    own: Any = module.__dict__.get(attribute)
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def dropped(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the module returns, by the operations' mask: a checkpoint may recompute the layer by another path."""
+    if type(dropout) is not nn.Dropout or not dropout.training or not 0 < dropout.p < 1:
+        return dropout(x)
+    if obstacle_in(dropout, nn.Dropout) is not None:
+        return dropout(x)
+    return reference.dropout(x, dropout.p, reference.draw_seed(x.device))
