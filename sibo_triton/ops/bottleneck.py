@@ -13,6 +13,7 @@ from torch import Tensor
 from sibo_triton import reference
 from sibo_triton.ops.autograd import autocast_dtype
 from sibo_triton.ops.bottleneck_autograd import Bottleneck, Inputs, Settings, forward
+from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
 from sibo_triton.reference import check_activation
 
@@ -61,7 +62,11 @@ def add_bottleneck(
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
     _check_shapes(base, x, down_weight, up_weight, down_bias, up_bias)
-    _check_options(x, scaling, initial_residual, lambda_, dropout_p, dropout_seed)
+    check_mixing(initial_residual, lambda_)
+    check_same_tokens(x, initial_residual)
+    check_dropout(dropout_p, dropout_seed)
+    if isinstance(scaling, Tensor) and scaling.numel() != 1:
+        raise ValueError(f"scaling has shape {list(scaling.shape)}: pass a number or one floating point value")
     check_activation(activation)
     autocast = None if torch.float64 in (x.dtype, down_weight.dtype) else autocast_dtype(x.device.type)
     adapter_dtype = down_weight.dtype if autocast is None else autocast
@@ -97,32 +102,6 @@ def add_bottleneck(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return Bottleneck.apply(settings, *inputs)
     return forward(settings, inputs, wants_difference=False)[0]
-
-
-def _check_options(
-    x: Tensor,
-    scaling: float | Tensor,
-    initial_residual: Tensor | None,
-    lambda_: float | Tensor,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> None:
-    is_tensor = isinstance(lambda_, Tensor)
-    if not is_tensor and not 0 <= lambda_ <= 1:
-        raise ValueError(f"lambda_ is {lambda_}: it must lie in [0, 1]; 0 is the plain adapter")
-    if initial_residual is None and (is_tensor or lambda_ != 0):
-        raise ValueError(f"initial_residual is None, but lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing")
-    if initial_residual is not None and initial_residual.shape != x.shape:
-        raise ValueError(
-            f"initial_residual has shape {list(initial_residual.shape)} and x {list(x.shape)}: h0 must belong to the "
-            "same tokens and have the same width as x; pass lambda_=0.0 where it cannot"
-        )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1); 0.0 turns dropout off")
-    if dropout_p != 0 and dropout_seed is None:
-        raise ValueError(f"dropout_p is {dropout_p}, but no seed was given: pass draw_seed(x.device), or dropout_p=0.0")
-    if isinstance(scaling, Tensor) and scaling.numel() != 1:
-        raise ValueError(f"scaling has shape {list(scaling.shape)}: pass a number or one floating point value")
 
 
 def _check_shapes(

@@ -65,7 +65,7 @@ class Group:
     """The outputs of layers that share x, each to be asked for once, in any order.
 
     Args:
-        settings, inputs: of each layer, as `low_rank.prepared` makes them: with one backend, x, h0 (or None, where a
+        settings, inputs: of each layer, as `low_rank` prepares them: with one backend, x, h0 (or None, where a
             layer does not mix) and dtype of y, a frozen weight and no base output.
     """
 
@@ -139,9 +139,13 @@ class Siblings(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, group: Group, x: Tensor, h0: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        inputs = _by_layer(group._settings, x, h0, tensors)
         _, wants_x, wants_h0, *wants_own = ctx.needs_input_grad
-        wants = _by_layer(group._settings, wants_x, wants_h0, wants_own, inputs)
+        layers = _layers(_Own, tensors)
+        mixing = [of.lambda_ is not None or own.lambda_ != 0 for own, of in zip(group._settings, layers, strict=True)]
+        inputs = [_inputs(x, h0 if mixes else None, of) for mixes, of in zip(mixing, layers, strict=True)]
+        wants = [
+            _inputs(wants_x, wants_h0 and mixes, of) for mixes, of in zip(mixing, _layers(_Own, wants_own), strict=True)
+        ]
         results = group._down(inputs, [wanted.lambda_ for wanted in wants])
         kept_x = kept_h0 = None
         flat: list[Tensor | None] = []
@@ -153,7 +157,7 @@ class Siblings(torch.autograd.Function):
             scaling = own.scaling if isinstance(own.scaling, Tensor) else None  # PEFT changes it in place
             settings.append(own if scaling is None else own._replace(scaling=1.0))
             flat += [getattr(saved, name) for name in _Kept._fields[:-1]] + [scaling]
-        ctx.settings, ctx.wants = settings, wants
+        ctx.settings, ctx.wants, ctx.mixing = settings, wants, mixing
         ctx.save_for_backward(kept_x, kept_h0, *flat)
         ctx.set_materialize_grads(False)
         return tuple(
@@ -165,9 +169,7 @@ class Siblings(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_y: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h0, *flat = ctx.saved_tensors
-        size, kept = len(_Kept._fields), []
-        for start in range(0, len(flat), size):
-            kept.append(_Kept(*flat[start : start + size]))
+        kept = _layers(_Kept, flat)
         called = [i for i, grad_y in enumerate(grads_y) if grad_y is not None]
         nothing = (None,) * (3 + len(_Own._fields) * len(grads_y))
         if not called:
@@ -176,7 +178,7 @@ class Siblings(torch.autograd.Function):
         for i in called:
             of = kept[i]
             settings.append(ctx.settings[i] if of.scaling is None else ctx.settings[i]._replace(scaling=of.scaling))
-            own_h0 = h0 if _mixes(ctx.settings[i], of.lambda_) else None
+            own_h0 = h0 if ctx.mixing[i] else None
             own = {name: getattr(of, name) for name in _Kept._fields[:-1]}
             saved.append(Saved(x=x, initial_residual=own_h0, **own))
         dys = [grad_y for grad_y in grads_y if grad_y is not None]
@@ -209,20 +211,11 @@ def _own_of(inputs: Inputs) -> _Own:
     return _Own(*(getattr(inputs, name) for name in _Own._fields))
 
 
-def _by_layer(
-    settings: Sequence[Settings], x: Any, h0: Any, tensors: Sequence[Any], inputs: Sequence[Inputs] | None = None
-) -> list[Inputs]:
-    """What autograd gets, or what it wants of it, layer by layer; h0 for those that mix, by what they get."""
-    size, result = len(_Own._fields), []
-    for i, own in enumerate(settings):
-        of = _Own(*tensors[i * size : (i + 1) * size])
-        if not _mixes(own, of.lambda_ if inputs is None else inputs[i].lambda_):
-            own_h0 = None if inputs is None else False
-        else:
-            own_h0 = h0
-        result.append(Inputs(base=None, x=x, initial_residual=own_h0, **of._asdict()))
-    return result
+def _layers(kind: Any, flat: Sequence[Any]) -> list[Any]:
+    """What stands in one row, layer by layer: `_Own` or `_Kept` of each."""
+    size = len(kind._fields)
+    return [kind(*flat[start : start + size]) for start in range(0, len(flat), size)]
 
 
-def _mixes(settings: Settings, lambda_: Tensor | None) -> bool:
-    return lambda_ is not None or settings.lambda_ != 0
+def _inputs(x: Any, h0: Any, own: _Own) -> Inputs:
+    return Inputs(base=None, x=x, initial_residual=h0, **own._asdict())

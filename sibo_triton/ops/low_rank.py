@@ -16,6 +16,7 @@ from torch import Tensor
 from sibo_triton import reference
 from sibo_triton.ops import small
 from sibo_triton.ops.autograd import Inputs, LowRank, Settings, autocast_dtype, forward
+from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
 from sibo_triton.ops.group import FEW_ROWS, Group
 
@@ -165,7 +166,10 @@ def _prepared(
     lora_bias: Tensor | None,
 ) -> Prepared:
     _check_shapes(x, lora_a, lora_b, initial_residual, lora_bias)
-    _check_options(scaling, initial_residual, lambda_, dropout_p, dropout_seed)
+    check_mixing(initial_residual, lambda_)
+    check_dropout(dropout_p, dropout_seed)
+    if isinstance(scaling, Tensor) and scaling.requires_grad:
+        raise ValueError("scaling requires grad, and gets no gradient here: detach it, or use sibo_triton.reference")
     autocast = None if torch.float64 in (x.dtype, lora_a.dtype) else autocast_dtype(x.device.type)
     frozen = base if weight is None else weight
     assert frozen is not None
@@ -210,26 +214,6 @@ def _check_frozen(x: Tensor, weight: Tensor, lora_b: Tensor) -> None:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: the frozen linear needs one dtype (or autocast)")
 
 
-def _check_options(
-    scaling: float | Tensor,
-    initial_residual: Tensor | None,
-    lambda_: float | Tensor,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> None:
-    is_tensor = isinstance(lambda_, Tensor)
-    if not is_tensor and not 0 <= lambda_ <= 1:
-        raise ValueError(f"lambda_ is {lambda_}: it must lie in [0, 1]; 0 is the plain method")
-    if initial_residual is None and (is_tensor or lambda_ != 0):
-        raise ValueError(f"initial_residual is None, but lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1); 0.0 turns dropout off")
-    if dropout_p != 0 and dropout_seed is None:
-        raise ValueError(f"dropout_p is {dropout_p}, but no seed was given: pass draw_seed(x.device), or dropout_p=0.0")
-    if isinstance(scaling, Tensor) and scaling.requires_grad:
-        raise ValueError("scaling requires grad, and gets no gradient here: detach it, or use sibo_triton.reference")
-
-
 def _check_shapes(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, initial_residual: Tensor | None, lora_bias: Tensor | None
 ) -> None:
@@ -239,10 +223,6 @@ def _check_shapes(
         raise ValueError(f"lora_b has shape {list(lora_b.shape)}, but [N, {lora_a.shape[0]}] fits lora_a")
     if lora_b.dtype != lora_a.dtype:
         raise ValueError(f"lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}: they need one dtype")
-    if initial_residual is not None and initial_residual.shape != x.shape:
-        raise ValueError(
-            f"initial_residual has shape {list(initial_residual.shape)} and x {list(x.shape)}: h0 must belong to the "
-            "same tokens and have the same width as x; pass lambda_=0.0 where it cannot"
-        )
+    check_same_tokens(x, initial_residual)
     if lora_bias is not None and lora_bias.shape != lora_b.shape[:1]:
         raise ValueError(f"lora_bias has shape {list(lora_bias.shape)}, but [{lora_b.shape[0]}] fits lora_b")
