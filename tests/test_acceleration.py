@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -300,3 +301,17 @@ def test_x_lora_is_refused(tmp_path):
     model = get_peft_model(base, config)
     with pytest.raises(ValueError, match="X-LoRA"):
         accelerate(model)
+
+
+@pytest.mark.oldest
+def test_that_nothing_could_be_accelerated_is_said():
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.warns(UserWarning, match="changed nothing: .*q_proj, adapter 'default': DoraLinear is more than LoRA"):
+        accelerate(model)
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.warns(UserWarning, match="changed nothing: .*embed_tokens, adapter 'default': LoRA on a Embedding"):
+        accelerate(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        accelerate(get_peft_model(llama(), sibo(0.3)))  # fused already
+        accelerate(plain_model())

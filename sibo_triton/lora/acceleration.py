@@ -7,6 +7,7 @@ which siblings meet.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,7 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
     The adapters stay plain LoRA: the same parameters, the same files, and outputs that differ by rounding (under
     dropout by the mask, which has the same distribution). Adapters that are more than LoRA (DoRA, aLoRA...) are left
     as they are, and so are layers of PEFT that compute without asking; `print(sibo_triton.explain(model))` says what
-    runs how, and why. SIBO adapters are fused anyway.
+    runs how, and why. Where nothing at all could be accelerated, a warning says so. SIBO adapters are fused anyway.
 
     Args:
         model: a `PeftModel`, or a model with injected LoRA adapters. It is changed in place.
@@ -65,17 +66,27 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
     if unknown:
         raise ValueError(f"No LoRA adapter is named {', '.join(unknown)}; there are {', '.join(sorted(present))}.")
     notices, found = Notices(), False
+    obstacles: dict[str, str] = {}  # each reason, and the first layer that has it
     for name, layer in layers.items():
         for adapter_name in present if adapter_names is None else adapter_names:
-            if obstacle_to_acceleration(layer, adapter_name) is None:
+            if adapter_name not in _adapters_of(layer):
+                continue
+            obstacle = obstacle_to_acceleration(layer, adapter_name)
+            if obstacle is None:
                 add_site(layer, adapter_name, MixingSite(name, None, "plain LoRA, accelerated", notices))
                 layer.lora_variant[adapter_name] = AcceleratedLora()
                 found = True
+            elif not isinstance(layer.lora_variant.get(adapter_name), SiboLoraVariant):  # which is fused anyway
+                obstacles.setdefault(obstacle, f"{name}, adapter {adapter_name!r}")
     if found:
         from sibo_triton.registration import wrap_layer_classes  # which imports this file
 
         wrap_layer_classes(root)
         _let_siblings_meet(root)
+    elif obstacles:
+        reasons = "; ".join(f"{where}: {obstacle}" for obstacle, where in obstacles.items())
+        message = f"accelerate changed nothing: no adapter is plain LoRA on a linear layer ({reasons})."
+        warnings.warn(message, stacklevel=2)
     return model
 
 
