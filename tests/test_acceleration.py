@@ -315,3 +315,12 @@ def test_that_nothing_could_be_accelerated_is_said():
         warnings.simplefilter("error", UserWarning)
         accelerate(get_peft_model(llama(), sibo(0.3)))  # fused already
         accelerate(plain_model())
+
+
+@pytest.mark.oldest
+def test_conversion_to_lora_is_offered_as_before():
+    model = plain_model()
+    before = {name: layer.supports_lora_conversion() for name, layer in lora_layers(model, "default")}
+    assert before and all(before.values())
+    accelerate(model)
+    assert {name: layer.supports_lora_conversion() for name, layer in lora_layers(model, "default")} == before

@@ -402,3 +402,12 @@ def test_saved_activations_of_a_model():
     frozen, lora, ours = (mebibytes(config) for config in (None, LoraConfig(**options), SiboLoraConfig(**options)))
     assert frozen == pytest.approx(69.3, abs=1) and lora == pytest.approx(210.1, abs=1)
     assert ours <= 92
+
+
+def test_a_rate_of_dropout_of_1_runs_by_modules_as_peft_does():
+    """Which the operations refuse: 1 / (1 - p) is no number."""
+    model, inputs = build(default=sibo(0.4, lora_dropout=1.0)).train(), token_inputs()
+    with pytest.warns(UserWarning, match="its rate of dropout is 1"):
+        found = model(**inputs).logits
+    with model.disable_adapter():
+        close(found, model(**inputs).logits)
