@@ -69,6 +69,10 @@ def bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _bytes_of_all(*tensors: Tensor | None) -> int:
+    return sum(bytes_of(tensor) for tensor in tensors if tensor is not None)
+
+
 def _dots(split_a: bool, split_b: bool) -> int:
     """Dots in one `precision.split_dot`."""
     return 1 + split_a + split_b
@@ -93,7 +97,10 @@ def _down(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]
         ends = (*a["first_tile"][1:], a["r_tiles"])
         for seed, first, end in zip(a["p_seed"], a["first_tile"], ends, strict=True):
             loads.add(seed, (end - first) * m_tiles * splits)
-    written = splits * a["M"] * sum(a["r"]) * FLOAT32 * (2 if a["HAS_DIFFERENCE"] else 1)
+    for bias in a["p_bias"] or ():
+        loads.add(bias, m_tiles * splits)
+    written = splits * a["M"] * sum(a["r"]) * a["p_t"].element_size() * (2 if a["HAS_DIFFERENCE"] else 1)
+    written += _bytes_of_all(a["p_activated"])
     products = 2 if mixes and not a["MIX_FIRST"] else 1
     dots = products * _dots(a["SPLIT_X"], a["SPLIT_A"])
     return written, programs * splits * a["K_STEPS"] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
@@ -145,7 +152,7 @@ def _both(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]
     loads.add(a["p_t"], n_tiles)
     loads.add(a["scaling"], grid[0])
     dots = _dots(a["SPLIT_G_U"], a["SPLIT_B"]) + _dots(a["SPLIT_G_B"], a["SPLIT_T"])
-    written = FLOAT32 * a["R"] * (n_tiles * a["M"] + strips * a["N"])
+    written = FLOAT32 * a["R"] * (n_tiles * a["M"] + strips * a["N"]) + _bytes_of_all(a["p_sum"])
     return written, grid[0] * a["STEPS"] * dots * 2 * a["BM"] * a["BN"] * a["BR"]
 
 
@@ -154,10 +161,12 @@ def _product(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, i
     r_tiles, q_tiles = cdiv(a["R"], a["BR"]), cdiv(a["Q"], a["BQ"])
     loads.add(a["p_g"], r_tiles)
     loads.add(a["p_w"], q_tiles)
+    loads.add(a["p_pre_activation"], 1)
     loads.add(a["scaling"], grid[0])
     parts = grid[0] // r_tiles // q_tiles
     dots = a["STEPS"] * _dots(a["SPLIT_G"], a["SPLIT_W"])
-    return parts * a["Q"] * a["R"] * FLOAT32, grid[0] * dots * 2 * a["BQ"] * a["BJ"] * a["BR"]
+    written = parts * a["Q"] * a["R"] * FLOAT32 + _bytes_of_all(a["p_sum"], a["p_activated"])
+    return written, grid[0] * dots * 2 * a["BQ"] * a["BJ"] * a["BR"]
 
 
 def _down_weight_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
@@ -187,7 +196,7 @@ def _down_weight_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) ->
 def _down_input_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
     """A tile of dx and dh0, for all siblings: each u by every tile of columns, A by every tile of rows.
 
-    dx is loaded once where it accumulates. Every program loads every lambda and every seed.
+    What dx is added to is loaded once. Every program loads every lambda and every seed.
     """
     k_tiles = cdiv(a["K"], a["BK"])
     dots = 0
@@ -199,10 +208,22 @@ def _down_input_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> 
         if a["MIXES"][i]:
             loads.add(a["lambda_"][i], grid[0])
         dots += cdiv(a["R"][i], a["BR"]) * _dots(a["SPLIT_U"], a["SPLIT_A"])
-    if a["ACCUMULATE"]:
-        loads.add(a["p_dx"], 1)
-    written = sum(bytes_of(a[name]) for name in ("p_dx", "p_dh") if a[name] is not None)
-    return written, grid[0] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
+    loads.add(a["p_base"], 1)
+    return _bytes_of_all(a["p_dx"], a["p_dh"]), grid[0] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
+
+
+def _activate_parts(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """Every part once, the bias for every row."""
+    loads.add(a["p_parts"], 1)
+    loads.add(a["p_bias"], a["numel"] // a["r"])
+    return _bytes_of_all(a["p_pre_activation"], a["p_activated"]), 0
+
+
+def _activation_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
+    """Every part once, and p."""
+    loads.add(a["p_parts"], 1)
+    loads.add(a["p_pre_activation"], 1)
+    return _bytes_of_all(a["p_u"], a["p_activated"]), 0
 
 
 #: Of each kernel: bytes written and flops; what it loads goes into the third argument.
@@ -213,6 +234,8 @@ KERNELS: dict[str, Callable[[tuple[int, ...], Arguments, _Loads], tuple[int, int
     "up_siblings_kernel": _up_siblings,
     "both_kernel": _both,
     "product_kernel": _product,
+    "activate_parts_kernel": _activate_parts,
+    "activation_gradient_kernel": _activation_gradient,
     "down_weight_gradient_kernel": _down_weight_gradient,
     "down_input_gradient_kernel": _down_input_gradient,
 }

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .activations import NAMES
 from .precision import TL_DTYPES
 
 
@@ -20,9 +21,16 @@ def check_matrix(name: str, tensor: Tensor, rows: int | str, cols: int | str, fi
         raise ValueError(f"{name} has shape {list(shape)}, but [{rows}, {cols}] fits {fits}")
 
 
+def check_activation(name: str | None) -> None:
+    """Raise a ValueError for an activation that has no kernel; None is none."""
+    if name is not None and name not in NAMES:
+        raise ValueError(f"activation={name!r} has no kernel: choose one of {', '.join(NAMES)}")
+
+
 def check_low_rank(name: str, tensor: Tensor) -> None:
-    """Raise unless t, or its gradient u, is as the kernels keep them: float32, ``[M, r]``, contiguous."""
-    if tensor.dtype != torch.float32:
+    """Raise unless t, or its gradient u, is as the kernels keep them: ``[M, r]``, contiguous, and u in float32."""
+    check_dtype(name, tensor.dtype)
+    if name == "u" and tensor.dtype != torch.float32:
         raise TypeError(f"{name} is {tensor.dtype}: the kernels keep it in torch.float32")
     if tensor.dim() != 2 or not tensor.is_contiguous():
         found = f"shape {list(tensor.shape)} and strides {tensor.stride()}"

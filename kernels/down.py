@@ -15,9 +15,9 @@ Compiled once for every K, dtypes, kind and number of siblings, and plan; whatev
 steps are powers of two.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,13 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import targets
+from .activations import activate, activate_parts
 from .autotune import tuned
-from .checks import check_dropout, check_matrix, check_mix
+from .checks import check_activation, check_bias, check_dropout, check_matrix, check_mix
+from .down_plan import cut, lay_out, plan
 from .dropout import drawn, dropout_rows, keep_tile
 from .partial_sums import sum_parts
-from .precision import Operands, float32_is_exact, operands, split_dot
-from .siblings import DownProjection
-from .targets import Target, cdiv
+from .precision import float32_is_exact, split_dot
+from .siblings import DownProjection, rank_dtype
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -39,7 +40,9 @@ def down_kernel(
     p_x,  # [M, K]
     p_initial_residual,  # [M, K], or None
     p_t,  # [splits of K, all results], of which each sibling has [1 or 2, M, r]: t and, if HAS_DIFFERENCE, d
+    p_activated,  # [all results], laid out as t: f(t), of a bottleneck adapter; or None
     p_lora_a,  # tuples from here, with one element for each sibling: [r, K]
+    p_bias,  # [r], of a bottleneck adapter, or None
     p_seed,  # int64, [1]
     lambda_,  # numbers, or pointers to one
     keep_from,  # these two from dropout.drawn
@@ -49,6 +52,7 @@ def down_kernel(
     t_start,  # of the sibling's results, among those of all
     stride_a_r,
     stride_a_k,
+    stride_bias,
     M,  # numbers again
     r_tiles,  # of all siblings
     stride_x_m,
@@ -62,6 +66,8 @@ def down_kernel(
     HAS_INITIAL_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_DIFFERENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # f's name, or None
     LAMBDA_IS_TENSOR: tl.constexpr,  # a tuple
     MIX_FIRST: tl.constexpr,  # mix the tiles and not the accumulators
     SPLIT_X: tl.constexpr,  # these three for split_dot
@@ -151,116 +157,21 @@ def down_kernel(
         b_d = b_t_h - b_t  # [BM, BR]
         if HAS_DROPOUT:
             b_d *= scale_own
-        tl.store(b_p_t + tl.cast(M, tl.int64) * r_own, b_d, mask=m_t)
+        tl.store(b_p_t + tl.cast(M, tl.int64) * r_own, b_d.to(p_t.dtype.element_ty), mask=m_t)
     if HAS_INITIAL_RESIDUAL and not MIX_FIRST:
         b_t = (1.0 - b_lambda) * b_t + b_lambda * b_t_h
     if HAS_DROPOUT:
         b_t *= scale_own
-    tl.store(b_p_t, b_t, mask=m_t)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a launch multiplies, and its tiles."""
-
-    operands: Operands
-    mix_first: bool
-    config: dict[str, int]  # BM, BK, BR, num_warps, num_stages
-
-
-@lru_cache(maxsize=1024)
-def plan(
-    rank: int,
-    x_dtype: torch.dtype,
-    h0_dtype: torch.dtype | None,
-    kind: tuple,
-    target: Target,
-    exact: bool = True,
-    siblings: int = 1,
-) -> Plan:
-    """The plan for the largest rank of a launch; ``kind`` is :attr:`DownProjection.kind`, ``exact`` float32's."""
-    a_dtype, mixes, _, difference = kind
-    BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
-    alike = not mixes or x_dtype == h0_dtype
-    throughout = alike and x_dtype == a_dtype == torch.float32
-    whole = operands(x_dtype if alike else torch.float32, a_dtype, throughout and exact)
-    mix_first = mixes and not difference and (BR > 64 or whole.split_a or whole.dtype == torch.float32)
-    if mix_first and not (alike and x_dtype == a_dtype):
-        whole = operands(torch.float32, a_dtype)  # the mixed tile is not to be rounded to 16 bits
-    # On Blackwell 4 warps spill at rank 64; at rank 16, 8 would not load 16 bytes of A each.
-    num_warps = 8 if BR > (16 if target.capability >= 100 else 64) else 4
-    if whole.dtype == torch.float32:
-        # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
-        BK, BR, num_warps = 16, min(BR, 32 if difference else 64), 4
-        if BR == 64 and siblings > 1 and not mixes and target.capability == 90:
-            num_warps = 8  # there 4 spill
-    elif whole.split_a or whole.split_b:
-        BK, BR = 32, min(BR, 128)
-        if whole.split_a and BR == 64:
-            BK, num_warps = 16, 4  # the parts of 32 columns of x would overflow sm_120's registers
-        elif BR == 16 and not mixes and target.capability == 120:
-            BK = 64  # with 32, registers are spilled to make room for another program
-        if target.hip:
-            num_warps = 4  # of 64 threads; twice as many spill
-    elif BR <= 64:
-        BK = 64
-    else:
-        BK, BR = 32, min(BR, 128 if difference else 256)
-        if BR == 256 and mixes and target.capability == 80:
-            BK = 64  # with 32, registers are spilled to make room for a second program
-        if BR == 128 and not mixes and target.capability == 100:
-            num_warps = 4  # the only sum is in tensor memory; 8 spill
-        if BR == 256 and siblings > 1 and not mixes and target.capability == 120:
-            num_warps = 4  # with 8, registers are spilled to make room for a second program
-    BM = 64  # what Hopper's tensor cores take at once; few rows (8192) are one program for a multiprocessor
-    bytes_of_stage = BK * (BM * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + BR * a_dtype.itemsize)
-    num_stages = target.stages(3, bytes_of_stage, programs=1)
-    config = {"BM": BM, "BK": BK, "BR": BR, "num_warps": num_warps, "num_stages": num_stages}
-    return Plan(whole, mix_first, config)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The programs of a launch, and where its siblings' results lie in one buffer."""
-
-    r_tiles: int
-    first_tile: tuple[int, ...]
-    programs: int
-    k_steps: int
-    splits: int
-    t_start: tuple[int, ...]
-    size: int
-
-
-@lru_cache(maxsize=1024)
-def cut(M: int, K: int, ranks: tuple[int, ...], results: int, BM: int, BK: int, BR: int, multiprocessors: int) -> Cut:
-    """How a launch is cut for siblings of these ranks, each with so many results; there is something to sum."""
-    tiles_of = [cdiv(r, BR) for r in ranks]
-    first_tile = tuple(sum(tiles_of[:i]) for i in range(len(ranks)))
-    programs = cdiv(M, BM) * sum(tiles_of)
-    t_start, size = lay_out(M, ranks, results)
-    k_steps = steps_of_split(programs, cdiv(K, BK), multiprocessors)
-    splits = cdiv(cdiv(K, BK), k_steps)
-    return Cut(sum(tiles_of), first_tile, programs, k_steps, splits, t_start, size)
-
-
-def lay_out(M: int, ranks: tuple[int, ...], results: int) -> tuple[tuple[int, ...], int]:
-    """Where each sibling's results start in one buffer, as aligned as Triton asks for vectors, and its size."""
-    sizes = [cdiv(results * M * r, 16) * 16 for r in ranks]
-    return tuple(sum(sizes[:i]) for i in range(len(ranks))), sum(sizes)
-
-
-def steps_of_split(programs: int, steps: int, multiprocessors: int) -> int:
-    """Steps along K for each program: all, or fewer where rows are too few to fill the GPU.
-
-    Then they are a power of two, as a kernel is compiled for each number of steps, and the programs one to two for each
-    multiprocessor; 4 steps are worth a program. Where all but a quarter of them have a program, a second launch to add
-    the parts would take longer than the rest stands idle: 8192 rows are 128 programs on 132 multiprocessors.
-    """
-    if 4 * programs >= 3 * multiprocessors:
-        return steps
-    of_split = max(4, triton.next_power_of_2(cdiv(steps * programs, 2 * multiprocessors)))
-    return min(steps, of_split)
+    if HAS_BIAS:
+        p_bias_own, stride_bias_own = p_bias[0], stride_bias[0]
+        for i in tl.static_range(1, SIBLINGS):
+            p_bias_own = tl.where(i_r >= first_tile[i], p_bias[i], p_bias_own)
+            stride_bias_own = tl.where(i_r >= first_tile[i], stride_bias[i], stride_bias_own)
+        b_t += tl.load(p_bias_own + o_r * stride_bias_own, mask=m_r, other=0.0).to(tl.float32)[None, :]
+    tl.store(b_p_t, b_t.to(p_t.dtype.element_ty), mask=m_t)
+    if ACTIVATION is not None:
+        b_p_activated = p_activated + start_own + o_m[:, None] * r_own + o_r[None, :]
+        tl.store(b_p_activated, activate(b_t, ACTIVATION).to(p_activated.dtype.element_ty), mask=m_t)
 
 
 def down(
@@ -284,10 +195,10 @@ def down_siblings(
 ) -> list[tuple[Tensor, Tensor | None]]:  # [M, r] each
     """``t = drop((1 - lambda) x + lambda h0) A^T`` and ``d = drop(h0 - x) A^T`` for layers that share x and h0.
 
-    In float32 whatever the inputs' dtypes. One 16-bit dtype throughout is multiplied by tensor cores as it is; float32
-    throughout as ``torch.get_float32_matmul_precision()`` says, without tensor cores at "highest"; all else in bfloat16
-    parts (``kernels/precision.py``), near float32's precision. The same bits from run to run. Forward only: gradients
-    are for the op around it.
+    Summed in float32, and rounded to A's dtype where x has the same (``siblings.rank_dtype``). One 16-bit dtype
+    throughout is multiplied by tensor cores as it is; float32 throughout as ``torch.get_float32_matmul_precision()``
+    says, without tensor cores at "highest"; all else in bfloat16 parts (``kernels/precision.py``), near float32's
+    precision. The same bits from run to run. Forward only: gradients are for the op around it.
 
     Siblings share a launch, and x in the cache, if their A have one dtype and all or none of them mix, drop and want d.
 
@@ -299,21 +210,67 @@ def down_siblings(
             number 0 or d is wanted, else it may be None.
 
     Returns:
-        For each sibling t and, where wanted, d: float32, ``[M, r]``, contiguous, perhaps views of one buffer.
+        For each sibling t and, where wanted, d: ``[M, r]``, contiguous, perhaps views of one buffer; in float32, or in
+        A's dtype where x has the same.
 
     Raises:
         TypeError: a dtype that the kernel does not take.
         ValueError: a shape that does not fit, h0 or a seed missing, or a rate of dropout outside [0, 1).
     """
+    return [(result.t, result.difference) for result in _results(x, siblings, initial_residual)]
+
+
+class DownResult(NamedTuple):
+    """Of one sibling, ``[M, r]`` each."""
+
+    t: Tensor  # of a bottleneck adapter the pre-activation p
+    difference: Tensor | None
+    activated: Tensor | None  # f(p)
+
+
+def down_activated_siblings(
+    x: Tensor,  # [M, K]
+    siblings: Sequence[DownProjection],
+    initial_residual: Tensor | None = None,  # [M, K]
+) -> list[DownResult]:
+    """``p = drop((1 - lambda) x + lambda h0) W^T + b`` and f(p), of bottleneck adapters, in one pass over x.
+
+    For few rows, of which K is split, in the launch that adds the parts. As :func:`down_siblings`, in t's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`down_siblings`; ValueError for an activation that has no kernel.
+    """
+    return _results(x, siblings, initial_residual)
+
+
+def _results(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> list[DownResult]:
     launched = _launch_kinds(x, siblings, initial_residual)
-    totals = sum_parts([parts for _, parts, _ in launched], [torch.float32] * len(launched))
-    results: dict[int, tuple[Tensor, Tensor | None]] = {}
-    for (of_kind, _, t_start), flat in zip(launched, totals, strict=True):
-        for i, start in zip(of_kind, t_start, strict=True):
-            M, r = x.shape[0], siblings[i].lora_a.shape[0]
-            d = flat.as_strided((M, r), (r, 1), start + M * r) if siblings[i].difference else None
-            results[i] = flat.as_strided((M, r), (r, 1), start), d
+    dtypes = [rank_dtype(x.dtype, siblings[of.siblings[0]].lora_a.dtype) for of in launched]
+    sums = sum_parts([None if of.pending else of.parts for of in launched], dtypes)
+    results: dict[int, DownResult] = {}
+    for of, total in zip(launched, sums, strict=True):
+        for i, start in zip(of.siblings, of.t_start, strict=True):
+            if total is None:
+                results[i] = _activated(x, siblings[i], of.parts, start)
+                continue
+            shape, strides = (x.shape[0], siblings[i].lora_a.shape[0]), (siblings[i].lora_a.shape[0], 1)
+            d = total.as_strided(shape, strides, start + math.prod(shape)) if siblings[i].difference else None
+            f = None if of.activated is None else of.activated.as_strided(shape, strides, start)
+            results[i] = DownResult(total.as_strided(shape, strides, start), d, f)
     return [results[i] for i in range(len(siblings))]
+
+
+def _activated(x: Tensor, sibling: DownProjection, parts: Tensor, start: int) -> DownResult:
+    """What is left to do for a bottleneck adapter of which K was split: the sums, the bias and f."""
+    M, r, dtype = x.shape[0], sibling.lora_a.shape[0], rank_dtype(x.dtype, sibling.lora_a.dtype)
+
+    def matrices(at: int) -> Tensor:
+        return parts.as_strided((len(parts), M, r), (parts.shape[1], r, 1), at)
+
+    assert sibling.activation is not None
+    d = matrices(start + M * r).sum(0).to(dtype) if sibling.difference else None
+    p, f = activate_parts(matrices(start), sibling.bias, sibling.activation, dtype)
+    return DownResult(p, d, f)
 
 
 def down_parts(
@@ -326,43 +283,59 @@ def down_parts(
     As :func:`down_siblings`, without d. Each matrix of a part is contiguous, and the parts are evenly apart.
     """
     results: dict[int, Tensor] = {}
-    for of_kind, parts, t_start in _launch_kinds(x, siblings, initial_residual):
-        for i, start in zip(of_kind, t_start, strict=True):
+    for of in _launch_kinds(x, siblings, initial_residual):
+        for i, start in zip(of.siblings, of.t_start, strict=True):
             M, r = x.shape[0], siblings[i].lora_a.shape[0]
-            results[i] = parts.as_strided((len(parts), M, r), (parts.shape[1], r, 1), start)
+            results[i] = of.parts.as_strided((len(of.parts), M, r), (of.parts.shape[1], r, 1), start)
     return [results[i] for i in range(len(siblings))]
 
 
-def _launch_kinds(
-    x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None
-) -> list[tuple[list[int], Tensor, tuple[int, ...]]]:
-    """A launch for each kind: which siblings it serves, the parts of their results, and where each one's start."""
+def _check(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> None:
     check_matrix("x", x, "M", "K")
     M, K = x.shape
-    kinds = [sibling.kind for sibling in siblings]
-    for sibling, (_, mixes, _, _) in zip(siblings, kinds, strict=True):
+    for sibling in siblings:
         check_matrix("lora_a", sibling.lora_a, "r", K, "x")
-        check_mix(sibling.lambda_, mixes, initial_residual)
+        check_mix(sibling.lambda_, sibling.mixes, initial_residual)
         check_dropout(sibling.dropout_p, sibling.dropout_seed)
-    if any(mixes for _, mixes, _, _ in kinds):
+        check_bias("bias", sibling.bias, sibling.lora_a.shape[0])
+        check_activation(sibling.activation)
+    if any(sibling.mixes for sibling in siblings):
         check_matrix("initial_residual", initial_residual, M, K, "x")
+
+
+class Launched(NamedTuple):
+    """What a launch for siblings of one kind leaves."""
+
+    siblings: list[int]  # which of all
+    parts: Tensor  # of all their results, [splits of K, size]
+    activated: Tensor | None  # f(t), [size], where there is an activation and one part
+    t_start: tuple[int, ...]  # where each sibling's results start
+    pending: bool  # whether the sums of the parts are yet to get their bias and f
+
+
+def _launch_kinds(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> list[Launched]:
+    """A launch for each kind."""
+    _check(x, siblings, initial_residual)
+    kinds = [sibling.kind for sibling in siblings]
     launched = []
     for kind in dict.fromkeys(kinds):
         of_kind = [i for i, other in enumerate(kinds) if other == kind]
         h0 = initial_residual if kind[1] else None
-        launched.append((of_kind, *_launch(x, [siblings[i] for i in of_kind], h0, kind)))
+        parts, activated, t_start = _launch(x, [siblings[i] for i in of_kind], h0, kind)
+        pending = siblings[of_kind[0]].activation is not None and activated is None
+        launched.append(Launched(of_kind, parts, activated, t_start, pending))
     return launched
 
 
 def _launch(
     x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None, kind: tuple
-) -> tuple[Tensor, tuple[int, ...]]:
-    """The parts of all results of siblings of one kind, ``[splits of K, size]``, and where each sibling's start."""
+) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    """parts, activated and t_start of :class:`Launched`, for siblings of one kind."""
     (M, K), ranks = x.shape, tuple(sibling.lora_a.shape[0] for sibling in siblings)
-    _, _, drops, difference = kind
+    a_dtype, _, drops, difference, has_bias, activation = kind
     if M == 0 or K == 0 or max(ranks) == 0:
         t_start, size = lay_out(M, ranks, 1 + difference)
-        return torch.zeros((1, size), dtype=torch.float32, device=x.device), t_start
+        return torch.zeros((1, size), dtype=torch.float32, device=x.device), None, t_start
     target = targets.target_of(x.device)
     h0_dtype = None if h0 is None else h0.dtype
     chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact(), len(siblings))
@@ -370,15 +343,21 @@ def _launch(
     rates = [drawn(sibling.dropout_p) for sibling in siblings]
     lambdas = [sibling.lambda_ for sibling in siblings]
 
-    def launch(config: dict[str, int]) -> tuple[Tensor, tuple[int, ...]]:
+    def launch(config: dict[str, int]) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
         how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], target.multiprocessors)
-        parts = torch.empty((how.splits, how.size), dtype=torch.float32, device=x.device)
+        whole = how.splits == 1
+        dtype = rank_dtype(x.dtype, a_dtype) if whole else torch.float32
+        adds_bias, activates = has_bias and whole, activation is not None and whole
+        parts = torch.empty((how.splits, how.size), dtype=dtype, device=x.device)
+        activated = torch.empty(how.size, dtype=dtype, device=x.device) if activates else None
         with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
             down_kernel[(how.programs, how.splits)](
                 p_x=x,
                 p_initial_residual=h0,
                 p_t=parts,
+                p_activated=activated,
                 p_lora_a=tuple(sibling.lora_a for sibling in siblings),
+                p_bias=tuple(sibling.bias for sibling in siblings) if adds_bias else None,
                 p_seed=tuple(sibling.dropout_seed for sibling in siblings) if drops else None,
                 lambda_=tuple(value if isinstance(value, Tensor) else float(value) for value in lambdas),
                 keep_from=tuple(keep_from for keep_from, _ in rates) if drops else None,
@@ -388,6 +367,7 @@ def _launch(
                 t_start=how.t_start,
                 stride_a_r=tuple(sibling.lora_a.stride(0) for sibling in siblings),
                 stride_a_k=tuple(sibling.lora_a.stride(1) for sibling in siblings),
+                stride_bias=tuple(sibling.bias.stride(0) for sibling in siblings) if adds_bias else None,
                 M=M,
                 r_tiles=how.r_tiles,
                 stride_x_m=x.stride(0),
@@ -401,6 +381,8 @@ def _launch(
                 HAS_INITIAL_RESIDUAL=h0 is not None,
                 HAS_DROPOUT=drops,
                 HAS_DIFFERENCE=difference,
+                HAS_BIAS=adds_bias,
+                ACTIVATION=activation if activates else None,
                 LAMBDA_IS_TENSOR=tuple(isinstance(value, Tensor) for value in lambdas),
                 MIX_FIRST=chosen.mix_first,
                 SPLIT_X=product.split_a,
@@ -409,7 +391,7 @@ def _launch(
                 # a pipeline longer than the loop would only take registers
                 **config | {"num_stages": min(config["num_stages"], how.k_steps)},
             )
-        return parts, how.t_start
+        return parts, activated, how.t_start
 
     key = ("down", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
     return launch(tuned(key, chosen.config, launch, "BM"))

@@ -29,8 +29,9 @@ from .targets import Target, cdiv
 
 @triton.jit(do_not_specialize=["M"])
 def down_input_gradient_kernel(
-    p_dx,  # [M, K], or None
-    p_dh,  # [M, K], contiguous, or None
+    p_dx,  # [M, K], contiguous, or None
+    p_dh,  # likewise
+    p_base,  # [M, K], or None: what dx is added to
     p_u,  # tuples from here, with one element for each sibling: [M, r], contiguous
     p_lora_a,  # [r, K]
     p_seed,  # int64, [1], or None
@@ -41,8 +42,8 @@ def down_input_gradient_kernel(
     stride_a_k,
     M,  # numbers again
     K,
-    stride_dx_m,
-    stride_dx_k,
+    stride_base_m,
+    stride_base_k,
     R: tl.constexpr,  # the ranks, a tuple: so that each loop's bound is constant
     SIBLINGS: tl.constexpr,
     MIXES: tl.constexpr,  # tuples, these four
@@ -50,7 +51,7 @@ def down_input_gradient_kernel(
     HAS_DROPOUT: tl.constexpr,
     OWN_SUM: tl.constexpr,  # a sibling's own sum, to be masked or shared out to dx and dh0; else all add to one
     HAS_DX: tl.constexpr,
-    ACCUMULATE: tl.constexpr,  # add to what dx holds
+    HAS_BASE: tl.constexpr,
     HAS_DH: tl.constexpr,
     SPLIT_U: tl.constexpr,
     SPLIT_A: tl.constexpr,
@@ -101,10 +102,10 @@ def down_input_gradient_kernel(
             b_dx = b_g
 
     if HAS_DX:
-        b_p_dx = p_dx + o_m[:, None] * stride_dx_m + o_k64[None, :] * stride_dx_k
-        if ACCUMULATE:
-            b_dx += tl.load(b_p_dx, mask=m_g, other=0.0).to(tl.float32)
-        tl.store(b_p_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_g)
+        if HAS_BASE:
+            b_p_base = p_base + o_m[:, None] * stride_base_m + o_k64[None, :] * stride_base_k
+            b_dx += tl.load(b_p_base, mask=m_g, other=0.0).to(tl.float32)
+        tl.store(p_dx + o_m[:, None] * K + o_k64[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_g)
     if HAS_DH:
         b_p_dh = p_dh + o_m[:, None] * K + o_k64[None, :]
         tl.store(b_p_dh, b_dh.to(p_dh.dtype.element_ty), mask=m_g)
@@ -147,7 +148,7 @@ def down_input_gradient(
     siblings: Sequence[DownGradients],
     *,
     dtype: torch.dtype | None = None,
-    accumulate_into: Tensor | None = None,  # [M, K]
+    base: Tensor | None = None,  # [M, K]
     residual_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # [M, K], [M, K]
     """``dx = sum of (1 - lambda) dx~`` and ``dh0 = sum of lambda dx~``, where ``dx~ = drop'(u A)``; either or both.
@@ -160,33 +161,29 @@ def down_input_gradient(
         siblings: u, the gradient of t, float32, ``[M, r]``, contiguous; A, ``[r, K]``, float16, bfloat16 or float32,
             with any strides; lambda, a number in [0, 1], or a floating point tensor with one element on the device of
             u; dropout and its seed. Any ranks. One or more.
-        dtype: of a fresh dx. None, and no ``accumulate_into``: dx is not wanted.
-        accumulate_into: the gradient of the frozen path, to which dx is added in place, in float32 and rounded once;
-            any of these dtypes, and any strides by which no two elements meet.
+        dtype: of dx; None: not wanted.
+        base: what dx is added to, before it is rounded: the gradient of another path. Any of these dtypes, any strides;
+            only read. Or None.
         residual_dtype: of dh0; None: not wanted.
 
     Returns:
-        dx (``accumulate_into`` itself if given) and dh0, each None if not wanted. What is fresh is contiguous.
+        dx and dh0, contiguous, each None if not wanted.
 
     Raises:
         TypeError: a dtype that the kernel does not take.
         ValueError: a shape that does not fit, u not contiguous, the seed missing, a rate of dropout
-            outside [0, 1), both ``dtype`` and ``accumulate_into``, or dh0 wanted where nothing mixes.
+            outside [0, 1), or dh0 wanted where nothing mixes.
     """
     M, K = _checked_sizes(siblings)
     if residual_dtype is not None and not any(sibling.mixes for sibling in siblings):
         raise ValueError("residual_dtype asks for the gradient of h0, but lambda_ is the number 0: it has none")
     device = siblings[0].u.device
-    if accumulate_into is not None:
-        if dtype is not None:
-            raise ValueError("both dtype and accumulate_into: a fresh dx or a sum, not both")
-        check_matrix("accumulate_into", accumulate_into, M, K, "u and lora_a")
-        if any(stride == 0 and size > 1 for stride, size in zip(accumulate_into.stride(), (M, K), strict=True)):
-            raise ValueError("accumulate_into is expanded, its elements share memory: clone it first")
-        dx = accumulate_into
-    else:
-        dx = None if dtype is None else torch.empty((M, K), dtype=dtype, device=device)
-    dh = None if residual_dtype is None else torch.empty((M, K), dtype=residual_dtype, device=device)
+    if base is not None:
+        check_matrix("base", base, M, K, "u and lora_a")
+    dx, dh = (
+        None if wanted is None else torch.empty((M, K), dtype=wanted, device=device)
+        for wanted in (dtype, residual_dtype)
+    )
     written = [tensor for tensor in (dx, dh) if tensor is not None]
     for tensor in written:
         check_dtype("the gradient", tensor.dtype)
@@ -194,8 +191,10 @@ def down_input_gradient(
         return dx, dh
     with_share = [sibling for sibling in siblings if sibling.u.shape[1] and (dx is not None or sibling.mixes)]
     if not with_share:
-        return dx if dx is None or accumulate_into is not None else dx.zero_(), None if dh is None else dh.zero_()
-    _launch(with_share, dx, dh, accumulate_into is not None)
+        if dx is not None:
+            dx = dx.zero_() if base is None else dx.copy_(base)
+        return dx, None if dh is None else dh.zero_()
+    _launch(with_share, dx, dh, None if dx is None else base)
     return dx, dh
 
 
@@ -212,7 +211,7 @@ def _checked_sizes(siblings: Sequence[DownGradients]) -> tuple[int, int]:
     return M, K
 
 
-def _launch(siblings: Sequence[DownGradients], dx: Tensor | None, dh: Tensor | None, accumulates: bool) -> None:
+def _launch(siblings: Sequence[DownGradients], dx: Tensor | None, dh: Tensor | None, base: Tensor | None) -> None:
     """:func:`down_input_gradient` into dx and dh0, for siblings that each have a share in something wanted."""
     written = [tensor for tensor in (dx, dh) if tensor is not None]
     (M, K), device = written[0].shape, written[0].device
@@ -229,12 +228,13 @@ def _launch(siblings: Sequence[DownGradients], dx: Tensor | None, dh: Tensor | N
     rates = [drawn(sibling.dropout_p) for sibling in siblings]
     lambdas = [sibling.lambda_ for sibling in siblings]
 
-    def launch(config: dict[str, int], dx: Tensor | None = dx) -> None:
+    def launch(config: dict[str, int]) -> None:
         grid = (cdiv(M, config["BM"]) * cdiv(K, config["BK"]),)
         with torch.cuda.device_of(written[0]):  # Triton launches on the current device; nothing for a CPU tensor
             down_input_gradient_kernel[grid](
                 p_dx=dx,
                 p_dh=dh,
+                p_base=base,
                 p_u=tuple(sibling.u for sibling in siblings),
                 p_lora_a=tuple(sibling.lora_a for sibling in siblings),
                 p_seed=tuple(sibling.dropout_seed if sibling.dropout_p else None for sibling in siblings),
@@ -245,8 +245,8 @@ def _launch(siblings: Sequence[DownGradients], dx: Tensor | None, dh: Tensor | N
                 stride_a_k=tuple(sibling.lora_a.stride(1) for sibling in siblings),
                 M=M,
                 K=K,
-                stride_dx_m=0 if dx is None else dx.stride(0),
-                stride_dx_k=0 if dx is None else dx.stride(1),
+                stride_base_m=0 if base is None else base.stride(0),
+                stride_base_k=0 if base is None else base.stride(1),
                 R=ranks,
                 SIBLINGS=len(siblings),
                 MIXES=mixes,
@@ -254,7 +254,7 @@ def _launch(siblings: Sequence[DownGradients], dx: Tensor | None, dh: Tensor | N
                 HAS_DROPOUT=drops,
                 OWN_SUM=own_sum,
                 HAS_DX=dx is not None,
-                ACCUMULATE=accumulates,
+                HAS_BASE=base is not None,
                 HAS_DH=dh is not None,
                 SPLIT_U=product.split_a,
                 SPLIT_A=product.split_b,
@@ -262,9 +262,6 @@ def _launch(siblings: Sequence[DownGradients], dx: Tensor | None, dh: Tensor | N
                 **config,
             )
 
-    def trial(config: dict[str, int]) -> None:
-        launch(config, dx.clone() if accumulates else dx)  # to which only the launch itself may add
-
     key = ("input gradient", M.bit_length(), K, ranks, lora_a_dtype, written_dtypes, dx is None, dh is None)
-    key += (product, mixes, drops, accumulates, device)
-    launch(tuned(key, chosen.config, trial, "BM"))
+    key += (product, mixes, drops, base is not None, device)
+    launch(tuned(key, chosen.config, launch, "BM"))

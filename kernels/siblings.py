@@ -9,14 +9,26 @@ import torch
 from torch import Tensor
 
 
+def rank_dtype(x_dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.dtype:
+    """Of t, d and a pre-activation: the 16 bits that x and the adapter share, to which what follows rounds anyway."""
+    if x_dtype == adapter_dtype:
+        return adapter_dtype
+    return torch.float64 if adapter_dtype == torch.float64 else torch.float32
+
+
 class DownProjection(NamedTuple):
-    """``t = drop((1 - lambda) x + lambda h0) A^T`` and, where wanted, ``d = drop(h0 - x) A^T``."""
+    """``t = drop((1 - lambda) x + lambda h0) A^T`` and, where wanted, ``d = drop(h0 - x) A^T``.
+
+    A bottleneck adapter adds its bias to t and wants f(t) too.
+    """
 
     lora_a: Tensor  # [r, K]
     lambda_: float | Tensor = 0.0  # a number in [0, 1], or a floating point tensor with one element
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None  # int64, one element; needed if dropout_p > 0
     difference: bool = False  # also ask for d, which the gradient of lambda needs
+    bias: Tensor | None = None  # [r]
+    activation: str | None = None  # f's name, in `reference.ACTIVATIONS`
 
     @property
     def mixes(self) -> bool:
@@ -24,9 +36,10 @@ class DownProjection(NamedTuple):
         return self.difference or isinstance(self.lambda_, Tensor) or self.lambda_ != 0
 
     @property
-    def kind(self) -> tuple[torch.dtype, bool, bool, bool]:
+    def kind(self) -> tuple[torch.dtype, bool, bool, bool, bool, str | None]:
         """What must be the same to share a launch."""
-        return self.lora_a.dtype, self.mixes, self.dropout_p > 0, self.difference
+        own = self.lora_a.dtype, self.mixes, self.dropout_p > 0, self.difference
+        return *own, self.bias is not None, self.activation
 
 
 class UpProjection(NamedTuple):
@@ -39,14 +52,20 @@ class UpProjection(NamedTuple):
 
 
 class UpGradients(NamedTuple):
-    """``u = s dY B`` and ``dB = s dY^T t``."""
+    """``u = s dY B``, ``dB = s dY^T t`` and the sum of dY over its rows.
+
+    With an activation f, of a bottleneck adapter, t stands for the pre-activation p: ``u = s (dY B) f'(p)`` is its
+    gradient, and ``dB = s dY^T f(p)``.
+    """
 
     grad_y: Tensor  # [M, N]
-    t: Tensor | None  # [M, r]; not looked at where dB is not wanted
+    t: Tensor | None  # [M, r]; not looked at where dB is not wanted and there is no activation
     lora_b: Tensor  # [N, r]
     scaling: float | Tensor
     wants_u: bool = True
     grad_dtype: torch.dtype | None = torch.float32  # of dB; None: not wanted
+    wants_sum: bool = False
+    activation: str | None = None
 
 
 class DownGradients(NamedTuple):

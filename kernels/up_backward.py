@@ -11,8 +11,7 @@ Compiled once for every rank, dtypes and plan; whatever M and N, but for what di
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,21 +19,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import targets
+from .activations import activate, activate_parts, activation_gradient, activation_gradient_of_parts
 from .autotune import tuned
-from .checks import check_dtype, check_low_rank, check_matrix, check_one_value
+from .checks import check_activation, check_dtype, check_low_rank, check_matrix, check_one_value
 from .partial_sums import sum_parts
-from .precision import Operands, float32_is_exact, operands, split_dot
+from .precision import Operands, float32_is_exact, split_dot
 from .siblings import UpGradients
-from .targets import Target, cdiv
+from .up_backward_plan import Launch, Plan, plan
 
 
 @triton.jit(do_not_specialize=["M"])
 def both_kernel(
     p_grad_y,  # [M, N]
     p_lora_b,  # [N, r]
-    p_t,  # [M, r], contiguous
-    p_u,  # [tiles along N, M, r]: a part of u for every tile of columns
+    p_t,  # [M, r], contiguous; of a bottleneck adapter p, and then f(p) takes its place
+    p_u,  # [tiles along N, M, r]: a part of u for every tile of columns, not yet times f'(p)
     p_grad_b,  # [programs along M, N, r]: a part of dB for every strip of rows
+    p_sum,  # [programs along M, N], or None: a part of the sum of dY for every strip of rows
     scaling,  # a number, or a pointer to one
     M,
     N,
@@ -45,6 +46,8 @@ def both_kernel(
     R: tl.constexpr,
     STEPS: tl.constexpr,  # tiles of rows to a program: a constant, as the loop's bound
     SCALING_IS_TENSOR: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # f's name, or None
     SPLIT_G_U: tl.constexpr,
     SPLIT_B: tl.constexpr,
     DOT_DTYPE_U: tl.constexpr,
@@ -70,6 +73,7 @@ def both_kernel(
     b_p_b = p_lora_b + o_n[:, None] * stride_b_n + o_r.to(tl.int64)[None, :] * stride_b_r
     b_b = tl.load(b_p_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
     b_grad_b = tl.zeros([BN, BR], dtype=tl.float32)  # [BN, BR]
+    b_sum = tl.zeros([BN], dtype=tl.float32)  # [BN]
     for i in range(STEPS):
         o_m = (i_m * STEPS + i) * BM + tl.arange(0, BM)  # [BM]
         m_m = o_m < M
@@ -78,6 +82,10 @@ def both_kernel(
         b_p_g = p_grad_y + o_m[:, None] * stride_g_m + o_n[None, :] * stride_g_n
         b_grad_y = tl.load(b_p_g, mask=m_m[:, None] & m_n[None, :], other=0.0)  # [BM, BN]
         b_t = tl.load(p_t + o_mr, mask=m_mr, other=0.0)  # [BM, BR]
+        if ACTIVATION is not None:
+            b_t = activate(b_t.to(tl.float32), ACTIVATION)
+        if HAS_SUM:
+            b_sum += tl.sum(b_grad_y.to(tl.float32), axis=0)
         b_u = tl.zeros([BM, BR], dtype=tl.float32)  # [BM, BR]
         b_u = split_dot(b_grad_y, b_b, b_u, SPLIT_G_U, SPLIT_B, DOT_DTYPE_U)
         tl.store(p_u + i_n * M * R + o_mr, b_scaling * b_u, mask=m_mr)
@@ -85,6 +93,8 @@ def both_kernel(
 
     o_nr = o_n[:, None] * R + o_r[None, :]
     tl.store(p_grad_b + i_m * N * R + o_nr, b_scaling * b_grad_b, mask=m_n[:, None] & m_r[None, :])
+    if HAS_SUM:
+        tl.store(p_sum + i_m * N + o_n, b_sum, mask=m_n)
 
 
 @triton.jit
@@ -92,6 +102,9 @@ def product_kernel(
     p_g,  # [Q, J]: dY for u, its transpose for dB
     p_w,  # [J, r]: B for u, t for dB
     p_out,  # [parts, Q, r]
+    p_sum,  # [parts, Q], or None: the sum of dY along J
+    p_pre_activation,  # [Q, r], contiguous, or None: p, where the product is u and one part
+    p_activated,  # likewise, or None: f(p)
     scaling,  # a number, or a pointer to one
     Q,
     J,
@@ -102,6 +115,9 @@ def product_kernel(
     R: tl.constexpr,
     STEPS: tl.constexpr,  # tiles along J to a program
     SCALING_IS_TENSOR: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    HAS_ACTIVATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # f's name, or None
     SPLIT_G: tl.constexpr,
     SPLIT_W: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -120,6 +136,7 @@ def product_kernel(
     m_r = o_r < R
 
     b_out = tl.zeros([BQ, BR], dtype=tl.float32)  # [BQ, BR]
+    b_sum = tl.zeros([BQ], dtype=tl.float32)  # [BQ]
     for i in range(STEPS):
         o_j = (i_part * STEPS + i) * BJ + tl.arange(0, BJ)  # [BJ]
         m_j = o_j < J
@@ -128,206 +145,125 @@ def product_kernel(
         b_g = tl.load(b_p_g, mask=m_q[:, None] & m_j[None, :], other=0.0)  # [BQ, BJ]
         b_w = tl.load(b_p_w, mask=m_j[:, None] & m_r[None, :], other=0.0)  # [BJ, BR]
         b_out = split_dot(b_g, b_w, b_out, SPLIT_G, SPLIT_W, DOT_DTYPE)
+        if HAS_SUM:
+            b_sum += tl.sum(b_g.to(tl.float32), axis=1)
 
     if SCALING_IS_TENSOR:
         b_scaling = tl.load(scaling).to(tl.float32)
     else:
         b_scaling = scaling
-    b_p_out = p_out + i_part * Q * R + o_q[:, None] * R + o_r[None, :]
-    tl.store(b_p_out, b_scaling * b_out, mask=m_q[:, None] & m_r[None, :])
+    b_out *= b_scaling
+    o_qr = o_q[:, None] * R + o_r[None, :]
+    m_qr = m_q[:, None] & m_r[None, :]
+    if ACTIVATION is not None:
+        b_p = tl.load(p_pre_activation + o_qr, mask=m_qr, other=0.0).to(tl.float32)  # [BQ, BR]
+        b_out = activation_gradient(b_out, b_p, ACTIVATION)
+        if HAS_ACTIVATED:
+            tl.store(p_activated + o_qr, activate(b_p, ACTIVATION).to(p_activated.dtype.element_ty), mask=m_qr)
+    tl.store(p_out + i_part * Q * R + o_qr, b_out, mask=m_qr)
+    if HAS_SUM:
+        if i_r == 0:
+            tl.store(p_sum + i_part * Q + o_q, b_sum, mask=m_q)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel, and how it cuts its sums."""
+class UpResults(NamedTuple):
+    """What :func:`up_backward_siblings` returns for each sibling; None for what is not wanted."""
 
-    config: dict[str, int]  # tile sizes, STEPS, num_warps, num_stages
-    programs: int
-    parts: int  # of the sum; of u where dB is another
-    grad_b_parts: int = 1
+    u: Tensor | None  # [M, r], float32
+    grad_b: Tensor | None  # [N, r]
+    grad_y_sum: Tensor | None  # [N], float32
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the two products are taken: in one pass over dY, or each in its own."""
+def up_backward_siblings(siblings: Sequence[UpGradients]) -> list[UpResults]:
+    """``u = s dY B``, ``dB = s dY^T t``, summed in float32 and rounded once, and the sum of dY over rows, for each.
 
-    dot_u: Operands  # of dY and B
-    dot_grad_b: Operands  # of dY and t
-    both: Launch | None
-    u: Launch
-    grad_b: Launch
-
-
-#: About how many programs a launch has for each multiprocessor, or up to twice as many, where there is work for them.
-PROGRAMS = 2
-
-#: What a launch more is worth: the bytes that an H200 moves in a microsecond, about what it takes to start a kernel. By
-#: count, not measured.
-BYTES_OF_LAUNCH = 4 * 2**20
-
-
-@lru_cache(maxsize=1024)
-def plan(
-    M: int, N: int, r: int, grad_y_dtype: torch.dtype, lora_b_dtype: torch.dtype, target: Target, exact: bool = True
-) -> Plan:
-    """The plan for sizes of at least 1: one pass where two move no fewer bytes, or fewer than a launch."""
-    exact = exact and grad_y_dtype == lora_b_dtype == torch.float32
-    t_dtype = grad_y_dtype if grad_y_dtype == lora_b_dtype else torch.float32  # t counts as 16-bit where both are
-    dots = operands(grad_y_dtype, lora_b_dtype, exact), operands(grad_y_dtype, t_dtype, exact)
-    itemsize = grad_y_dtype.itemsize
-    both = launch_of_both(M, N, r, *dots, itemsize, target)
-    u = launch_of_product(M, N, r, dots[0], itemsize, target)
-    grad_b = launch_of_product(N, M, r, dots[1], itemsize, target)
-    if both is not None:
-        sizes = (M, N, r, itemsize, lora_b_dtype.itemsize)
-        one = bytes_moved(*sizes, 1, both.parts, both.grad_b_parts)
-        if one >= bytes_moved(*sizes, 2, u.parts, grad_b.parts) + BYTES_OF_LAUNCH:
-            both = None
-    return Plan(*dots, both, u, grad_b)
-
-
-def launch_of_both(
-    M: int, N: int, r: int, dot_u: Operands, dot_grad_b: Operands, itemsize: int, target: Target
-) -> Launch | None:
-    """One pass over dY for u and dB; None where the two sums do not fit into registers.
-
-    The wider a tile, the fewer the parts of u; its height costs nothing, as a program walks down a strip of rows.
-    """
-    split = dot_u.split_a or dot_u.split_b or dot_grad_b.split_b
-    BR = max(16, triton.next_power_of_2(r))  # 16: the least that a dot takes
-    if BR > (32 if dot_u.dtype != torch.float32 and not split else 16):
-        return None
-    num_warps = 8
-    if dot_u.dtype == torch.float32:
-        BN, num_stages = 64, 2
-    elif dot_u.split_a or dot_grad_b.split_a:
-        # The parts of dY take the registers. AMD's 4 warps are 256 threads, as 8 elsewhere, and 8 spill.
-        BN, num_stages, num_warps = 128, 1, 4 if target.hip else 8
-    else:
-        # One stage ahead spills on gfx942; where B or t is split, registers leave room for one program.
-        BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), 1 if split else 2)
-    BM = 64
-    u_parts = cdiv(N, BN)
-    steps, grad_b_parts = _cut(cdiv(M, BM), u_parts, target)
-    config = {"BM": BM, "BN": BN, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
-    return Launch(config, u_parts * grad_b_parts, u_parts, grad_b_parts)
-
-
-def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, target: Target) -> Launch:
-    """One pass over dY, ``[Q, J]`` or transposed, for one of the two."""
-    BR = max(16, triton.next_power_of_2(r))
-    sm_120 = target.capability == 120
-    if dot.dtype == torch.float32:
-        # Multiplied without tensor cores, from registers: larger tiles spill, on sm_120 4 warps too.
-        BJ, BR, num_warps = 16, min(BR, 64), 8 if sm_120 and BR > 16 else 4
-    elif dot.split_a or dot.split_b:
-        BJ, BR, num_warps = 32, min(BR, 128), 4 if target.hip else 8  # 256 threads load 16 bytes of a 16-bit dY each
-        # Tensor cores that multiply from registers: 8 warps would spill to make room for another program.
-        if sm_120 and BR == 16:
-            BJ, num_warps = 64, 4
-        elif (sm_120 or target.capability == 80) and BR == 64:
-            num_warps = 4
-    else:
-        BJ, BR, num_warps = 64, min(BR, 128), 8 if BR > (16 if sm_120 else 64) else 4
-    BQ = 64
-    tiles = cdiv(Q, BQ) * cdiv(r, BR)
-    steps, parts = _cut(cdiv(J, BJ), tiles, target)
-    num_stages = target.stages(2, BJ * (BQ * itemsize + BR * 4), PROGRAMS)
-    config = {"BQ": BQ, "BJ": BJ, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
-    return Launch(config, tiles * parts, parts)
-
-
-def _cut(tiles: int, programs: int, target: Target) -> tuple[int, int]:
-    """Steps, a power of two (a kernel is compiled for each), and parts of a sum that goes over so many tiles.
-
-    As many parts, if there are tiles for them, as make PROGRAMS for each multiprocessor of the programs for one part.
-    """
-    wanted = max(1, PROGRAMS * target.multiprocessors // programs)
-    steps = 1 << max(1, tiles // wanted).bit_length() - 1
-    return steps, cdiv(tiles, steps)
-
-
-def bytes_moved(
-    M: int, N: int, r: int, grad_y_itemsize: int, lora_b_itemsize: int, passes: int, u_parts: int, grad_b_parts: int
-) -> int:
-    """What passes through memory: each input once a pass, the parts of a sum twice, its total once.
-
-    Left out are the reads that the cache answers: B's and t's by other programs, dY's by other tiles of the rank.
-    """
-
-    def of_sum(parts: int, numel: int) -> int:
-        return 4 * numel * (2 * parts + 1 if parts > 1 else 1)
-
-    inputs = passes * M * N * grad_y_itemsize + N * r * lora_b_itemsize + M * r * 4
-    return inputs + of_sum(u_parts, M * r) + of_sum(grad_b_parts, N * r)
-
-
-def up_backward_siblings(siblings: Sequence[UpGradients]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """``u = s dY B``, in float32, and ``dB = s dY^T t``, summed in float32 and rounded once, for each sibling.
+    With an activation f: ``u = s (dY B) f'(p)`` and ``dB = s dY^T f(p)``, in the same passes.
 
     Where dY and B have one 16-bit dtype, t is rounded to it; elsewhere the products are within 1e-4 of float32's, by
     ``precision.split_dot``. Where both are float32, they are multiplied as float32 unless torch allows less.
 
     Args:
         siblings: on one device. Each has dY, ``[M, N]``, and B, ``[N, r]``, float16, bfloat16 or float32, with any
-            strides; t, float32, ``[M, r]``, contiguous; s, a number, or a floating point tensor with one element; and
-            what is wanted: u, and dB in a dtype. M too may differ.
-
-    Returns:
-        For each sibling u, ``[M, r]``, and dB, ``[N, r]``, contiguous; None for what is not wanted.
+            strides; t, or p, ``[M, r]``, contiguous, any of these dtypes; s, a number, or a floating point tensor with
+            one element; and what is wanted: u, dB in a dtype, the sum. M too may differ.
 
     Raises:
         TypeError: a dtype that the kernels do not take.
-        ValueError: a shape that does not fit, t missing or not contiguous.
+        ValueError: a shape that does not fit, t missing or not contiguous, or an activation that has no kernel.
     """
     for sibling in siblings:
         _check(sibling)
-    parts = [part for sibling in siblings for part in _launch(sibling)]
-    dtypes = [dtype for sibling in siblings for dtype in (torch.float32, sibling.grad_dtype)]
-    sums = sum_parts(parts, dtypes)
-    return list(zip(sums[::2], sums[1::2], strict=True))
+    launched = [_launch(sibling) for sibling in siblings]
+    dtypes = [dtype for sibling in siblings for dtype in (torch.float32, sibling.grad_dtype, torch.float32)]
+    sums = sum_parts([part for parts in launched for part in parts], dtypes)
+    return [UpResults(*sums[i : i + 3]) for i in range(0, len(sums), 3)]
 
 
 def _check(sibling: UpGradients) -> None:
-    grad_y, t, lora_b, scaling, _, grad_dtype = sibling
+    grad_y, t, lora_b, scaling, _, grad_dtype, _, activation = sibling
+    check_activation(activation)
     check_matrix("lora_b", lora_b, "N", "r")
-    if grad_dtype is not None:
+    reads_t = grad_dtype is not None or activation is not None
+    if reads_t:
         if t is None:
-            raise ValueError("t is None, but dB is wanted: pass t, or grad_dtype=None")
+            raise ValueError("t is None, but dB is wanted, or an activation: pass t (or p), or grad_dtype=None")
         check_low_rank("t", t)
         check_matrix("lora_b", lora_b, "N", t.shape[1], "t")
+    if grad_dtype is not None:
         check_dtype("grad_dtype", grad_dtype)
     check_one_value("scaling", scaling)
-    rows = "M" if grad_dtype is None else t.shape[0]
-    check_matrix("grad_y", grad_y, rows, lora_b.shape[0], "t and lora_b")
+    check_matrix("grad_y", grad_y, t.shape[0] if reads_t else "M", lora_b.shape[0], "t and lora_b")
 
 
-def _launch(sibling: UpGradients) -> tuple[Tensor | None, Tensor | None]:
-    """The parts of u, ``[parts, M, r]``, and of dB, ``[parts, N, r]``, where they are wanted."""
-    grad_y, t, lora_b, scaling, wants_u, grad_dtype = sibling
-    wants_grad_b = grad_dtype is not None
+def _launch(sibling: UpGradients) -> UpResults:
+    """Each result in parts, of which there is a first dimension."""
+    grad_y, t, lora_b, scaling, wants_u, grad_dtype, wants_sum, activation = sibling
+    wants_grad_b, device = grad_dtype is not None, grad_y.device
     (M, N), r = grad_y.shape, lora_b.shape[1]
     if M == 0 or N == 0 or r == 0:
-        u = torch.zeros((1, M, r), dtype=torch.float32, device=grad_y.device) if wants_u else None
-        return u, torch.zeros((1, N, r), dtype=grad_dtype, device=grad_y.device) if wants_grad_b else None
-    chosen = plan(M, N, r, grad_y.dtype, lora_b.dtype, targets.target_of(grad_y.device), float32_is_exact())
+        u = torch.zeros((1, M, r), dtype=torch.float32, device=device) if wants_u else None
+        grad_b = torch.zeros((1, N, r), dtype=grad_dtype, device=device) if wants_grad_b else None
+        return UpResults(u, grad_b, grad_y.sum(0, dtype=torch.float32)[None] if wants_sum else None)
+    target, activates = targets.target_of(device), activation is not None
+    chosen = plan(M, N, r, grad_y.dtype, lora_b.dtype, target, float32_is_exact(), wants_sum, activates)
     with torch.cuda.device_of(grad_y):  # Triton launches on the current device; does nothing for a CPU tensor
         if chosen.both is not None and wants_u and wants_grad_b:
-            return _launch_both(chosen, grad_y, t, lora_b, scaling)
-        return (
-            _launch_product(chosen.u, grad_y, lora_b, scaling, chosen.dot_u) if wants_u else None,
-            _launch_product(chosen.grad_b, grad_y.T, t, scaling, chosen.dot_grad_b) if wants_grad_b else None,
-        )
+            u, grad_b, summed = _launch_both(chosen, sibling)
+            if activation is not None:
+                u = activation_gradient_of_parts(u, t, activation)[None]
+            return UpResults(u, grad_b, summed)
+        u = grad_b = summed = None
+        if wants_u:
+            # f(p) is written on the way, for the pass over dY that follows.
+            activated = torch.empty_like(t) if activation is not None and wants_grad_b else None
+            epilogue = None if activation is None else Epilogue(t, activated, activation)
+            u, _ = _launch_product(chosen.u, grad_y, lora_b, scaling, chosen.dot_u, epilogue=epilogue)
+            t = t if activated is None else activated
+        elif activation is not None and wants_grad_b:
+            _, t = activate_parts(t[None], None, activation, t.dtype)
+        if wants_grad_b:
+            grad_b, summed = _launch_product(chosen.grad_b, grad_y.T, t, scaling, chosen.dot_grad_b, wants_sum)
+        elif wants_sum:
+            summed = grad_y.sum(0, dtype=torch.float32)[None]
+    return UpResults(u, grad_b, summed)
 
 
-def _launch_both(
-    chosen: Plan, grad_y: Tensor, t: Tensor, lora_b: Tensor, scaling: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """The parts of u, ``[parts, M, r]``, and of dB, ``[parts, N, r]``."""
+class Epilogue(NamedTuple):
+    """What a bottleneck adapter does to u in the pass that makes it."""
+
+    pre_activation: Tensor  # [M, r], contiguous
+    activated: Tensor | None  # likewise: room for f(p)
+    activation: str
+
+
+def _launch_both(chosen: Plan, sibling: UpGradients) -> UpResults:
+    """The parts of u, ``[parts, M, r]``, not yet times f'(p), of dB, ``[parts, N, r]``, and of the sum of dY."""
+    grad_y, t, lora_b, scaling, _, _, wants_sum, activation = sibling
     launch, dot_u, dot_grad_b = chosen.both, chosen.dot_u, chosen.dot_grad_b
-    (M, N), r = grad_y.shape, lora_b.shape[1]
-    u_parts = torch.empty((launch.parts, M, r), dtype=torch.float32, device=grad_y.device)
-    grad_b_parts = torch.empty((launch.grad_b_parts, N, r), dtype=torch.float32, device=grad_y.device)
+    (M, N), r, device = grad_y.shape, lora_b.shape[1], grad_y.device
+    u_parts = torch.empty((launch.parts, M, r), dtype=torch.float32, device=device)
+    grad_b_parts = torch.empty((launch.grad_b_parts, N, r), dtype=torch.float32, device=device)
+    sums = torch.empty((launch.grad_b_parts, N), dtype=torch.float32, device=device) if wants_sum else None
 
     def run(config: dict[str, int]) -> None:
         both_kernel[(launch.programs,)](
@@ -336,6 +272,7 @@ def _launch_both(
             p_t=t,
             p_u=u_parts,
             p_grad_b=grad_b_parts,
+            p_sum=sums,
             scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
             M=M,
             N=N,
@@ -345,6 +282,8 @@ def _launch_both(
             stride_b_r=lora_b.stride(1),
             R=r,
             SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+            HAS_SUM=wants_sum,
+            ACTIVATION=activation,
             SPLIT_G_U=dot_u.split_a,
             SPLIT_B=dot_u.split_b,
             DOT_DTYPE_U=dot_u.tl_dtype,
@@ -354,21 +293,37 @@ def _launch_both(
             **config,
         )
 
-    key = ("both gradients of up", M.bit_length(), N, r, grad_y.dtype, lora_b.dtype, dot_u, grad_y.device)
-    run(tuned((*key, launch.config["STEPS"]), launch.config, run))
-    return u_parts, grad_b_parts
+    key = ("both gradients of up", M.bit_length(), N, r, grad_y.dtype, t.dtype, lora_b.dtype, dot_u, wants_sum)
+    run(tuned((*key, activation, device, launch.config["STEPS"]), launch.config, run))
+    return UpResults(u_parts, grad_b_parts, sums)
 
 
-def _launch_product(launch: Launch, g: Tensor, w: Tensor, scaling: float | Tensor, dot: Operands) -> Tensor:
-    """The parts of ``s g w``, ``[parts, Q, r]``; g is ``[Q, J]``, w ``[J, r]``."""
+def _launch_product(
+    launch: Launch,
+    g: Tensor,
+    w: Tensor,
+    scaling: float | Tensor,
+    dot: Operands,
+    wants_sum: bool = False,
+    epilogue: Epilogue | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The parts of ``s g w``, ``[parts, Q, r]``, and of g's sum along J; g is ``[Q, J]``, w ``[J, r]``.
+
+    With an epilogue one part, which it has been applied to.
+    """
     (Q, J), r = g.shape, w.shape[1]
     out = torch.empty((launch.parts, Q, r), dtype=torch.float32, device=g.device)
+    sums = torch.empty((launch.parts, Q), dtype=torch.float32, device=g.device) if wants_sum else None
+    p, activated, activation = epilogue if epilogue is not None and launch.parts == 1 else (None, None, None)
 
     def run(config: dict[str, int]) -> None:
         product_kernel[(launch.programs,)](
             p_g=g,
             p_w=w,
             p_out=out,
+            p_sum=sums,
+            p_pre_activation=p,
+            p_activated=activated,
             scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
             Q=Q,
             J=J,
@@ -378,12 +333,18 @@ def _launch_product(launch: Launch, g: Tensor, w: Tensor, scaling: float | Tenso
             stride_w_r=w.stride(1),
             R=r,
             SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+            HAS_SUM=wants_sum,
+            HAS_ACTIVATED=activated is not None,
+            ACTIVATION=activation,
             SPLIT_G=dot.split_a,
             SPLIT_W=dot.split_b,
             DOT_DTYPE=dot.tl_dtype,
             **config,
         )
 
-    key = ("a gradient of up", Q.bit_length(), J.bit_length(), r, g.dtype, w.dtype, dot, g.stride(1) == 1, g.device)
-    run(tuned((*key, launch.config["STEPS"]), launch.config, run))
-    return out
+    key = ("a gradient of up", Q.bit_length(), J.bit_length(), r, g.dtype, w.dtype, dot, g.stride(1) == 1, wants_sum)
+    run(tuned((*key, activation, g.device, launch.config["STEPS"]), launch.config, run))
+    if epilogue is not None and activation is None:
+        p, activated, activation = epilogue
+        out = activation_gradient_of_parts(out, p, activation, activated)[None]
+    return out, sums

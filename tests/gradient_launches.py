@@ -11,14 +11,17 @@ from torch import Tensor
 from sibo_triton import reference
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
-from sibo_triton.kernels.siblings import DownGradients, UpGradients
+from sibo_triton.kernels.siblings import DownGradients, UpGradients, rank_dtype
 from sibo_triton.kernels.targets import cdiv
 from sibo_triton.kernels.up_backward import up_backward_siblings
 
 
 @dataclass(frozen=True)
 class UpBackward:
-    """``u = s dY B`` and ``dB = s dY^T t``, for siblings of which the first is the widest."""
+    """``u = s dY B`` and ``dB = s dY^T t``, for siblings of which the first is the widest.
+
+    With an activation f: ``u = s (dY B) f'(t)`` and ``dB = s dY^T f(t)``.
+    """
 
     m: int
     n: int
@@ -30,6 +33,8 @@ class UpBackward:
     scaling_is_tensor: bool = False
     strides: str = "contiguous"
     grad_dtype: torch.dtype = FP32
+    wants_sum: bool = False
+    activation: str | None = None
 
     def inputs(self, device: str) -> Inputs:
         tensors = {}
@@ -37,7 +42,7 @@ class UpBackward:
             n = self.n if i == 0 else cdiv(self.n, 4)
             tensors |= {
                 f"grad_y{i}": matrix(f"grad_y{i}", self.m, n, self.g_dtype, device, self.strides),
-                f"t{i}": matrix(f"t{i}", self.m, rank, FP32, device),
+                f"t{i}": matrix(f"t{i}", self.m, rank, rank_dtype(self.g_dtype, self.b_dtype), device),
                 f"b{i}": matrix(f"b{i}", n, rank, self.b_dtype, device),
                 f"scaling{i}": torch.full((1,), self.scaling / (i + 1), device=device),
             }
@@ -53,13 +58,13 @@ class UpBackward:
                 tensors[f"scaling{i}"] if self.scaling_is_tensor else self.scaling / (i + 1),
                 wants_u,
                 self.grad_dtype if wants_grad_b else None,
+                self.wants_sum,
+                self.activation,
             )
             for i in range(len(self.ranks))
         ]
         results = enumerate(up_backward_siblings(siblings))
-        named = {
-            f"{name}{i}": tensor for i, both in results for name, tensor in zip(("u", "grad_b"), both, strict=True)
-        }
+        named = {f"{name}{i}": tensor for i, result in results for name, tensor in result._asdict().items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def expected(self, tensors: Inputs) -> dict[str, Expected]:
@@ -68,12 +73,24 @@ class UpBackward:
         operands = 0.0 if in_parts or dtype == FP32 else ROUNDING[dtype]
         for i in range(len(self.ranks)):
             grad_y, s = tensors[f"grad_y{i}"], float(tensors[f"scaling{i}"])
+            t, slope = tensors[f"t{i}"], torch.ones((), dtype=torch.float64)
+            if self.activation is not None:
+                p = t.double().requires_grad_()
+                with torch.enable_grad():
+                    activated = reference.ACTIVATIONS[self.activation](p)
+                    (slope,) = torch.autograd.grad(activated.sum(), p)
+                t = activated.detach().to(t.dtype)
             u = ("u", grad_y, tensors[f"b{i}"], FP32)
-            grad_b = ("grad_b", grad_y.T, tensors[f"t{i}"], self.grad_dtype)
+            grad_b = ("grad_b", grad_y.T, t, self.grad_dtype)
             for name, g, w, result_dtype in [of for of, wanted in zip((u, grad_b), self.wants, strict=True) if wanted]:
                 exact, terms = s * (g.double() @ w.double()), s * (g.double().abs() @ w.double().abs())
                 by_torch = (s * (g.to(dtype) @ w.to(dtype)).float()).to(result_dtype)
+                if name == "u":
+                    exact, terms, by_torch = exact * slope, terms * (slope.abs() + 0.1), by_torch * slope.float()
                 named[f"{name}{i}"] = Expected(exact, terms, by_torch, operands, in_parts, g.shape[1])
+            if self.wants_sum:
+                sums = grad_y.double().sum(0), grad_y.double().abs().sum(0), grad_y.float().sum(0)
+                named[f"grad_y_sum{i}"] = Expected(*sums, 0.0, False, self.m)
         return named
 
 
@@ -139,7 +156,7 @@ class InputGradient:
     a_dtype: torch.dtype
     lambda_: float = 0.3
     p: float = 0.0
-    adds: bool = False  # dx to the gradient of the frozen path
+    adds: bool = False  # dx to the gradient of another path
     wants_dh: bool = False
     lambda_is_tensor: bool = False
     strides: str = "contiguous"  # of what it adds to
@@ -152,16 +169,10 @@ class InputGradient:
         return tensors
 
     def launch(self, tensors: Inputs) -> dict[str, Tensor]:
-        into = None
-        if self.adds:  # in place, and the inputs stay as they are
-            into = torch.empty_strided(
-                tensors["base"].shape, tensors["base"].stride(), dtype=self.x_dtype, device=tensors["base"].device
-            )
-            into.copy_(tensors["base"])
         dx, dh = down_input_gradient(
             siblings_of(self, tensors, None),
-            dtype=None if self.adds else self.x_dtype,
-            accumulate_into=into,
+            dtype=self.x_dtype,
+            base=tensors.get("base"),
             residual_dtype=self.x_dtype if self.wants_dh else None,
         )
         return {"dx": dx} | ({"dh": dh} if self.wants_dh else {})

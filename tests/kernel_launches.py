@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sibo_triton import reference
 from sibo_triton.kernels import up as up_module
-from sibo_triton.kernels.down import down_siblings
+from sibo_triton.kernels.down import down_activated_siblings, down_siblings
 from sibo_triton.kernels.low_rank import low_rank_siblings
-from sibo_triton.kernels.siblings import DownProjection, UpProjection
+from sibo_triton.kernels.siblings import DownProjection, UpProjection, rank_dtype
 from sibo_triton.kernels.targets import cdiv
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -154,6 +154,49 @@ class Down:
 
 
 @dataclass(frozen=True)
+class Activated:
+    """``p = drop((1 - lambda) x + lambda h0) W^T + b`` and f(p), of a bottleneck adapter."""
+
+    m: int
+    k: int
+    rank: int
+    x_dtype: torch.dtype
+    a_dtype: torch.dtype
+    activation: str = "tanh"
+    lambda_: float = 0.0
+    p: float = 0.0
+    has_bias: bool = True
+
+    @property
+    def down(self) -> Down:
+        return Down(self.m, self.k, (self.rank,), self.x_dtype, self.a_dtype, self.lambda_, self.p)
+
+    def inputs(self, device: str) -> Inputs:
+        tensors = self.down.inputs(device)
+        if self.has_bias:
+            tensors["bias"] = matrix("bias", 1, self.rank, self.a_dtype, device)[0]
+        return tensors
+
+    def launch(self, tensors: Inputs) -> dict[str, Tensor]:
+        (one,) = self.down.siblings(tensors)
+        own = one._replace(bias=tensors.get("bias"), activation=self.activation)
+        ((p, _, activated),) = down_activated_siblings(tensors["x"], [own], tensors.get("h0"))
+        return {"p": p, "activated": activated}
+
+    def expected(self, tensors: Inputs) -> dict[str, Expected]:
+        (t,) = self.down.expected(tensors).values()
+        bias = tensors.get("bias", tensors["x"].new_zeros(()))
+        exact, terms = t.exact + bias.double(), t.terms + bias.double().abs()
+        kept = rank_dtype(self.x_dtype, self.a_dtype)
+        by_torch = (t.by_torch + bias.to(t.by_torch.dtype)).to(kept)
+        f = reference.ACTIVATIONS[self.activation]
+        of_p = Expected(exact, terms, by_torch, t.operands, t.in_parts, self.k)
+        # no activation is steeper than 1.13
+        activated = Expected(f(exact), 1.13 * terms, f(by_torch), t.operands, t.in_parts, self.k)
+        return {"p": of_p, "activated": activated}
+
+
+@dataclass(frozen=True)
 class Up:
     """``y = s (t B^T + b)``, alone or added to a base output."""
 
@@ -171,7 +214,7 @@ class Up:
     def inputs(self, device: str) -> Inputs:
         far = self.strides == "far"
         tensors = {
-            "t": matrix("t", self.m, self.rank, FP32, device),
+            "t": matrix("t", self.m, self.rank, rank_dtype(self.y_dtype, self.b_dtype), device),
             "b": matrix("b", self.n, self.rank, self.b_dtype, device, "contiguous" if far else self.strides),
             "scaling": torch.full((1,), self.scaling, device=device),
         }

@@ -231,7 +231,7 @@ def test_kept_are_x_and_h0_themselves_and_what_has_the_size_of_the_bottleneck(ad
     given = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, torch.Tensor)}
     _, storages = saved_storages(lambda: add_bottleneck(**arguments))
     kept = sum(size for address, size in storages.items() if address not in given)
-    assert kept == 40 * 8 * 4 * 4 * (2 if mixes == "learnable" else 1)  # p, and d
+    assert kept == 40 * 8 * 4 * adapter_dtype.itemsize * (2 if mixes == "learnable" else 1)  # p, and d
     assert arguments["x"].untyped_storage().data_ptr() in storages
 
 

@@ -317,7 +317,7 @@ def test_kept_are_x_and_h0_themselves_and_what_has_the_size_of_the_rank(adapter_
     operation, _ = operations(case)
     _, storages = saved_storages(lambda: operation(**arguments))
     kept = sum(size for address, size in storages.items() if address not in given)
-    rank_sized = 40 * 8 * 4 * 4
+    rank_sized = 40 * 8 * 4 * adapter_dtype.itemsize  # t, in the dtype that x and A share
     assert kept == rank_sized * (2 if mixes == "learnable" else 1)
     assert arguments["x"].untyped_storage().data_ptr() in storages
 

@@ -145,7 +145,7 @@ def backward(
     """
     with without_autocast(grads_y[0].device.type):
         gs = [as_matrix(grad_y) for grad_y in grads_y]  # [M, N]
-        us, grads_b = _up_backward(settings, saved, gs, wants)
+        us, grads_b, sums = _up_backward(settings, saved, gs, wants)
         grads_a, dx, dh = _down_backward(settings, saved, us, wants)
         leading = grads_y[0].shape[:-1]
         if dx is not None:
@@ -162,9 +162,9 @@ def backward(
             if wanted.weight:
                 weight = g.t() @ as_matrix(kept.x).to(own.dtype)
             if wanted.bias:
-                bias = g.sum(0)
+                bias = sums[i]
             if wanted.lora_bias:
-                lora_bias = g.sum(0, dtype=torch.promote_types(own.adapter_dtype, torch.float32)) * own.scaling
+                lora_bias = sums[i] * own.scaling
             base = grads_y[i] if wanted.base else None
             of_x, of_h = (dx, dh) if i == 0 else (None, None)
             gradients.append(Inputs(base, of_x, weight, bias, grads_a[i], grads_b[i], lora_bias, of_h, dlambda, None))
@@ -173,22 +173,26 @@ def backward(
 
 def _up_backward(
     settings: Sequence[Settings], saved: Sequence[Saved], gs: list[Tensor], wants: Sequence[Inputs]
-) -> tuple[list[Any], list[Any]]:
-    """u and dB of each layer, where wanted."""
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """u, dB and, for the biases, the sum of dY over its rows, of each layer, where wanted."""
     us: list[Any] = [None] * len(gs)
     grads_b: list[Any] = [None] * len(gs)
+    sums: list[Any] = [None] * len(gs)
     asked, places = [], []
     for i, (own, kept, g, wanted) in enumerate(zip(settings, saved, gs, wants, strict=True)):
-        wants_u = _through_t(wanted)[1]
+        wants_u, wants_sum = _through_t(wanted)[1], wanted.bias or wanted.lora_bias
         if wants_u or wanted.lora_b:
             grad_dtype = kept.lora_b.dtype if wanted.lora_b else None
             b = kept.lora_b.to(own.adapter_dtype)
-            asked.append(UpGradients(g, kept.t, b, own.scaling, wants_u, grad_dtype))
+            asked.append(UpGradients(g, kept.t, b, own.scaling, wants_u, grad_dtype, wants_sum))
             places.append(i)
+        elif wants_sum:
+            sums[i] = g.sum(0, dtype=torch.promote_types(own.adapter_dtype, torch.float32))
     if asked:
-        for i, (u, grad_b) in zip(places, implementation(settings[0].backend).up_backward_siblings(asked), strict=True):
-            us[i], grads_b[i] = u, grad_b
-    return us, grads_b
+        results = implementation(settings[0].backend).up_backward_siblings(asked)
+        for i, (u, grad_b, summed) in zip(places, results, strict=True):
+            us[i], grads_b[i], sums[i] = u, grad_b, summed
+    return us, grads_b, sums
 
 
 def _down_backward(

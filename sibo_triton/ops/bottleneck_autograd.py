@@ -1,8 +1,8 @@
 """The products of a bottleneck adapter and their gradients, written by hand: LoRA's passes, with f between them.
 
-Forward: the pre-activation ``p = drop(x~) W_down^T + b_down``, then ``y = base + s (f(p) W_up^T + b_up)`` in one pass.
-Backward: ``u = s dY W_up`` and dW_up in one pass over dY, ``du = u f'(p)`` in the bottleneck, dW_down from du and x,
-and the gradients of x and h0 from du.
+Forward: the pre-activation ``p = drop(x~) W_down^T + b_down`` and f(p) in one pass over x and h0, then
+``y = base + s (f(p) W_up^T + b_up)`` in one over the base. Backward: ``du = s (dY W_up) f'(p)``, dW_up and db_up in the
+passes over dY, dW_down from du and x, and the gradients of x and h0 from du.
 
 Kept for the backward are x and h0 themselves, p and, if lambda learns, ``d = drop(h0 - x) W_down^T``, both
 ``[M, bottleneck]``, and the seed of the mask: nothing of the size of x that was not there before.
@@ -10,28 +10,16 @@ Kept for the backward are x and h0 themselves, p and, if lambda learns, ``d = dr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from sibo_triton.kernels.siblings import DownGradients, UpGradients
+from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients
+from sibo_triton.ops.activations import activation_gradient
 from sibo_triton.ops.autograd import as_matrix, refuse_second_derivative, shaped_like, without_autocast
 from sibo_triton.ops.dispatch import implementation
 from sibo_triton.reference import ACTIVATIONS
-
-_aten = torch.ops.aten
-
-#: u f'(p) for each activation f, from u, p and f(p).
-_ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "gelu": lambda u, p, f_p: _aten.gelu_backward(u, p),
-    "gelu_pytorch_tanh": lambda u, p, f_p: _aten.gelu_backward(u, p, approximate="tanh"),
-    "relu": lambda u, p, f_p: _aten.threshold_backward(u, p, 0),
-    "sigmoid": lambda u, p, f_p: _aten.sigmoid_backward(u, f_p),
-    "silu": lambda u, p, f_p: _aten.silu_backward(u, p),
-    "tanh": lambda u, p, f_p: _aten.tanh_backward(u, f_p),
-}
 
 
 class Inputs(NamedTuple):
@@ -96,10 +84,10 @@ def forward(settings: Settings, inputs: Inputs, wants_difference: bool) -> tuple
         down_weight, up_weight = (w.to(settings.adapter_dtype) for w in (inputs.down_weight, inputs.up_weight))
         lambda_ = settings.lambda_ if inputs.lambda_ is None else inputs.lambda_
         scaling = settings.scaling if inputs.scaling is None else inputs.scaling
-        p, difference = ops.down(x, down_weight, h0, lambda_, settings.dropout_p, inputs.seed, wants_difference)
-        if inputs.down_bias is not None:
-            p = p + inputs.down_bias
-        y = ops.add_up(base, ACTIVATIONS[settings.activation](p), up_weight, scaling, inputs.up_bias)
+        mixing = lambda_, settings.dropout_p, inputs.seed, wants_difference
+        down = DownProjection(down_weight, *mixing, inputs.down_bias, settings.activation)
+        ((p, difference, activated),) = ops.down_activated_siblings(x, [down], h0)
+        y = ops.add_up(base, activated, up_weight, scaling, inputs.up_bias)
     return shaped_like(inputs.x, y), p, difference
 
 
@@ -134,54 +122,59 @@ def backward(settings: Settings, saved: Saved, grad_y: Tensor, wants: Inputs, in
     """
     g = as_matrix(grad_y)  # [M, N]
     with without_autocast(grad_y.device.type):
-        u, grad_up, grad_scaling, f_p = _up_gradients(settings, saved, g, wants)
-        down_weight = down_bias = lambda_ = dx = dh0 = cast(Any, None)
-        if u is not None:
-            du = _ACTIVATION_GRADIENTS[settings.activation](u, saved.pre_activation, f_p)
-            down_weight, dx, dh0 = _down_gradients(settings, saved, du, grad_y.shape[:-1], wants)
+        du, grad_up, grad_sum, grad_scaling = _up_gradients(settings, saved, g, wants)
+        down_weight = down_bias = up_bias = lambda_ = dx = dh0 = cast(Any, None)
+        if du is not None:
+            skip = g if in_series and wants.x else None
+            down_weight, dx, dh0 = _down_gradients(settings, saved, du, grad_y.shape[:-1], wants, skip)
             down_bias = du.sum(0) if wants.down_bias else None
             lambda_ = (du * saved.difference).sum().reshape(saved.lambda_.shape) if wants.lambda_ else None
-        if in_series and wants.x:
-            dx.add_(grad_y)
-        up_bias = None
-        if wants.up_bias:
-            scaling = settings.scaling if saved.scaling is None else saved.scaling
-            up_bias = g.sum(0, dtype=torch.promote_types(settings.adapter_dtype, torch.float32)) * scaling
+        if grad_sum is not None:
+            up_bias = grad_sum * _scaling(settings, saved)
     base = grad_y if wants.base else None
     return Inputs(base, dx, down_weight, grad_up, down_bias, up_bias, dh0, lambda_, grad_scaling, None)
 
 
+def _scaling(settings: Settings, saved: Saved) -> Any:
+    return settings.scaling if saved.scaling is None else saved.scaling
+
+
 def _up_gradients(
     settings: Settings, saved: Saved, g: Tensor, wants: Inputs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """u, dW_up, ds, and f(p), which they needed."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """du, dW_up, the sum of dY over its rows, if db_up is wanted, and ds."""
     _, wants_du = _through_p(wants)
-    if saved.pre_activation is None:
-        return None, None, None, cast(Any, None)
+    p, wide = saved.pre_activation, torch.promote_types(settings.adapter_dtype, torch.float32)
+    if p is None:
+        return None, None, g.sum(0, dtype=wide) if wants.up_bias else None, None
     ops = implementation(settings.backend)
-    f_p = ACTIVATIONS[settings.activation](saved.pre_activation)
     up_weight = saved.up_weight.to(settings.adapter_dtype)
     if not wants.scaling:
-        scaling = settings.scaling if saved.scaling is None else saved.scaling
-        asked = UpGradients(g, f_p, up_weight, scaling, wants_du, saved.up_weight.dtype if wants.up_weight else None)
-        ((u, grad_up),) = ops.up_backward_siblings([asked])
-        return u, grad_up, None, f_p
-    # ds = <dY, f(p) W_up^T + b_up> is taken in the bottleneck, from u without its s, which may be 0
-    wide = torch.promote_types(settings.adapter_dtype, torch.float32)
-    asked = UpGradients(g, f_p, up_weight, 1.0, True, wide if wants.up_weight else None)
-    ((u, grad_up),) = ops.up_backward_siblings([asked])
-    grad_scaling = (u * f_p).sum()
+        grad_dtype = saved.up_weight.dtype if wants.up_weight else None
+        asked = UpGradients(
+            g, p, up_weight, _scaling(settings, saved), wants_du, grad_dtype, wants.up_bias, settings.activation
+        )
+        ((du, grad_up, grad_sum),) = ops.up_backward_siblings([asked])
+        return du, grad_up, grad_sum, None
+    # ds = <dY, f(p) W_up^T + b_up> is taken in the bottleneck, from u without its s, which may be 0, and f'(p)
+    p = p.to(wide)
+    activated = ACTIVATIONS[settings.activation](p)
+    wants_sum = wants.up_bias or saved.up_bias is not None
+    asked = UpGradients(g, activated, up_weight, 1.0, True, wide if wants.up_weight else None, wants_sum)
+    ((u, grad_up, grad_sum),) = ops.up_backward_siblings([asked])
+    grad_scaling = (u * activated).sum()
     if saved.up_bias is not None:
-        grad_scaling = grad_scaling + (g.sum(0, dtype=u.dtype) * saved.up_bias).sum()
+        grad_scaling = grad_scaling + (grad_sum * saved.up_bias).sum()
     scaling = saved.scaling.to(u.dtype)
+    du = activation_gradient(settings.activation, u * scaling, p, activated) if wants_du else None
     grad_up = None if grad_up is None else grad_up * scaling
-    return (u * scaling if wants_du else None), grad_up, grad_scaling.reshape(saved.scaling.shape), f_p
+    return du, grad_up, grad_sum if wants.up_bias else None, grad_scaling.reshape(saved.scaling.shape)
 
 
 def _down_gradients(
-    settings: Settings, saved: Saved, du: Tensor, leading: torch.Size, wants: Inputs
+    settings: Settings, saved: Saved, du: Tensor, leading: torch.Size, wants: Inputs, skip: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dW_down, and dx and dh0 of the branch."""
+    """dW_down, dx, in series with what came by the skip, and dh0."""
     wants_input, _ = _through_p(wants)
     if not (wants.down_weight or wants_input):
         return None, None, None
@@ -201,6 +194,7 @@ def _down_gradients(
         None if saved.initial_residual is None else as_matrix(saved.initial_residual),
         settings.x_dtype if wants.x else None,
         settings.residual_dtype if wants.initial_residual else None,
+        skip,
     )
     dx, dh0 = (None if gradient is None else gradient.view(*leading, gradient.shape[1]) for gradient in (dx, dh0))
     return grad_down, dx, dh0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sibo_triton.kernels.down import down, down_siblings
+from sibo_triton.kernels.down import down, down_activated_siblings, down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
 from sibo_triton.kernels.low_rank import low_rank_siblings
@@ -16,6 +16,7 @@ from sibo_triton.kernels.up_backward import up_backward_siblings
 __all__ = [
     "add_up",
     "down",
+    "down_activated_siblings",
     "down_backward_siblings",
     "down_siblings",
     "low_rank_siblings",
@@ -30,10 +31,12 @@ def down_backward_siblings(
     initial_residual: Tensor | None,  # [M, K]
     dx_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None,
+    base: Tensor | None = None,  # [M, K]
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:  # [r, K] each, [M, K], [M, K]
     """Each sibling's dA, where its ``grad_dtype`` is given, and dx and dh0, summed over siblings, if their dtypes are.
 
-    x and h0 are read for dA only, and may else be None; so may A where neither dx nor dh0 is wanted.
+    dx is added to ``base``, if there is one. x and h0 are read for dA only, and may else be None; so may A where
+    neither dx nor dh0 is wanted.
     """
     grads_a: list[Tensor | None] = [None] * len(siblings)
     dx = dh0 = None
@@ -42,5 +45,5 @@ def down_backward_siblings(
             raise ValueError("x is None, but dA is wanted: pass x, or grad_dtype=None")
         grads_a = down_weight_gradient(siblings, x, initial_residual)
     if dx_dtype is not None or residual_dtype is not None:
-        dx, dh0 = down_input_gradient(siblings, dtype=dx_dtype, residual_dtype=residual_dtype)
+        dx, dh0 = down_input_gradient(siblings, dtype=dx_dtype, residual_dtype=residual_dtype, base=base)
     return grads_a, dx, dh0

@@ -191,6 +191,7 @@ def down_backward(
     adapter_dtype: torch.dtype,
     dx_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None,
+    base: Tensor | None = None,  # [M, K]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # [r, K], [M, K], [M, K]
     """``dA = u^T drop((1 - lambda) x + lambda h0)``; ``dx = (1 - lambda) dx~`` and ``dh0 = lambda dx~``.
 
@@ -203,6 +204,7 @@ def down_backward(
         initial_residual, lambda_, dropout_p, dropout_seed: as for :func:`down`.
         adapter_dtype: of A.
         dx_dtype, residual_dtype: of dx and of dh0; None for what is not wanted.
+        base: what dx is added to before it is rounded; not written to. Or None.
 
     Returns:
         dA, in float32, or float64 if ``adapter_dtype`` is; dx; dh0. Contiguous; None for what is not wanted.
@@ -217,7 +219,7 @@ def down_backward(
     if x is not None:
         grad_a = _weight_gradient(u, x, initial_residual, lambda_, mask, adapter_dtype)
     if lora_a is not None and (dx_dtype is not None or residual_dtype is not None):
-        dx, dh0 = _input_gradient(u, lora_a, lambda_, mask, dx_dtype, residual_dtype)
+        dx, dh0 = _input_gradient(u, lora_a, lambda_, mask, dx_dtype, residual_dtype, base)
     return grad_a, dx, dh0
 
 
@@ -266,27 +268,30 @@ def _input_gradient(
     mask: KeepTiles | None,
     dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None,
+    base: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     check_shape("lora_a", lora_a, (u.shape[1], "K"))
     shape = (u.shape[0], lora_a.shape[1])
+    if base is not None:
+        check_shape("base", base, shape)
     if residual_dtype is not None and not _mixes(lambda_):
         raise ValueError("residual_dtype asks for the gradient of h0, but lambda_ is the number 0: it has none")
     u = u.to(_rank_dtype(lora_a.dtype))
     if mask is not None:
         u = u * mask.scale
-    elif residual_dtype is None and dtype == lora_a.dtype == u.dtype:
+    elif residual_dtype is None and base is None and dtype == lora_a.dtype == u.dtype:
         return torch.mm(u * _shares(lambda_, dtype)[0] if _mixes(lambda_) else u, lora_a), None
     of_x, of_h = _shares(lambda_, u.dtype) if _mixes(lambda_) else (1.0, 0.0)
 
-    def product(dtype: torch.dtype | None, share: float | Tensor) -> Tensor | None:
+    def product(dtype: torch.dtype | None, share: float | Tensor, base: Tensor | None = None) -> Tensor | None:
         if dtype is None:
             return None
         out = torch.empty(shape, dtype=dtype, device=u.device)
         product_dtype = _product_dtype(lora_a.dtype, out, mask=mask)
-        write_product(out, (u * share).to(product_dtype), lora_a.to(product_dtype), mask=mask)
+        write_product(out, (u * share).to(product_dtype), lora_a.to(product_dtype), base, mask)
         return out
 
-    return product(dtype, of_x), product(residual_dtype, of_h)
+    return product(dtype, of_x, base), product(residual_dtype, of_h)
 
 
 def _up_operands(

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
+from ..kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection, rank_dtype
+from ..reference import ACTIVATIONS
 from . import plain
-from .plain import add_up, down, up
+from .activations import activation_gradient
+from .plain import add_up, up
 
 __all__ = [
     "add_up",
     "down",
+    "down_activated_siblings",
     "down_backward_siblings",
     "down_siblings",
     "low_rank_siblings",
@@ -26,14 +29,51 @@ __all__ = [
 ]
 
 
+def down(
+    x: Tensor,  # [M, K]
+    lora_a: Tensor,  # [r, K]
+    initial_residual: Tensor | None = None,  # [M, K]
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    difference: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # [M, r] each
+    """t and, where wanted, d of one layer: see :func:`down_siblings`."""
+    one = DownProjection(lora_a, lambda_, dropout_p, dropout_seed, difference)
+    return down_siblings(x, [one], initial_residual)[0]
+
+
+def down_activated_siblings(
+    x: Tensor,  # [M, K]
+    siblings: Sequence[DownProjection],
+    initial_residual: Tensor | None = None,  # [M, K]
+) -> list[tuple[Tensor, Tensor | None, Tensor]]:  # [M, r] each
+    """``p = drop(x~) W^T + b``, d, where wanted, and f(p), of bottleneck adapters."""
+    results = []
+    for s, (p, d) in zip(siblings, _down_siblings(x, siblings, initial_residual), strict=True):
+        assert s.activation is not None
+        p = p if s.bias is None else p + s.bias
+        kept = rank_dtype(x.dtype, s.lora_a.dtype)
+        results.append((p.to(kept), None if d is None else d.to(kept), ACTIVATIONS[s.activation](p).to(kept)))
+    return results
+
+
 def down_siblings(
     x: Tensor,  # [M, K]
     siblings: Sequence[DownProjection],
     initial_residual: Tensor | None = None,  # [M, K]
 ) -> list[tuple[Tensor, Tensor | None]]:  # [M, r] each
-    """t and, where wanted, d of each sibling: :func:`.plain.down`."""
+    """t and, where wanted, d of each sibling: :func:`.plain.down`, in :func:`~..kernels.siblings.rank_dtype`."""
+    kept = [rank_dtype(x.dtype, s.lora_a.dtype) for s in siblings]
+    results = _down_siblings(x, siblings, initial_residual)
+    return [(t.to(dtype), None if d is None else d.to(dtype)) for dtype, (t, d) in zip(kept, results, strict=True)]
+
+
+def _down_siblings(
+    x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None
+) -> list[tuple[Tensor, Tensor | None]]:
     if not _stack([s.dropout_p for s in siblings], [s.lora_a.dtype for s in siblings]):
-        return [plain.down(x, s.lora_a, initial_residual, *s[1:]) for s in siblings]
+        return [plain.down(x, s.lora_a, initial_residual, *s[1:5]) for s in siblings]
     ranks = [s.lora_a.shape[0] for s in siblings]
     lora_a = torch.cat([s.lora_a for s in siblings])
     share = _common_share([s.lambda_ for s in siblings])
@@ -60,12 +100,24 @@ def low_rank_siblings(
     return [up(t, of.lora_b, of.scaling, dtype, of.lora_bias, of.base_bias) for (t, _), of in zip(ts, ups, strict=True)]
 
 
-def up_backward_siblings(siblings: Sequence[UpGradients]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """u and dB of each sibling, where wanted: :func:`.plain.up_backward`; dB in the dtype that it is asked in."""
+def up_backward_siblings(
+    siblings: Sequence[UpGradients],
+) -> list[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """u, dB, in the dtype that it is asked in, and the sum of dY over its rows, of each sibling, where wanted.
+
+    See :func:`.plain.up_backward`.
+    """
     results = []
     for s in siblings:
-        u, grad_b = plain.up_backward(s.grad_y, s.t, s.lora_b, s.scaling, s.wants_u, s.grad_dtype is not None)
-        results.append((u, _in(grad_b, s.grad_dtype)))
+        t, p, wants_grad_b = s.t, s.t, s.grad_dtype is not None
+        wide = torch.promote_types(s.lora_b.dtype, torch.float32)
+        if s.activation is not None and p is not None:
+            p = p.to(wide)
+            t = ACTIVATIONS[s.activation](p)
+        u, grad_b = plain.up_backward(s.grad_y, t, s.lora_b, s.scaling, s.wants_u, wants_grad_b)
+        if s.activation is not None and u is not None and p is not None and t is not None:
+            u = activation_gradient(s.activation, u, p, t)
+        results.append((u, _in(grad_b, s.grad_dtype), s.grad_y.sum(0, dtype=wide) if s.wants_sum else None))
     return results
 
 
@@ -75,6 +127,7 @@ def down_backward_siblings(
     initial_residual: Tensor | None,  # [M, K]
     dx_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None,
+    base: Tensor | None = None,  # [M, K]
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:  # [r, K] each, [M, K], [M, K]
     """dA of each sibling where wanted, and the sums over the siblings of dx and of dh0.
 
@@ -83,13 +136,14 @@ def down_backward_siblings(
         x: None if no dA is wanted.
         initial_residual: h0; None if no dA is wanted, or nothing mixes.
         dx_dtype, residual_dtype: of dx and dh0; None for what is not wanted.
+        base: what dx is added to, or None.
 
     Returns:
         dA, in the dtypes that they are asked in; dx; dh0. None for what is not wanted.
     """
     stack = _stack([s.dropout_p for s in siblings], [s.adapter_dtype for s in siblings])
     if len(siblings) == 1 or not stack or len({s.grad_dtype is None for s in siblings}) > 1:
-        return _one_by_one(siblings, x, initial_residual, dx_dtype, residual_dtype)
+        return _one_by_one(siblings, x, initial_residual, dx_dtype, residual_dtype, base)
     ranks = [s.u.shape[1] for s in siblings]
     first, u = siblings[0], torch.cat([s.u for s in siblings], 1)
     wants_input = first.lora_a is not None and (dx_dtype is not None or residual_dtype is not None)
@@ -97,12 +151,12 @@ def down_backward_siblings(
     x = x if first.grad_dtype is not None else None
     share = _common_share([s.lambda_ for s in siblings])
     if share is not None:
-        rest = (0.0, None, first.adapter_dtype, dx_dtype, residual_dtype)
+        rest = (0.0, None, first.adapter_dtype, dx_dtype, residual_dtype, base)
         grad_a, dx, dh0 = plain.down_backward(u, lora_a, x, initial_residual, share, *rest)
     else:  # the shares of x and h0 are factors of u's columns
         of_h = torch.cat([u.new_ones(r) * _scalar(s.lambda_, u.dtype) for r, s in zip(ranks, siblings, strict=True)])
         u_x, u_h, dtype = u * (1 - of_h), u * of_h, first.adapter_dtype
-        grad_a, dx, _ = plain.down_backward(u_x, lora_a, x, None, 0.0, 0.0, None, dtype, dx_dtype, None)
+        grad_a, dx, _ = plain.down_backward(u_x, lora_a, x, None, 0.0, 0.0, None, dtype, dx_dtype, None, base)
         h0 = None if x is None else initial_residual
         more, dh0, _ = plain.down_backward(u_h, lora_a, h0, None, 0.0, 0.0, None, dtype, residual_dtype, None)
         grad_a = grad_a if more is None or grad_a is None else grad_a + more
@@ -117,6 +171,7 @@ def _one_by_one(
     initial_residual: Tensor | None,
     dx_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None,
+    base: Tensor | None,
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
     grads, dx, dh0 = [], None, None
     for s in siblings:
@@ -124,8 +179,9 @@ def _one_by_one(
         mixing = (s.lambda_, s.dropout_p, s.dropout_seed)
         of_residual = residual_dtype if s.mixes else None
         grad_a, own_dx, own_dh0 = plain.down_backward(
-            s.u, s.lora_a, own_x, initial_residual, *mixing, s.adapter_dtype, dx_dtype, of_residual
+            s.u, s.lora_a, own_x, initial_residual, *mixing, s.adapter_dtype, dx_dtype, of_residual, base
         )
+        base = None  # only to the first
         grads.append(_in(grad_a, s.grad_dtype))
         dx = own_dx if dx is None or own_dx is None else dx.add_(own_dx)
         dh0 = own_dh0 if dh0 is None else dh0 if own_dh0 is None else dh0.add_(own_dh0)

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for GPUs that are not there, and reads from the binaries what matters for speed.
+"""The GPUs that kernels are compiled for, and what their binaries show that matters for speed.
 
 The disassemblers come with the triton wheel.
 """
@@ -6,14 +6,12 @@ The disassemblers come with the triton wheel.
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 
 #: What we compile for, and the shared memory that one program may have there, in bytes.
 TARGETS = {
@@ -27,8 +25,6 @@ TARGETS = {
 #: The instructions that multiply matrices of 16-bit operands.
 TENSOR_CORE = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTCHMMA", "sm_120": r"HMMA", "gfx942": r"v_mfma"}
 
-POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-
 
 @dataclass
 class Binary:
@@ -38,48 +34,6 @@ class Binary:
     spilled: int  # bytes of registers spilled to memory
     registers: int
     code: str  # the disassembly
-
-
-def compile_for(
-    target: str,
-    kernel: triton.JITFunction,
-    arguments: Mapping[str, str | tuple[str, ...]],
-    constants: Mapping[str, object],
-    divisible_by_16: frozenset[str],
-    options: Mapping[str, int],
-) -> Binary:
-    """Compile a kernel as a launch would, without a GPU.
-
-    Args:
-        target: a name in TARGETS.
-        kernel: what ``triton.jit`` returned.
-        arguments: the types of the arguments that a launch passes ("*bf16", "i32"...), in a tuple where it passes one.
-        constants: the values of all others. A tuple is one value, or, where ``arguments`` has "constexpr" in a tuple,
-            the values of these elements (and None of the others).
-        divisible_by_16: the pointers and integers that a launch would find divisible by 16.
-        options: num_warps and num_stages.
-    """
-    names = kernel.arg_names
-    assert set(names) == set(arguments) | set(constants), "every argument of the kernel"
-    constexprs = {}
-    for name, value in constants.items():
-        if name in arguments:
-            constexprs |= {(names.index(name), i): v for i, v in enumerate(value) if arguments[name][i] == "constexpr"}
-        else:
-            constexprs[(names.index(name),)] = value
-    attrs = {}
-    for name in divisible_by_16:
-        places = range(len(arguments[name])) if isinstance(arguments[name], tuple) else None
-        paths = [(names.index(name),)] if places is None else [(names.index(name), i) for i in places]
-        attrs |= {path: [["tt.divisibility", 16]] for path in paths}
-    source = ASTSource(
-        kernel,
-        signature={name: arguments.get(name, "constexpr") for name in names},
-        constexprs=constexprs,
-        attrs=attrs,
-    )
-    compiled = triton.compile(source, target=TARGETS[target][0], options={"enable_fp_fusion": True, **options})
-    return read_binary(compiled, target)
 
 
 def read_binary(compiled: CompiledKernel, target: str) -> Binary:

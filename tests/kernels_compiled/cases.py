@@ -1,6 +1,6 @@
 """Every launch whose kernels must fit every target, and what is asked of them.
 
-`make compile-check` goes through all of them, `test_every_kernel_fits.py` through a few.
+`make compile-check` goes through all of them, `test_without_gpu.py` through a few.
 """
 
 import re
@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from ahead_of_time import TARGETS, TENSOR_CORE, Binary, read_binary
 from gradient_launches import InputGradient, UpBackward, WeightGradient
-from kernel_launches import SHORT, Down, Launch, LowRank, Up
+from kernel_launches import SHORT, Activated, Down, Launch, LowRank, Up
 from triton.compiler import CompiledKernel
 from without_gpu import compiling_for
 
@@ -24,6 +24,7 @@ DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (FP32, FP32))
 #: A Llama-3-8B layer: 8192 tokens, 4096 features on either side.
 TOKENS, WIDTH = 8192, 4096
 SIBLINGS = 3  # q, k and v
+BOTTLENECKS = (64, 256, 1024)
 
 NVIDIA_LOAD, AMD_LOAD = r"LDG(STS)?\.E\S*", r"(buffer|global)_load_"
 LOAD_128 = {"sm": NVIDIA_LOAD + r"\.128\b", "gfx": AMD_LOAD + r"dwordx4\b"}
@@ -120,6 +121,20 @@ def _down_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
             yield Case("down_input_gradient", rank, dtypes, _of((wants, True), (group, group != "")), launch)
 
 
+def _bottleneck(size: int, dtypes: tuple) -> Iterator[Case]:
+    """What the bottleneck adapter asks of kernels beyond LoRA, in training and of few rows."""
+    kind = "bottleneck"
+    for rows, p in ((TOKENS, 0.0), (TOKENS, 0.1), (64, 0.1)):
+        options = _of(("down", True), ("mixing", p > 0), ("dropout", p > 0), (f"{rows} rows", rows < TOKENS))
+        launch = Activated(rows, WIDTH, size, *dtypes, "tanh", 0.3 if p else 0.0, p)
+        yield Case(kind, size, dtypes, options, launch)
+    yield Case(kind, size, dtypes, "up", Up(TOKENS, WIDTH, size, *dtypes, adds=True, has_bias=True))
+    for rank, activation in ((size, "tanh"), (size, "gelu"), (16, "tanh")):
+        if rank == size or size == min(BOTTLENECKS):
+            launch = UpBackward(TOKENS, WIDTH, (rank,), *dtypes, wants_sum=True, activation=activation)
+            yield Case(kind, rank, dtypes, f"up backward, {activation}", launch)
+
+
 CASES = [
     case
     for cases_of in (_down, _up, _low_rank, _up_backward, _down_backward)
@@ -127,6 +142,7 @@ CASES = [
     for dtypes in DTYPES
     for case in cases_of(rank, dtypes)
 ]
+CASES += [case for size in BOTTLENECKS for dtypes in DTYPES for case in _bottleneck(size, dtypes)]
 
 
 def check(case: Case, target: str) -> list[Row]:
@@ -158,7 +174,7 @@ def check(case: Case, target: str) -> list[Row]:
             len(re.findall(LOAD_16[loads], binary.code)),
         )
         has_dot = any(name.startswith("DOT_DTYPE") for name in kernel.constants)
-        has_bias = isinstance(case.launch, Up | LowRank) and case.launch.has_bias
+        has_bias = isinstance(case.launch, Activated | Up | LowRank) and case.launch.has_bias
         row.violation = violation_of(row, has_dot and case.dtypes != (FP32, FP32), reads_vector=has_bias)
         rows.append(row)
     return rows

@@ -9,7 +9,7 @@ import triton
 from ahead_of_time import TARGETS
 from cases import CASES, FP32, Case, Row, check, violation_of
 from gradient_launches import InputGradient, UpBackward, WeightGradient
-from kernel_launches import BF16, Down, LowRank, Up, name_of
+from kernel_launches import BF16, Activated, Down, LowRank, Up, name_of
 from without_gpu import compiling_for
 
 from sibo_triton.kernels import up as up_module
@@ -26,6 +26,8 @@ LAUNCHES = [
     LowRank(3, 800, 200, (16, 3), BF16, BF16, 0.3, 0.1, has_bias=True),
     UpBackward(130, 200, (16,), BF16, FP32, scaling_is_tensor=True),
     UpBackward(130, 200, (16, 3), BF16, BF16, grad_dtype=BF16),
+    UpBackward(130, 200, (64,), BF16, BF16, wants_sum=True, activation="gelu"),
+    Activated(130, 800, 24, BF16, FP32, "silu", 0.3, 0.1),
     WeightGradient(130, 200, (24,), BF16, BF16, 0.3, 0.1),
     WeightGradient(130, 200, (24, 16), BF16, BF16, 0.3, grad_dtype=BF16),
     InputGradient(130, 200, (16,), BF16, BF16, p=0.1, adds=True, strides="padded"),

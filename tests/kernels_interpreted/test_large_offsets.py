@@ -24,6 +24,7 @@ from sibo_triton.kernels import (
     targets,
     up,
     up_backward,
+    up_backward_plan,
 )
 from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
 
@@ -140,7 +141,7 @@ def test_both_gradients_of_up(rows, multiprocessors, monkeypatch):
     plan_for(monkeypatch, multiprocessors)
     parts_instead_of_sums(monkeypatch, up_backward)
     plan = up_backward.plan
-    launch = up_backward.launch_of_both
+    launch = up_backward_plan.launch_of_both
 
     def one_pass(M, N, r, *rest):
         chosen = plan(M, N, r, *rest)
@@ -149,7 +150,7 @@ def test_both_gradients_of_up(rows, multiprocessors, monkeypatch):
 
     monkeypatch.setattr(up_backward, "plan", one_pass)
     grad_y, t, lora_b = randn(rows, 8450, FP16, "expanded"), tall(rows, 16, FP32), randn(8450, 16, FP16)
-    ((u, grad_b),) = up_backward.up_backward_siblings([UpGradients(grad_y, t, lora_b, 0.5)])
+    ((u, grad_b, _),) = up_backward.up_backward_siblings([UpGradients(grad_y, t, lora_b, 0.5)])
     assert max(u.numel(), grad_b.numel()) > 2**31
     assert_end(u[-1, -END:], 0.5 * grad_y[-END:, -2:].double() @ lora_b[-2:].double())
     assert_end(grad_b[-1, -2:], 0.5 * grad_y[-END:, -2:].double().T @ t[-END:].double())
@@ -160,7 +161,7 @@ def test_each_gradient_of_up(monkeypatch):
     plan_for(monkeypatch, 2**20)
     parts_instead_of_sums(monkeypatch, up_backward)
     grad_y, t, lora_b = tall(LONG, 24, FP16), tall(LONG, RANK, FP32), randn(24, RANK, FP16)
-    ((u, grad_b),) = up_backward.up_backward_siblings([UpGradients(grad_y, t, lora_b, 0.5)])
+    ((u, grad_b, _),) = up_backward.up_backward_siblings([UpGradients(grad_y, t, lora_b, 0.5)])
     assert_end(u[-1, -END:, -128:], 0.5 * grad_y[-END:].double() @ lora_b[:, -128:].double())
     assert_end(grad_b[-1, :, -128:], 0.5 * grad_y[-END:].double().T @ t[-END:, -128:].double())
 

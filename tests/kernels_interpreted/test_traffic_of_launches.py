@@ -147,7 +147,7 @@ def test_siblings_and_a_gradient_to_add_to(mixes, dropout_p):
     with Interpreted() as interpreted, torch.no_grad():
         down_siblings(x, [DownProjection(torch.randn(r, K), shares, dropout_p, seed) for r in (3, 200, 16)], h0)
         own = DownGradients(torch.randn(M, 16), torch.randn(16, K), BF16, shares, dropout_p, seed)
-        down_input_gradient([own], accumulate_into=torch.zeros(M, K, dtype=BF16))
+        down_input_gradient([own], dtype=BF16, base=torch.zeros(M, K, dtype=BF16))
     interpreted.assert_as_modelled()
 
 
@@ -177,7 +177,7 @@ def test_gradients_of_siblings(mixes, dropout_p, ranks):
         gradients = up_backward_siblings([up._replace(grad_dtype=BF16) for up in ups])
         siblings = [
             DownGradients(u, torch.randn(u.shape[1], K), FP32, lambda_ if mixes else 0.0, dropout_p, seed, BF16)
-            for u, _ in gradients
+            for u, *_ in gradients
         ]
         siblings[1] = siblings[1]._replace(lambda_=0.0, dropout_p=0.0)
         down_weight_gradient(siblings, x, h0)
