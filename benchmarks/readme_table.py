@@ -54,6 +54,19 @@ def models_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compiled_table(results: dict[str, Any]) -> str:
+    """What peers keep with and without `torch.compile`, and what ours keeps, which does the same."""
+    lines = ["| adapters | | eager | compiled | ours |", "|---|---|---|---|---|"]
+    for setting, compiled in results["kept_when_compiled"].items():
+        eager = results["settings"].get(setting) or results["bottleneck_adapters"][setting]
+        kept = {name: of["added_per_layer_of_32"]["saved"] for name, of in eager.items() if "minimum" in of}
+        for name, bytes_ in compiled.items():
+            ours = next(own for own in kept if own.startswith("ours") and ("mix" in name) == ("SIBO" in own))
+            cells = (f"{size / MIB:,.0f}" for size in (kept[name], bytes_, kept[ours]))
+            lines.append(f"| {setting} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 #: What the table of a GPU shows: how much longer than the frozen layer.
 SHOWN = ("PEFT LoRA", "addmm_ scheme, siblings grouped", "ours, lambda = 0", "PEFT LoRA + eager mix", "ours, SIBO")
 NOT_MEASURED = "Speed on a GPU: not measured yet."
@@ -96,6 +109,7 @@ TABLES = {
     "traffic": ("traffic.json", traffic_table),
     "bottleneck": ("traffic.json", bottleneck_table),
     "models": ("traffic.json", models_table),
+    "compiled": ("traffic.json", compiled_table),
 }
 
 

@@ -12,6 +12,7 @@ A model of one layer and one of two are run; each further layer counts as the se
 results a layer of 1 too: what is kept once per network, as h0 is, makes the difference.
 
 LoRA and bottleneck adapters are counted on Llama-3-8B's layer, and LoRA's ratios to its peers on those of other models.
+Of peers under `torch.compile` only what they keep is counted (see `benchmarks/compiled_kept.py`).
 
 Where the count leans: torch's GEMMs count without re-reads, workspace and split sums, which are not known here, and
 every flop as fast as bfloat16's, which PEFT's float32 products are not. Ours count with all of it.
@@ -26,11 +27,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bottleneck_providers import BOTTLENECK_PROVIDERS
+from benchmarks.bottleneck_providers import BOTTLENECK_PROVIDERS, EagerAdapter, EagerMixedAdapter
+from benchmarks.compiled_kept import added_kept_bytes
 from benchmarks.counting import H200, Counts
 from benchmarks.model_counts import Step, Workload, floor_of, step_of
 from benchmarks.models import ARCHITECTURES
-from benchmarks.providers import APART, PROVIDERS, Provider
+from benchmarks.providers import APART, PROVIDERS, Peft, PeftMixed, Provider
 from benchmarks.settings import AdapterSetting, BottleneckSetting, Setting, least_moved
 from sibo_triton.environment import provenance
 
@@ -86,6 +88,11 @@ BOTTLENECK = Comparison(
         ("ours, SIBO adapter", "ours, adapter, lambda = 0"),
     ),
 )
+#: Peers under `torch.compile`, of which only what they keep is counted.
+COMPILED: dict[AdapterSetting, tuple[Provider, ...]] = {
+    **{setting: (Peft(), PeftMixed()) for setting in SETTINGS},
+    **{setting: (EagerAdapter(), EagerMixedAdapter()) for setting in BOTTLENECK.settings[:2]},
+}
 
 
 def rounded(counts: Counts) -> dict[str, float]:
@@ -197,13 +204,28 @@ def document(report: Any = lambda line: None) -> dict[str, Any]:
     }
 
 
+def kept_when_compiled(report: Any = lambda line: None) -> dict[str, dict[str, int]]:
+    """Bytes that the peers' adapters keep in a Llama-3-8B layer under `torch.compile`, by setting and provider."""
+    table: dict[str, dict[str, int]] = {}
+    report("\nKept under torch.compile, added to the compiled frozen layer, MiB:")
+    for setting, providers in COMPILED.items():
+        table[str(setting)] = {of.name: added_kept_bytes(of, setting, Workload()) for of in providers}
+        report(f"{setting}: " + ", ".join(f"{name} {kept / MIB:,.0f}" for name, kept in table[str(setting)].items()))
+    return table
+
+
 def main() -> None:
     """Print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
     output = parser.parse_args().output
     head = {"command": COMMAND, **{key: value for key, value in provenance().items() if key != "devices"}}
-    text = json.dumps(head | document(report=lambda line: print(line, flush=True)), indent=1)
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    content = head | document(report) | {"kept_when_compiled": kept_when_compiled(report)}
+    text = json.dumps(content, indent=1)
     output.write_text(text + "\n", encoding="utf-8")
     print(f"\nModelled, not measured. Written: {output}")
 

@@ -21,6 +21,7 @@ from benchmarks.bottleneck_providers import (
     OursAdapter,
     OursSiboAdapter,
 )
+from benchmarks.compiled_kept import added_kept_bytes, kept_bytes
 from benchmarks.counting import Counts, counted, summed
 from benchmarks.definitions import weights_of
 from benchmarks.launch_traffic import Traffic
@@ -137,6 +138,14 @@ def test_h0_is_kept_once_per_network(setting, ours):
     assert mixed.further_layer.saved == plain.further_layer.saved
 
 
+def test_one_compiled_layer_tells_what_each_keeps():
+    frozen, mixed, setting = providers.Provider(), EagerMixedAdapter(), SMALL_ADAPTERS[0]
+    one, two = (
+        kept_bytes(mixed, setting, SMALL, layers) - kept_bytes(frozen, setting, SMALL, layers) for layers in (1, 2)
+    )
+    assert two == 2 * one > 0
+
+
 def results_file():
     return json.loads(traffic.RESULTS.read_text(encoding="utf-8"))
 
@@ -145,6 +154,17 @@ def test_the_committed_results_are_what_is_counted_now():
     found, kept = traffic.document(), results_file()
     different = [key for key in found if json.loads(json.dumps(found[key])) != kept[key]]
     assert not different, f"{different} changed: run {traffic.COMMAND}, and look at what it costs"
+
+
+def test_the_committed_results_of_compiled_peers_are_what_is_counted_now():
+    """Of one of them, as each takes seconds; and a mix is kept in place of x, for all linears that share it."""
+    compiled = results_file()["kept_when_compiled"]
+    setting, (_, mixed) = next(iter(traffic.COMPILED.items()))
+    assert compiled[str(setting)][mixed.name] == added_kept_bytes(mixed, setting, Workload())
+    assert list(compiled) == [str(of) for of in traffic.COMPILED]
+    for kept in compiled.values():
+        plain, mixed = kept.values()
+        assert plain == mixed
 
 
 def test_committed_counts():
