@@ -298,6 +298,11 @@ def test_a_compiled_provider_is_checked_by_the_same_names(tmp_path, monkeypatch)
     run(tmp_path / "layer.json", [row], (Provider(), peers.Compiled(Peft()), peers.Compiled(tiny.WrongScaling())))
     facts = facts_of(tmp_path / "layer.json")
     assert "ms" in facts["PEFT LoRA, compiled"] and "wrong" in facts["wrong scaling, compiled"]
+    row = layer.LayerRow(tiny.LLAMA, 48, ADAPTERS[0], GATE_UP, compiles=True)
+    compiled_peers = [peers.Compiled(of) for of in (EagerMixedAdapter(), tiny.AdapterWithAnotherActivation())]
+    run(tmp_path / "adapters.json", [row], (Provider(), EagerMixedAdapter(), *compiled_peers))
+    right, wrong = (facts_of(tmp_path / "adapters.json")[of.name] for of in compiled_peers)
+    assert "ms" in right and "wrong" in wrong
     assert canonical("_orig_mod.base_model.model.layers.0.q_proj") == "layers.0.q_proj"
 
 

@@ -226,11 +226,16 @@ def test_committed_ratios_of_bottleneck_adapters():
     """With the mix, or in float32 under dropout, fewer bytes are moved and kept than by an eager adapter."""
     results = results_file()["bottleneck_adapters"]
     assert list(results) == [str(setting) for setting in traffic.BOTTLENECK.settings]
+    series = [results[str(setting)] for setting in traffic.BOTTLENECK.settings[:2]]
+    # forward: two products, f, the sum, of each of two linears; backward: four products, f' and the sum of dx's parts
+    assert [of["eager adapter"][traffic.ADDED]["launches"] for of in series] == [2 * (4 + 6), 34]
+    assert [of["eager adapter + eager mix"][traffic.ADDED]["launches"] for of in series] == [2 * (5 + 7), 40]
     for setting, found in results.items():
         ratios = found["ratios"]
         compared = [ratios["ours, SIBO adapter / eager adapter + eager mix"]]
         if "fp32" in setting:
             compared += [ratios["ours, adapter, lambda = 0 / eager adapter"]]
+            assert all(ratio["launches"] < 1 for ratio in compared), setting
         assert all(ratio["moved"] < 0.9 and ratio["kept"] < 0.8 for ratio in compared), setting
         for name in ("eager adapter", "ours, adapter, lambda = 0", "ours, SIBO adapter"):
             least, counts = found[name]["minimum"], found[name][traffic.ADDED]
