@@ -75,7 +75,7 @@ endif
 compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (25 minutes on 2 cores)
 	@$(BIN)/python benchmarks/compile_check.py --workers $(WORKERS)
 
-bench: $(READY) ## count and time what needs no GPU (3 minutes; writes benchmarks/ and the README's tables)
+bench: $(READY) ## count and time what needs no GPU (4 minutes; writes benchmarks/ and the README's tables)
 	@$(BIN)/python -m benchmarks.traffic
 	@$(BIN)/python -m benchmarks.cpu
 	@$(BIN)/python -m benchmarks.host_time

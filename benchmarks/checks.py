@@ -1,6 +1,6 @@
 """Whether a provider computes what it should, before it is timed: outputs and gradients against the definition.
 
-The reference is the same model in float32 whose linears are `sibo_triton.reference.lora_linear`, on the same weights.
+The reference is the same model in float32 whose linears are those of `benchmarks/definitions.py`, on the same weights.
 Providers draw their dropout masks each in its own way, so values are compared with the rate at 0; then the rate is
 put back and the gradients must change by about as much as such a mask makes them (`dropout_problem`).
 """
@@ -14,22 +14,26 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.bottleneck_providers import EagerAdapter, EagerMixedAdapter
+from benchmarks.definitions import DEFINITIONS, Weights, weights_of
 from benchmarks.models import copy_of
-from benchmarks.providers import ADAPTER, Peft, PeftMixed, Provider, Setting, first_block
-from sibo_triton import reference
+from benchmarks.providers import Peft, PeftMixed, Provider, kept_initial_residual
+from benchmarks.settings import AdapterSetting
 
 #: The norm of the error over that of the result: of all of it, and of its worst row and column. In bfloat16 PEFT's own
-#: LoRA has half of it on small shapes. Where its error is larger, others may have three times as much as it has.
+#: LoRA has half of it on small shapes. Where its error is larger, others may have three times as much as it has; an
+#: eager adapter is the same to other bottleneck adapters.
 TOLERANCE, TOLERANCE_OF_A_LINE = 0.03, 0.15
-#: For the frozen model and PEFT's own LoRA, which are the yardstick of what rounding does.
-SLACK_OF_STOCK, SLACK_OVER_PEFT = 5.0, 3.0
-SCALING = 2.0  # alpha is 2 r
-
+#: The frozen model and what is stock PyTorch or PEFT are the yardstick of what rounding does.
+STOCK = (Provider, Peft, PeftMixed, EagerAdapter, EagerMixedAdapter)
+SLACK_OF_STOCK, SLACK_OVER_STOCK = 5.0, 3.0
 Values = dict[str, Tensor]
 
 
@@ -39,40 +43,42 @@ def canonical(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def adapters_for(frozen: nn.Module, setting: Setting) -> dict[str, tuple[Tensor, Tensor]]:
-    """A, ``[r, K]``, and B, ``[N, r]``, of each linear: random by its name, as wide as what the linear itself gives.
+def adapters_for(frozen: nn.Module, setting: AdapterSetting) -> dict[str, Weights]:
+    """The adapter's weights for each linear that gets one, random by its name.
 
     In float32, with the values that the adapter's dtype can hold.
     """
     adapters = {}
     for name, linear in frozen.named_modules():
-        if not isinstance(linear, nn.Linear) or not name.endswith(setting.linears.all):
+        if not isinstance(linear, nn.Linear) or not name.endswith(setting.targets):
             continue
-        (N, K), weight = linear.weight.shape, linear.weight
-        dtype = torch.float32 if setting.fp32_adapters else weight.dtype
-        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
-        shapes = ((setting.rank, K, 1 / math.sqrt(K)), (N, setting.rank, 0.3 / math.sqrt(setting.rank)))
-        lora_a, lora_b = (
-            (torch.randn(rows, cols, generator=generator, device=weight.device) * std).to(dtype).float()
-            for rows, cols, std in shapes
-        )
-        adapters[name] = lora_a, lora_b
+        (N, K), device = linear.weight.shape, linear.weight.device
+        dtype = torch.float32 if setting.fp32_adapters else linear.weight.dtype
+        random = partial(torch.randn, generator=torch.Generator(device).manual_seed(zlib.crc32(name.encode())))
+
+        def normal(*shape: int, std: float, random: Any = random, dtype: Any = dtype, device: Any = device) -> Tensor:
+            return (random(*shape, device=device) * std).to(dtype).float()
+
+        adapters[name] = DEFINITIONS[type(setting)].draw(K, N, setting, normal)
     return adapters
 
 
-def put_adapters(model: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Give a provider's model these A and B.
+def put_adapters(model: nn.Module, adapters: dict[str, Weights]) -> None:
+    """Give a provider's model these adapters' weights.
 
     Raises:
-        ValueError: the model does not have adapters on just these linears.
+        ValueError: the model does not have adapters on just these linears, with just these weights.
     """
     found = set()
     with torch.no_grad():
         for name, module in model.named_modules():
-            if hasattr(module, "lora_A") and ADAPTER in module.lora_A:
-                lora_a, lora_b = adapters[canonical(name)]
-                module.lora_A[ADAPTER].weight.copy_(lora_a)
-                module.lora_B[ADAPTER].weight.copy_(lora_b)
+            own = weights_of(module)
+            if own:
+                given = adapters[canonical(name)]
+                if own.keys() != given.keys():
+                    raise ValueError(f"{canonical(name)} has {sorted(own)} instead of {sorted(given)}")
+                for weight, tensor in own.items():
+                    tensor.copy_(given[weight])
                 found.add(canonical(name))
     if found != set(adapters):
         raise ValueError(f"adapters are missing on {sorted(set(adapters) - found)}")
@@ -89,7 +95,7 @@ def without_known_warnings() -> Iterator[None]:
 
 
 def built(
-    provider: Provider, frozen: nn.Module, setting: Setting, adapters: dict[str, tuple[Tensor, Tensor]], trains: bool
+    provider: Provider, frozen: nn.Module, setting: AdapterSetting, adapters: dict[str, Weights], trains: bool
 ) -> nn.Module:
     """A provider's model on the weights of the frozen one, with these adapters, for training or for inference."""
     with without_known_warnings():
@@ -99,49 +105,29 @@ def built(
     return model.train(trains)
 
 
-class _ReferenceLinear(nn.Module):
-    def __init__(self, linear: nn.Linear, lora_a: Tensor, lora_b: Tensor, h0: list[Tensor] | None, lambda_: float):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.lora_a, self.lora_b = (nn.Parameter(tensor.clone()) for tensor in (lora_a, lora_b))
-        self.h0, self.lambda_ = h0, lambda_
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., K]
-        mix = (None, 0.0) if self.h0 is None else (self.h0[0], self.lambda_)
-        return reference.lora_linear(x, self.weight, self.bias, self.lora_a, self.lora_b, SCALING, *mix)
-
-
-def reference_model(
-    frozen: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]], setting: Setting, mixes: bool
-) -> nn.Module:
+def reference_model(frozen: nn.Module, adapters: dict[str, Weights], setting: AdapterSetting, mixes: bool) -> nn.Module:
     """The definition on the weights of a frozen model, in float32; its h0 gets no gradient."""
     model = copy.deepcopy(frozen).float()
     if isinstance(model, PreTrainedModel):
         model.enable_input_require_grads()  # as in `copy_of`
-    h0: list[Tensor] = []
-    first_block(model).register_forward_pre_hook(lambda _, args: h0.__setitem__(slice(None), [args[0].detach()]))
-    for name, (lora_a, lora_b) in adapters.items():
+    h0 = kept_initial_residual(model)
+    for name, weights in adapters.items():
         parent, _, own = name.rpartition(".")
-        mixed = mixes and name.endswith(setting.linears.mixing)
-        linear = _ReferenceLinear(model.get_submodule(name), lora_a, lora_b, h0 if mixed else None, setting.lambda_)
+        mixed = mixes and name.endswith(setting.mixing)
+        definition = DEFINITIONS[type(setting)]
+        linear = definition(model.get_submodule(name), weights, setting, h0 if mixed else None)
         setattr(model.get_submodule(parent), own, linear)
     return model.train()
 
 
 def gradients_of(model: nn.Module) -> Values:
-    """Those of A and B, by "q_proj.A" and the like, of a provider's model or the reference."""
+    """Those of the adapters' weights, by "q_proj.A" and the like, of a provider's model or the reference."""
     values = {}
     for name, module in model.named_modules():
-        if isinstance(module, _ReferenceLinear):
-            pair = module.lora_a, module.lora_b
-        elif hasattr(module, "lora_A") and ADAPTER in module.lora_A:
-            pair = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-        else:
-            continue
-        for letter, parameter in zip("AB", pair, strict=True):
+        for weight, parameter in weights_of(module).items():
             if parameter.grad is None:
-                raise ValueError(f"{canonical(name)}: {letter} has no gradient")
-            values[f"gradient of {canonical(name)}.{letter}"] = parameter.grad.detach()
+                raise ValueError(f"{canonical(name)}: {weight} has no gradient")
+            values[f"gradient of {canonical(name)}.{weight}"] = parameter.grad.detach()
     return values
 
 
@@ -197,20 +183,20 @@ def errors(found: Values, expected: Values) -> dict[str, float]:
 
 
 class Yardsticks:
-    """Verdicts on providers in their order, PEFT's own LoRA before those that are measured by its error."""
+    """Verdicts on providers in their order, a stock one before those that are measured by its error."""
 
     def __init__(self) -> None:
         self.allowed: dict[bool, dict[str, float]] = {}  # by whether it mixes
 
     def verdict(self, provider: Provider, found: Values, expected: Values) -> Verdict:
         """What a provider computes, without dropout, against the definition."""
-        stock = type(provider) in (Provider, Peft, PeftMixed)
+        stock = type(provider) in STOCK
         if not stock or found.keys() != expected.keys():
             alike = self.allowed.get(provider.mixes, next(iter(self.allowed.values()), None))
             return compare(found, expected, alike)
         own = errors(found, expected)
         if type(provider) is not Provider:
-            self.allowed[provider.mixes] = {what: SLACK_OVER_PEFT * error for what, error in own.items()}
+            self.allowed[provider.mixes] = {what: SLACK_OVER_STOCK * error for what, error in own.items()}
         slack = {what: SLACK_OF_STOCK * (TOLERANCE_OF_A_LINE if what.endswith(LINES) else TOLERANCE) for what in own}
         return compare(found, expected, slack)
 
@@ -224,7 +210,7 @@ class SharedWeights:
         evaluates: whether models run as for inference.
     """
 
-    def __init__(self, frozen: nn.Module, setting: Setting, evaluates: bool = False) -> None:
+    def __init__(self, frozen: nn.Module, setting: AdapterSetting, evaluates: bool = False) -> None:
         self.frozen, self.setting, self.evaluates = frozen, setting, evaluates
         self.adapters = adapters_for(frozen, setting)
         self._expected: dict[str, Values] = {}
@@ -266,13 +252,14 @@ def without_dropout(model: nn.Module, values: Callable[[], Values]) -> Values:
 
 
 def dropout_problem(found: Values, expected: Values, rate: float) -> str | None:
-    """What is wrong with the gradients of A and B under dropout, if something is, against those without.
+    """What is wrong with the gradients of the adapters' matrices under dropout, if something is, against those without.
 
     A mask of rate p changes ``A x`` by ``sqrt(p / (1 - p))`` of itself where x is random; in a whole layer gradients
     change by two or three times that. Gradients that are not there change by 1, those of something else by more.
     """
     usual, changes = math.sqrt(rate / (1 - rate)), errors(found, expected)
-    changes = {name: changes[name] for name in found if name.startswith("gradient of") and name[-2:] in (".A", ".B")}
+    matrices = tuple(f".{name}" for of in DEFINITIONS.values() for name in of.matrices)
+    changes = {name: changes[name] for name in found if name.startswith("gradient of") and name.endswith(matrices)}
     for name, change in changes.items():
         if not change >= usual / 6:
             return f"{name} changes by {change:.3g} of itself under dropout {rate}; about {usual:.2g} is usual"

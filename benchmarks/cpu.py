@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
-from benchmarks.providers import PROVIDERS, Provider, Setting
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
 
 ROOT = Path(__file__).resolve().parents[1]

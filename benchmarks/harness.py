@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.checks import Verdict
-from benchmarks.providers import Provider, Setting
+from benchmarks.providers import Provider
 from benchmarks.results_file import Budget, ResultsFile, command_line, output_of
+from benchmarks.settings import AdapterSetting
 from benchmarks.supervised import BROKEN_DEVICE, supervise
 from benchmarks.timing import MIB, Effort, Step, ceilings, compared, interleaved, peak_bytes
 from sibo_triton.environment import provenance
@@ -31,7 +32,7 @@ class Row(Protocol):
     """What is compared on one shape."""
 
     title: str
-    setting: Setting
+    setting: AdapterSetting
 
     def takes(self, provider: Provider) -> bool:
         """Whether the provider takes part."""

@@ -27,7 +27,8 @@ from torch import nn
 
 from benchmarks.checks import without_known_warnings
 from benchmarks.models import LLAMA_3_8B, Part, part_linears
-from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider, Setting
+from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider
+from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
 from sibo_triton.kernels import down, targets
 from sibo_triton.ops import low_rank

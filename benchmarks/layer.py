@@ -6,7 +6,7 @@ input, or one linear, with random weights in bfloat16; the most important rows c
 * milliseconds of forward, backward and both, percent over the frozen layer, and for ours the ratio to each peer;
 * what autograd keeps for the backward, and the peak of what is allocated, beyond weights and inputs;
 * the share of the measured ceilings: of bfloat16 GEMM for the products of all linears, and of copying for the least
-  that an adapter must move in the time that it adds (`least_bytes`).
+  that an adapter must move in the time that it adds (`settings.least_moved`).
 
 Every provider's outputs and gradients are compared with the definition's before it is timed (`checks.py`).
 """
@@ -35,13 +35,19 @@ from benchmarks.models import (
     part_linears,
 )
 from benchmarks.peers import TIMED
-from benchmarks.providers import Provider, Setting
+from benchmarks.providers import Provider
 from benchmarks.results_file import parser_of
+from benchmarks.settings import AdapterSetting, BottleneckSetting, Setting, least_moved
 from benchmarks.timing import MIB, Effort, buffers_beyond_cache
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
 
 BF16 = Setting(fp32_adapters=False, dropout=0.0)
 DEFAULTS = Setting(fp32_adapters=True, dropout=0.05)  # PEFT's dtype, and a usual rate
+ADAPTERS = tuple(
+    BottleneckSetting(fp32_adapters=of.fp32_adapters, dropout=of.dropout, placement=placement, biases=biases)
+    for placement, biases in (("series", False), ("parallel", True))
+    for of in (BF16, DEFAULTS)
+)
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DTYPE = torch.bfloat16
 
@@ -57,7 +63,7 @@ class LayerRow:
 
     of: Architecture
     tokens: int
-    setting: Setting
+    setting: AdapterSetting
     names: tuple[str, ...] | None = None
     compiles: bool = False
     vocabulary: int = EMBEDDINGS
@@ -68,7 +74,7 @@ class LayerRow:
 
     @property
     def title(self) -> str:
-        return f"{self.of.name} {self.what}, M={self.tokens}, r={self.setting.rank}, {self.setting}"
+        return f"{self.of.name} {self.what}, M={self.tokens}, {self.setting.size}, {self.setting}"
 
     @property
     def batch(self) -> tuple[int, int]:
@@ -86,17 +92,22 @@ class LayerRow:
             "part": self.what,
             "tokens": self.tokens,
             "batch": list(self.batch),
-            "rank": self.setting.rank,
-            "adapters": "float32" if self.setting.fp32_adapters else "bfloat16",
-            "dropout": self.setting.dropout,
-            "lambda": self.setting.lambda_,
+            **self.setting.describe(),
             "linears": {name: list(shape) for name, shape in self.shapes().items()},
         }
 
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The linears with adapters, those that share an input together."""
+        groups = groups_of(self.of) if self.names is None else [self.names]
+        targets = replace(self.setting, linears=self.of.linears).targets
+        return [group for group in groups if set(group) & set(targets)]
+
     def takes(self, provider: Provider) -> bool:
-        """All, but for those that mix in a part that does not, and torch.compile where it is not asked for."""
+        """The kind's, but for those that mix in a part that does not, and torch.compile where it is not asked for."""
         mixes = self.names is None or any(name in self.of.linears.mixing for name in self.names)
-        return (mixes or not provider.mixes) and (self.compiles or not provider.compiles)
+        of_kind = isinstance(self.setting, provider.takes)
+        return of_kind and (mixes or not provider.mixes) and (self.compiles or not provider.compiles)
 
     def open(self, device: str) -> LayerComparison:
         linears = self.of.linears if self.names is None else part_linears(self.of, self.names)
@@ -205,28 +216,19 @@ class LayerComparison:
     def derived(self, name: str, facts: dict[str, Any], floor: dict[str, Any], ceiling: dict[str, float]) -> None:
         milliseconds, row = facts["ms"]["both"]["p50"], self.row
         adds = name != FLOOR
-        M, rank = row.tokens, row.setting.rank
-        flops = sum(4 * M * K * N + adds * 6 * M * rank * (K + N) for K, N in row.shapes().values())
+        M, shapes = row.tokens, row.shapes()
+        targets = replace(row.setting, linears=row.of.linears)
+        flops = sum(4 * M * K * N for K, N in shapes.values())
+        if adds:
+            flops += sum(6 * M * targets.parameters(*of) for own, of in shapes.items() if own in targets.targets)
         share = flops / milliseconds / 1e9 / ceiling["bf16_gemm_TFLOP_per_s"]
         facts["share_of_bf16_gemm"] = round(share, 4)
         if adds:
             added = milliseconds - floor["ms"]["both"]["p50"]
-            least = least_bytes(row, any(of.mixes for of in TIMED if of.name == name))
+            least = sum(least_moved(targets, shapes, M, any(of.mixes for of in TIMED if of.name == name)))
             facts["least_bytes_added"] = least
             if added > 0:  # else it is not to be told from the frozen layer
                 facts["share_of_copy_of_what_it_adds"] = round(least / added / 1e6 / ceiling["copy_GB_per_s"], 4)
-
-
-def least_bytes(row: LayerRow, mixes: bool) -> int:
-    """What the adapters of the linears must move beyond the frozen ones, as `benchmarks.traffic.minimum` counts it.
-
-    Each linear by itself: A, B and h0 in forward and backward, x in the backward, dA and dB.
-    """
-    itemsize, least = (4 if row.setting.fp32_adapters else 2), 0
-    for name, (K, N) in row.shapes().items():
-        h0 = 2 * row.tokens * K if mixes and name in row.of.linears.mixing else 0
-        least += 3 * row.setting.rank * (K + N) * itemsize + 2 * h0 + 2 * row.tokens * K
-    return least
 
 
 class WholeLayer(LayerComparison):
@@ -294,12 +296,15 @@ def plan(quick: bool) -> list[LayerRow]:
     sweep = (2048, 512, 32768) if quick else (2048, 512, 32768, 1024, 4096, 16384)
     rows += [LayerRow(LLAMA_3_8B, M, setting, compiles=not quick) for M in sweep for setting in both]
     rows += _parts(LLAMA_3_8B, groups_of(LLAMA_3_8B), (8192,), both)
+    rows += [LayerRow(LLAMA_3_8B, 8192, setting, compiles=not quick) for setting in ADAPTERS]
     rows += [LayerRow(of, 8192, setting) for of in ARCHITECTURES[1:] for setting in both]
     rows += [LayerRow(LLAMA_3_8B, 8192, replace(setting, rank=rank)) for rank in (8, 64) for setting in both]
     if quick:
         return rows
     crossed = (replace(BF16, dropout=0.05), replace(DEFAULTS, dropout=0.0))
     rows += [LayerRow(LLAMA_3_8B, 8192, setting) for setting in crossed]
+    rows += _parts(LLAMA_3_8B, [LLAMA_3_8B.linears.feed_forward], (8192,), ADAPTERS)
+    rows += [LayerRow(LLAMA_3_8B, M, setting) for M in TOKENS if M != 8192 for setting in ADAPTERS[:2]]
     rows += _parts(LLAMA_3_8B, [(name,) for name in LLAMA_3_8B.shapes()], (8192,), both)
     rows += [LayerRow(of, M, setting) for of in ARCHITECTURES[1:] for M in TOKENS if M != 8192 for setting in both]
     for of in ARCHITECTURES[1:]:
@@ -309,7 +314,7 @@ def plan(quick: bool) -> list[LayerRow]:
 
 
 def _parts(
-    of: Architecture, groups: Iterable[tuple[str, ...]], tokens: Iterable[int], settings: Sequence[Setting]
+    of: Architecture, groups: Iterable[tuple[str, ...]], tokens: Iterable[int], settings: Sequence[AdapterSetting]
 ) -> list[LayerRow]:
     return [LayerRow(of, M, setting, group) for group in groups for M in tokens for setting in settings]
 

@@ -30,12 +30,13 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from benchmarks.providers import Linears
+from benchmarks.settings import Linears
 
 BERT_LINEARS = Linears(
     all=("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
     mixing=("query", "key", "value", "intermediate.dense"),
     groups=(("query", "key", "value"), ("dense",)),
+    feed_forward=("intermediate.dense",),
 )
 
 _CLASSES: dict[str, tuple[type, type, type | None]] = {
@@ -182,5 +183,8 @@ class Part(nn.Module):
 def part_linears(of: Architecture, names: Sequence[str]) -> Linears:
     """Of a :class:`Part`."""
     own = tuple(name.replace(".", "_") for name in names)
-    mixing = tuple(name.replace(".", "_") for name in names if name in of.linears.mixing)
-    return Linears(all=own, mixing=mixing, groups=(own,))
+    mixing, feed_forward = (
+        tuple(name.replace(".", "_") for name in names if name in those)
+        for those in (of.linears.mixing, of.linears.feed_forward)
+    )
+    return Linears(all=own, mixing=mixing, groups=(own,), feed_forward=feed_forward)

@@ -11,7 +11,9 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from benchmarks.providers import ADAPTER, PROVIDERS, Linears, Peft, PeftMixed, Provider, Setting
+from benchmarks.bottleneck_providers import BOTTLENECK_PROVIDERS, EagerAdapter, EagerMixedAdapter
+from benchmarks.providers import ADAPTER, PROVIDERS, Peft, PeftMixed, Provider
+from benchmarks.settings import AdapterSetting, Linears, Setting
 
 
 class Compiled(Provider):
@@ -21,11 +23,12 @@ class Compiled(Provider):
 
     def __init__(self, inner: Provider) -> None:
         self.inner, self.name, self.mixes = inner, f"{inner.name}, compiled", inner.mixes
+        self.takes = inner.takes
 
-    def unavailable(self, setting: Setting) -> str | None:
+    def unavailable(self, setting: AdapterSetting) -> str | None:
         return self.inner.unavailable(setting)
 
-    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+    def wrap(self, model: nn.Module, setting: AdapterSetting) -> nn.Module:
         wrapped: Any = torch.compile(self.inner.wrap(model, setting), dynamic=False)
         return wrapped
 
@@ -148,5 +151,6 @@ class _FusedLinearOf:
         return y.to(x.dtype)
 
 
-#: Of the timed benchmarks; the floor first. `PROVIDERS` is what is counted, and timed on a CPU.
-TIMED: tuple[Provider, ...] = (*PROVIDERS, Compiled(Peft()), Compiled(PeftMixed()), LoraFusion(), Unsloth())
+_COMPILED = tuple(Compiled(of) for of in (Peft(), PeftMixed(), EagerAdapter(), EagerMixedAdapter()))
+#: Of the timed benchmarks; the floor first, and what is counted before the others.
+TIMED: tuple[Provider, ...] = (*PROVIDERS, *BOTTLENECK_PROVIDERS, *_COMPILED, LoraFusion(), Unsloth())

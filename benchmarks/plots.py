@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ def bars(axes: Any, names: Sequence[str], values: Sequence[float], form: str, lo
 
 def traffic_plot(results: dict[str, Any]) -> Any:
     """What each provider adds to one of 32 decoder layers: a row for each setting."""
-    settings, shape = results["settings"], results["shape"]
+    settings = results["settings"]
     counts = {
         setting: {name: facts["added_per_layer_of_32"] for name, facts in providers.items()
                   if "added_per_layer_of_32" in facts}
@@ -117,9 +118,9 @@ def traffic_plot(results: dict[str, Any]) -> Any:
             if row == 0:
                 axes[row][column].set_title(what, fontsize=10)
         axes[row][0].set_ylabel(setting.replace(", ", "\n"), fontsize=9)
-    tokens = shape["batch"] * shape["length"]
+    tokens, model = math.prod(results["batch"]), results["model"]
     figure.suptitle(
-        f"What LoRA (r = 16, all linears) adds to a Llama-3-8B layer, {tokens:,} tokens, forward + backward. Counted.",
+        f"What LoRA (r = 16, all linears) adds to a {model} layer, {tokens:,} tokens, forward + backward. Counted.",
         fontsize=10,
     )
     return figure
@@ -136,7 +137,7 @@ def _percent(facts: dict[str, Any], phase: str) -> dict[str, float] | None:
 
 def layer_plot(results: dict[str, Any], model: str) -> Any | None:
     """Percent over the frozen layer by the number of tokens, a panel for each setting; None if there is one point."""
-    rows = [row for row in results["rows"] if (row["model"], row["part"], row["rank"]) == (model, "layer", 16)]
+    rows = [row for row in results["rows"] if (row["model"], row["part"], row.get("rank")) == (model, "layer", 16)]
     panels: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault((row["adapters"], row["dropout"]), []).append(row)

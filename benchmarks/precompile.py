@@ -25,7 +25,9 @@ from benchmarks import decode, layer, step
 from benchmarks.checks import without_known_warnings
 from benchmarks.counting import as_on_a_gpu
 from benchmarks.models import Architecture, Part, part_linears
-from benchmarks.providers import PROVIDERS, Provider, Setting
+from benchmarks.peers import TIMED
+from benchmarks.providers import Provider
+from benchmarks.settings import AdapterSetting
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Job:
     of: Architecture
     names: tuple[str, ...]
     tokens: int
-    setting: Setting
+    setting: AdapterSetting
     provider: str
     trains: bool = True
 
@@ -44,14 +46,14 @@ class Job:
 
 
 def ours() -> list[Provider]:
-    return [provider for provider in PROVIDERS if provider.name.startswith("ours")]
+    return [provider for provider in TIMED if provider.name.startswith("ours")]
 
 
 def jobs_of(quick: bool) -> list[Job]:
     """All that the benchmarks' rows launch, each once, the most important first."""
     jobs: list[Job] = []
     for row in layer.plan(quick):
-        jobs += _jobs(row.of, [row.names] if row.names else layer.groups_of(row.of), [row.tokens], row.setting)
+        jobs += _jobs(row.of, row.groups, [row.tokens], row.setting)
     for training in step.plan(quick):
         tokens = [training.tokens, step.CHECKED_TOKENS]
         jobs += _jobs(training.of, layer.groups_of(training.of), tokens, training.setting)
@@ -62,7 +64,11 @@ def jobs_of(quick: bool) -> list[Job]:
 
 
 def _jobs(
-    of: Architecture, groups: Iterable[tuple[str, ...]], tokens: Iterable[int], setting: Setting, trains: bool = True
+    of: Architecture,
+    groups: Iterable[tuple[str, ...]],
+    tokens: Iterable[int],
+    setting: AdapterSetting,
+    trains: bool = True,
 ) -> list[Job]:
     # with dropout a check also runs without
     settings = [setting, replace(setting, dropout=0.0)] if setting.dropout else [setting]
@@ -72,7 +78,8 @@ def _jobs(
         for names in groups
         for each in settings
         for provider in ours()
-        if not provider.mixes or any(name in of.linears.mixing for name in names)
+        if isinstance(setting, provider.takes)
+        and (not provider.mixes or any(name in of.linears.mixing for name in names))
     ]
 
 

@@ -1,13 +1,12 @@
 """What the benchmarks compare: each provider puts its adapters on a model, and the benchmark runs the model.
 
-All get the same frozen model and the same setting, and train A and B of the same linears. A provider that cannot do a
-setting says why.
+All get the same frozen model and the same setting, and train adapters of the same linears. A provider that cannot do a
+setting says why. LoRA's are here, those of bottleneck adapters in `bottleneck_providers.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,54 +16,11 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.settings import AdapterSetting, Linears, Setting
 from sibo_triton import SiboLoraConfig, accelerate
 from sibo_triton.lora.siblings import attach_siblings, detach_siblings
 
-ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MIXING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # they have the hidden state's width, as h0 has
 ADAPTER = "default"
-
-
-@dataclass(frozen=True)
-class Linears:
-    """The linears of a decoder layer that get adapters, by the ends of their names.
-
-    Attributes:
-        all: in the order of the forward.
-        mixing: those that read the residual stream, where a provider mixes.
-        groups: siblings, which share x, together; each of the others alone.
-    """
-
-    all: tuple[str, ...] = ALL_LINEARS
-    mixing: tuple[str, ...] = MIXING
-    groups: tuple[tuple[str, ...], ...] = (
-        ("q_proj", "k_proj", "v_proj"),
-        ("o_proj",),
-        ("gate_proj", "up_proj"),
-        ("down_proj",),
-    )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the adapters are made.
-
-    Attributes:
-        fp32_adapters: A and B in float32, PEFT's default; else in the frozen model's dtype.
-        dropout: its rate.
-        rank: r.
-        lambda_: the share of h0, where a provider mixes.
-        linears: which get adapters.
-    """
-
-    fp32_adapters: bool
-    dropout: float
-    rank: int = 16
-    lambda_: float = 0.1
-    linears: Linears = Linears()
-
-    def __str__(self) -> str:
-        return f"{'fp32' if self.fp32_adapters else 'bf16'} adapters, dropout {self.dropout:g}"
 
 
 class Provider:
@@ -73,12 +29,13 @@ class Provider:
     name = "frozen model"
     mixes = False
     compiles = False  # by torch.compile
+    takes: type[AdapterSetting] = AdapterSetting  # the kind of setting
 
-    def unavailable(self, setting: Setting) -> str | None:
+    def unavailable(self, setting: AdapterSetting) -> str | None:
         """Why it cannot do the setting, or None."""
         return None
 
-    def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
+    def wrap(self, model: nn.Module, setting: Any) -> nn.Module:
         """The model with adapters, training; `model` may be changed. Its parameters are frozen."""
         return model.train()
 
@@ -87,6 +44,7 @@ class Peft(Provider):
     """PEFT's LoRA, eager, as it is installed."""
 
     name = "PEFT LoRA"
+    takes = Setting
     config: type[LoraConfig] = LoraConfig
 
     def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
@@ -94,7 +52,7 @@ class Peft(Provider):
             r=setting.rank,
             lora_alpha=2 * setting.rank,
             lora_dropout=setting.dropout,
-            target_modules=list(setting.linears.all),
+            target_modules=list(setting.targets),
             **self.more(setting),
         )
         return get_peft_model(model, config, autocast_adapter_dtype=setting.fp32_adapters).train()
@@ -114,11 +72,10 @@ class PeftMixed(Peft):
     mixes = True
 
     def wrap(self, model: nn.Module, setting: Setting) -> nn.Module:
-        h0: list[Tensor] = []
-        first_block(model).register_forward_pre_hook(lambda _, args: h0.__setitem__(slice(None), [args[0].detach()]))
+        h0 = kept_initial_residual(model)
         wrapped = super().wrap(model, setting)
         for name, layer in _lora_linears(wrapped):
-            if name.endswith(setting.linears.mixing):
+            if name.endswith(setting.mixing):
                 layer.lora_dropout[ADAPTER] = _MixThenDrop(h0, setting.lambda_, layer.lora_dropout[ADAPTER])
         return wrapped
 
@@ -268,7 +225,7 @@ class OursSibo(Peft):
         return _with_siblings(super().wrap(model, setting), setting)
 
     def more(self, setting: Setting) -> dict[str, Any]:
-        return {"sibo_lambda": setting.lambda_, "sibo_target_modules": list(setting.linears.mixing)}
+        return {"sibo_lambda": setting.lambda_, "sibo_target_modules": list(setting.mixing)}
 
 
 class OursLoraApart(OursLora):
@@ -315,6 +272,13 @@ APART: tuple[Provider, ...] = (OursLoraApart(), OursSiboApart())
 def first_block(model: nn.Module) -> nn.Module:
     """The first of a model's transformer blocks, whose input is h0."""
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
+
+
+def kept_initial_residual(model: nn.Module) -> list[Tensor]:
+    """A list that has h0 from each forward's beginning on, detached: the embeddings are frozen."""
+    h0: list[Tensor] = []
+    first_block(model).register_forward_pre_hook(lambda _, args: h0.__setitem__(slice(None), [args[0].detach()]))
+    return h0
 
 
 def _lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:

@@ -1,4 +1,4 @@
-"""Write the tables of the README from the files of results that it names: `python -m benchmarks.readme_table`."""
+"""Write the tables of README and docs from the files of results that they name: `python -m benchmarks.readme_table`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,60 @@ from sibo_triton.finetune.demo_report import demo_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 MIB = 2**20
 
 
 def traffic_table(results: dict[str, Any]) -> str:
     """What each provider adds to one of 32 decoder layers: launches, bytes moved and bytes kept."""
     lines = ["| adapters | | launches | MiB moved | MiB kept |", "|---|---|---|---|---|"]
-    for setting, providers in results["settings"].items():
+    lines += ["| " + " | ".join(cells[:-1]) + " |" for cells in _added(results["settings"])]
+    return "\n".join(lines)
+
+
+def bottleneck_table(results: dict[str, Any]) -> str:
+    """The same of bottleneck adapters, and what our kernels' tiles load again."""
+    lines = ["| adapters | | launches | MiB moved | MiB kept | MiB loaded again |", "|---|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in _added(results["bottleneck_adapters"])]
+    return "\n".join(lines)
+
+
+def _added(settings: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for setting, providers in settings.items():
         for provider, counts in providers.items():
             added = counts.get("added_per_layer_of_32")
             if added is None or "apart" in provider:  # the frozen model, what cannot do the setting, what was before
                 continue
-            moved, kept = (added["read"] + added["written"]) / MIB, added["saved"] / MIB
-            lines.append(f"| {setting} | {provider} | {added['launches']:.0f} | {moved:,.0f} | {kept:,.0f} |")
+            sizes = (added["read"] + added["written"], added["saved"], added["reread"])
+            moved, kept, again = (f"{size / MIB:,.0f}" for size in sizes)
+            again = again if provider.startswith("ours") else "not known"
+            rows.append((setting, provider, f"{added['launches']:.0f}", moved, kept, again))
+    return rows
+
+
+def models_table(results: dict[str, Any]) -> str:
+    """LoRA on other models: the ratios of ours to each peer."""
+    lines = ["| model | adapters | | launches | moved | kept |", "|---|---|---|---|---|---|"]
+    for model, settings in results["other_models"].items():
+        for setting, pairs in settings.items():
+            for pair, ratio in pairs.items():
+                if not pair.endswith("ours, lambda = 0"):
+                    numbers = " | ".join(f"{ratio[name]:.2f}" for name in ("launches", "moved", "kept"))
+                    lines.append(f"| {model} | {setting} | {pair} | {numbers} |")
+    return "\n".join(lines)
+
+
+def compiled_table(results: dict[str, Any]) -> str:
+    """What peers keep with and without `torch.compile`, and what ours keeps, which does the same."""
+    lines = ["| adapters | | eager | compiled | ours |", "|---|---|---|---|---|"]
+    for setting, compiled in results["kept_when_compiled"].items():
+        eager = results["settings"].get(setting) or results["bottleneck_adapters"][setting]
+        kept = {name: of["added_per_layer_of_32"]["saved"] for name, of in eager.items() if "minimum" in of}
+        for name, bytes_ in compiled.items():
+            ours = next(own for own in kept if own.startswith("ours") and ("mix" in name) == ("SIBO" in own))
+            cells = (f"{size / MIB:,.0f}" for size in (kept[name], bytes_, kept[ours]))
+            lines.append(f"| {setting} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -34,7 +74,7 @@ NOT_MEASURED = "Speed on a GPU: not measured yet."
 
 def layer_table(results: dict[str, Any]) -> str:
     """Time over the frozen layer of each whole layer at rank 16 and 8,192 tokens, forward and backward."""
-    rows = [row for row in results["rows"] if (row["part"], row["rank"], row["tokens"]) == ("layer", 16, 8192)]
+    rows = [row for row in results["rows"] if (row["part"], row.get("rank"), row["tokens"]) == ("layer", 16, 8192)]
     lines = [f"| layer | adapters | {' | '.join(SHOWN)} |", "|---|---|" + "---|" * len(SHOWN)]
     for row in rows:
         cells = [_over_frozen(row["providers"].get(name, {})) for name in SHOWN]
@@ -64,11 +104,17 @@ def gpu_tables(results: Path) -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-TABLES = {"demo": ("demo-cpu.json", demo_table), "traffic": ("traffic.json", traffic_table)}
+TABLES = {
+    "demo": ("demo-cpu.json", demo_table),
+    "traffic": ("traffic.json", traffic_table),
+    "bottleneck": ("traffic.json", bottleneck_table),
+    "models": ("traffic.json", models_table),
+    "compiled": ("traffic.json", compiled_table),
+}
 
 
 def with_tables(text: str) -> str:
-    """The README's text with the tables between their markers made anew."""
+    """A document's text with the tables that it has markers for made anew."""
     for name, (file, table) in TABLES.items():
         text = _between_markers(text, name, table(json.loads((RESULTS / file).read_text(encoding="utf-8"))))
     return _between_markers(text, "gpu", gpu_tables(RESULTS))
@@ -76,9 +122,12 @@ def with_tables(text: str) -> str:
 
 def _between_markers(text: str, name: str, made: str) -> str:
     start, end = f"<!-- {name}-results -->", f"<!-- /{name}-results -->"
-    before, _, rest = text.partition(start)
+    before, found, rest = text.partition(start)
+    if not found:
+        return text
     return f"{before}{start}\n{made}\n{end}{rest.partition(end)[2]}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")

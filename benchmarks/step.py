@@ -24,8 +24,9 @@ from benchmarks.harness import FLOOR, run_benchmark
 from benchmarks.layer import BF16, DEFAULTS, DTYPE
 from benchmarks.models import LLAMA_3_8B, QWEN2_5_0_5B, Architecture, frozen_model
 from benchmarks.peers import TIMED
-from benchmarks.providers import Provider, Setting
+from benchmarks.providers import Provider
 from benchmarks.results_file import parser_of
+from benchmarks.settings import Setting
 from benchmarks.timing import Effort
 
 BATCHES = 4  # of random tokens, in turn
@@ -60,14 +61,11 @@ class StepRow:
             "tokens": self.tokens,
             "batch": list(self.batch),
             "checkpointing": self.checkpointing,
-            "rank": self.setting.rank,
-            "adapters": "float32" if self.setting.fp32_adapters else "bfloat16",
-            "dropout": self.setting.dropout,
-            "lambda": self.setting.lambda_,
+            **self.setting.describe(),
         }
 
     def takes(self, provider: Provider) -> bool:
-        return self.compiles or not provider.compiles
+        return isinstance(self.setting, provider.takes) and (self.compiles or not provider.compiles)
 
     def open(self, device: str) -> StepComparison:
         return StepComparison(self, device)

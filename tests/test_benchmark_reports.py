@@ -108,6 +108,13 @@ def test_the_committed_plot_is_of_the_committed_results():
     assert digest.encode() in content, "run: python -m benchmarks.plots"
 
 
+def test_the_tables_of_the_docs_are_of_the_committed_results():
+    for document in readme_table.DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        assert readme_table.with_tables(text) == text, "run: python -m benchmarks.readme_table"
+    assert "| ours, SIBO adapter |" in text and "| BERT-large |" in text
+
+
 def test_without_matplotlib_a_line_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(plots, "can_plot", lambda: False)
     monkeypatch.setattr(sys, "argv", ["plots", "--plots", str(tmp_path)])

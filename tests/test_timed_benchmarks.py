@@ -12,18 +12,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton", reason="triton is not installed")
 
 import timed_rows as tiny
-from timed_rows import BERT, BOTH, RIGHT, run
+from timed_rows import ADAPTERS, BERT, BOTH, RIGHT, run
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import checks, decode, launch_traffic, layer, peers, precompile, step, supervised, timing
+from benchmarks.bottleneck_providers import EagerAdapter, EagerMixedAdapter, OursSiboAdapter
 from benchmarks.checks import canonical
 from benchmarks.counting import counted, to_fake
 from benchmarks.providers import PROVIDERS, OursLora, OursSibo, Peft, Provider
+from benchmarks.settings import BottleneckSetting
 from benchmarks.timing import Effort, Times, compared, interleaved
 from sibo_triton.kernels import targets
 
+FROZEN = Provider.name
 FEW = (Provider(), Peft(), OursSibo())
-QKV = ("q_proj", "k_proj", "v_proj")
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 def facts_of(path, row=0):
@@ -37,25 +40,35 @@ LAYERS = [
     tiny.layer_row(BOTH[1], ("down_proj",)),
     tiny.layer_row(BOTH[1], of=BERT),
     tiny.layer_row(BOTH[0], ("attention.output.dense",), of=BERT),
+    tiny.layer_row(ADAPTERS[0]),
+    tiny.layer_row(ADAPTERS[3]),
+    tiny.layer_row(ADAPTERS[1], of=BERT),
+    tiny.layer_row(ADAPTERS[2], GATE_UP),
 ]
+
+
+def expected_in(row):
+    if row.setting in ADAPTERS:
+        return {FROZEN, "eager adapter", "eager adapter + eager mix", "ours, adapter, lambda = 0", "ours, SIBO adapter"}
+    mixing = row.names != ("down_proj",) and row.names != ("attention.output.dense",)
+    return {of.name for of in PROVIDERS if (mixing or not of.mixes) and not of.unavailable(row.setting)}
 
 
 @pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.title)
 def test_a_layer_is_checked_timed_and_written(row, tmp_path):
     run(tmp_path / "layer.json", [row], peers.TIMED)
     facts = facts_of(tmp_path / "layer.json")
-    mixing = row.names != ("down_proj",) and row.names != ("attention.output.dense",)
     timed = {name for name, of in facts.items() if "ms" in of}
-    expected = {of.name for of in PROVIDERS if (mixing or not of.mixes) and not of.unavailable(row.setting)}
-    assert timed == expected
-    assert facts["Unsloth"]["unavailable"] and facts["LoRAFusion"]["unavailable"]
+    assert timed == expected_in(row)
+    if row.setting in BOTH:
+        assert facts["Unsloth"]["unavailable"] and facts["LoRAFusion"]["unavailable"]
     for name in timed:
         of = facts[name]
         assert set(of["ms"]) == {"forward", "backward", "both"}
         assert 0 < of["worst_error"]["of_tolerance"] < 1 and of["share_of_bf16_gemm"] > 0 and of["saved_MiB"] >= 0
-        assert ("percent_over_frozen" in of) == (name != "frozen model")
-    ours = facts["ours, lambda = 0"]
-    assert set(ours["ratio_to"]) == timed - {"frozen model", "ours, lambda = 0"}
+        assert ("percent_over_frozen" in of) == (name != FROZEN)
+    plain = next(name for name in timed if name.startswith("ours") and name.endswith("lambda = 0"))
+    assert set(facts[plain]["ratio_to"]) == timed - {FROZEN, plain}
     assert json.loads((tmp_path / "layer.json").read_text())["ceilings"].keys() == timing.ceilings("cpu", 2).keys()
 
 
@@ -93,15 +106,19 @@ def test_generation_is_checked_timed_and_written(batch, tmp_path, monkeypatch):
         (tiny.WrongGradient(), BOTH[0], "is off by"),
         (tiny.NoMix(), BOTH[0], "is off by"),
         (tiny.NoDropout(), BOTH[1], "changes by 0"),
+        (tiny.AdapterWithoutDropout(), ADAPTERS[1], "changes by 0"),
+        (tiny.AdapterWithoutMix(), ADAPTERS[0], "is off by"),
+        (tiny.AdapterWithAnotherActivation(), ADAPTERS[2], "is off by"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_a_wrong_provider_is_said_to_be_and_gets_no_time(provider, setting, what, tmp_path, capsys):
-    run(tmp_path / "layer.json", [tiny.layer_row(setting)], (*FEW, provider))
+    few = FEW if setting in BOTH else (Provider(), EagerAdapter(), EagerMixedAdapter(), OursSiboAdapter())
+    run(tmp_path / "layer.json", [tiny.layer_row(setting)], (*few, provider))
     facts = facts_of(tmp_path / "layer.json")
     assert what in facts[provider.name]["wrong"] and "ms" not in facts[provider.name]
     assert f"{provider.name}: WRONG, " in capsys.readouterr().out
-    assert all("ms" in facts[of.name] for of in FEW)
+    assert all("ms" in facts[of.name] for of in few)
 
 
 def test_an_error_is_one_line_and_the_others_go_on(tmp_path, capsys):
@@ -271,7 +288,7 @@ def test_frozen_weights_are_there_once():
 def test_timed_providers_begin_with_those_that_are_counted():
     assert peers.TIMED[: len(PROVIDERS)] == PROVIDERS
     names = [of.name for of in peers.TIMED]
-    assert len(set(names)) == len(names) and sum(of.compiles for of in peers.TIMED) == 2
+    assert len(set(names)) == len(names) and sum(of.compiles for of in peers.TIMED) == 4
 
 
 def test_a_compiled_provider_is_checked_by_the_same_names(tmp_path, monkeypatch):
@@ -281,6 +298,11 @@ def test_a_compiled_provider_is_checked_by_the_same_names(tmp_path, monkeypatch)
     run(tmp_path / "layer.json", [row], (Provider(), peers.Compiled(Peft()), peers.Compiled(tiny.WrongScaling())))
     facts = facts_of(tmp_path / "layer.json")
     assert "ms" in facts["PEFT LoRA, compiled"] and "wrong" in facts["wrong scaling, compiled"]
+    row = layer.LayerRow(tiny.LLAMA, 48, ADAPTERS[0], GATE_UP, compiles=True)
+    compiled_peers = [peers.Compiled(of) for of in (EagerMixedAdapter(), tiny.AdapterWithAnotherActivation())]
+    run(tmp_path / "adapters.json", [row], (Provider(), EagerMixedAdapter(), *compiled_peers))
+    right, wrong = (facts_of(tmp_path / "adapters.json")[of.name] for of in compiled_peers)
+    assert "ms" in right and "wrong" in wrong
     assert canonical("_orig_mod.base_model.model.layers.0.q_proj") == "layers.0.q_proj"
 
 
@@ -328,7 +350,12 @@ def test_a_library_that_does_not_import_says_why(monkeypatch):
     assert peers.LoraFusion().unavailable(BOTH[0]).startswith("lorafusion.ops.lora_v1 cannot be imported: Module")
 
 
-def test_kernels_are_compiled_for_what_a_row_launches(monkeypatch):
+@pytest.mark.parametrize(
+    ("provider", "setting", "names"),
+    [(OursSibo(), BOTH[1], QKV), (OursSiboAdapter(), ADAPTERS[1], GATE_UP), (OursSiboAdapter(), ADAPTERS[2], GATE_UP)],
+    ids=str,
+)
+def test_kernels_are_compiled_for_what_a_row_launches(provider, setting, names, monkeypatch):
     """The launches of a row's linears are those that are compiled first, in the same order, with the same constants."""
     launched = []
     traffic_of_launch = launch_traffic.traffic_of_launch
@@ -337,9 +364,9 @@ def test_kernels_are_compiled_for_what_a_row_launches(monkeypatch):
         launched.append((name, {key: value for key, value in arguments.items() if key.isupper() and key != "M"}))
         return traffic_of_launch(name, grid, arguments)
 
-    job = precompile.Job(tiny.LLAMA, QKV, 64, BOTH[1], OursSibo.name)
+    job = precompile.Job(tiny.LLAMA, names, 64, setting, provider.name)
     compiled = precompile.compiled_of(job, GPUTarget("cuda", 90, 32), targets.KNOWN["sm_90"])
-    step = tiny.layer_row(BOTH[1], QKV, tokens=64).open("cpu").build(OursSibo())
+    step = tiny.layer_row(setting, names, tokens=64).open("cpu").build(provider)
     monkeypatch.setattr(launch_traffic, "traffic_of_launch", record)
     with FakeTensorMode() as mode:
         to_fake(step.model, mode)
@@ -348,9 +375,10 @@ def test_kernels_are_compiled_for_what_a_row_launches(monkeypatch):
             outputs = step.model(h0, x.requires_grad_())
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     assert [(of.name, {key: value for key, value in of.constants.items() if key != "M"}) for of in compiled] == launched
-    names = [name for name, _ in launched]
-    assert names.count("up_kernel") == 3 and names.count("down_kernel") == 1  # the siblings share a pass over x
-    assert all(constants for _, constants in launched)
+    assert launched and all(constants for _, constants in launched)
+    if setting in BOTH:
+        kernels = [name for name, _ in launched]
+        assert kernels.count("up_kernel") == 3 and kernels.count("down_kernel") == 1  # the siblings share a pass over x
 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch):
@@ -364,6 +392,8 @@ def test_every_row_of_the_benchmarks_is_compiled_first():
         jobs = {(job.of.name, job.names, job.tokens, job.setting) for job in precompile.jobs_of(quick)}
         for row in layer.plan(quick):
             groups = [row.names] if row.names else layer.groups_of(row.of)
+            if isinstance(row.setting, BottleneckSetting):
+                groups = [("gate_proj", "up_proj")]  # of these rows' models
             assert all((row.of.name, names, row.tokens, row.setting) in jobs for names in groups), row.title
         assert {row.of.name for row in step.plan(quick)} <= {name for name, *_ in jobs}
         assert {row.batch for row in decode.plan(quick)} <= {tokens for _, _, tokens, _ in jobs}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import providers, traffic
+from benchmarks.bottleneck_providers import (
+    BOTTLENECK_PROVIDERS,
+    EagerAdapter,
+    EagerMixedAdapter,
+    OursAdapter,
+    OursSiboAdapter,
+)
+from benchmarks.compiled_kept import added_kept_bytes, kept_bytes
 from benchmarks.counting import Counts, counted, summed
+from benchmarks.definitions import weights_of
 from benchmarks.launch_traffic import Traffic
-from benchmarks.providers import PROVIDERS, Setting
+from benchmarks.model_counts import Workload, frozen_model, operations_of, step_of
+from benchmarks.models import ARCHITECTURES, LLAMA_3_8B, Architecture
+from benchmarks.providers import PROVIDERS
+from benchmarks.settings import BottleneckSetting, Setting
 from sibo_triton.ops import lora_linear, lora_linear_group
 
 BF16, FP32 = torch.bfloat16, torch.float32
-SMALL = traffic.Shape(hidden=256, ffn=512, heads=4, kv_heads=2, batch=2, length=64)
+SMALL = Workload(Architecture("small", "llama", 256, 512, 4, 2, 64, 3, 128), batch=2, length=64)
 
 
 def counted_of(run, *tensors):
@@ -96,25 +109,41 @@ def test_the_roofline_takes_the_longer_of_copying_and_multiplying():
     assert (counts.modelled_ms, counts.modelled_ms_no_cache) == pytest.approx((1 + 1, 1 + 10))
 
 
-AVAILABLE = [(of, setting) for setting in traffic.SETTINGS for of in PROVIDERS if not of.unavailable(setting)]
+SMALL_ADAPTERS = [replace(setting, bottleneck_size=16) for setting in traffic.BOTTLENECK.settings[1:3]]
+AVAILABLE = [
+    *((of, setting) for setting in traffic.SETTINGS for of in PROVIDERS if not of.unavailable(setting)),
+    *((of, setting) for setting in SMALL_ADAPTERS for of in BOTTLENECK_PROVIDERS),
+]
 
 
 @pytest.mark.parametrize(("provider", "setting"), AVAILABLE, ids=lambda of: getattr(of, "name", str(of)))
 def test_every_further_layer_counts_as_the_second(provider, setting):
-    step = traffic.step_of(provider, setting, SMALL)
-    third = summed(*traffic.operations_of(provider, setting, SMALL, 3))
+    step = step_of(provider, setting, SMALL)
+    third = summed(*operations_of(provider, setting, SMALL, 3))
     by_line = step.per_layer(3) * 3
     assert all(getattr(by_line, name) == pytest.approx(getattr(third, name), rel=1e-12) for name in vars(Counts()))
 
 
-def test_h0_is_kept_once_per_network():
-    setting = Setting(fp32_adapters=True, dropout=0.05)
-    plain, mixed = (
-        traffic.step_of(next(of for of in PROVIDERS if of.name == name), setting, SMALL)
-        for name in ("ours, lambda = 0", "ours, SIBO")
-    )
-    assert mixed.one_layer.saved - plain.one_layer.saved == 2 * SMALL.tokens * SMALL.hidden
+@pytest.mark.parametrize(
+    ("setting", "ours"),
+    [
+        (traffic.SETTINGS[1], (providers.OursLora(), providers.OursSibo())),
+        (SMALL_ADAPTERS[0], (OursAdapter(), OursSiboAdapter())),
+    ],
+    ids=["LoRA", "bottleneck"],
+)
+def test_h0_is_kept_once_per_network(setting, ours):
+    plain, mixed = (step_of(of, setting, SMALL) for of in ours)
+    assert mixed.one_layer.saved - plain.one_layer.saved == 2 * SMALL.tokens * SMALL.of.hidden
     assert mixed.further_layer.saved == plain.further_layer.saved
+
+
+def test_one_compiled_layer_tells_what_each_keeps():
+    frozen, mixed, setting = providers.Provider(), EagerMixedAdapter(), SMALL_ADAPTERS[0]
+    one, two = (
+        kept_bytes(mixed, setting, SMALL, layers) - kept_bytes(frozen, setting, SMALL, layers) for layers in (1, 2)
+    )
+    assert two == 2 * one > 0
 
 
 def results_file():
@@ -125,6 +154,17 @@ def test_the_committed_results_are_what_is_counted_now():
     found, kept = traffic.document(), results_file()
     different = [key for key in found if json.loads(json.dumps(found[key])) != kept[key]]
     assert not different, f"{different} changed: run {traffic.COMMAND}, and look at what it costs"
+
+
+def test_the_committed_results_of_compiled_peers_are_what_is_counted_now():
+    """Of one of them, as each takes seconds; and a mix is kept in place of x, for all linears that share it."""
+    compiled = results_file()["kept_when_compiled"]
+    setting, (_, mixed) = next(iter(traffic.COMPILED.items()))
+    assert compiled[str(setting)][mixed.name] == added_kept_bytes(mixed, setting, Workload())
+    assert list(compiled) == [str(of) for of in traffic.COMPILED]
+    for kept in compiled.values():
+        plain, mixed = kept.values()
+        assert plain == mixed
 
 
 def test_committed_counts():
@@ -162,50 +202,95 @@ def test_committed_counts():
         least = settings[setting][name]["minimum"]
         assert counts["read"] > least["read"] and counts["written"] > least["written"]
     # h0's two reads by each of two groups, forward and for dA, are all that the mix adds
-    h0 = 2 * 2 * 2 * traffic.LLAMA_3_8B.tokens * traffic.LLAMA_3_8B.hidden // traffic.MIB
+    h0 = 2 * 2 * 2 * Workload().tokens * LLAMA_3_8B.hidden // traffic.MIB
     assert moved["ours, SIBO", bf16] - moved["ours, lambda = 0", bf16] == h0
 
 
+def ratios_of(found, ours):
+    """Those of ours to each peer that does no more, by the peer's name."""
+    pairs = {tuple(pair.split(" / ")): ratio for pair, ratio in found.items()}
+    return {peer: ratio for (name, peer), ratio in pairs.items() if name == ours and not peer.startswith("ours")}
+
+
+@pytest.mark.parametrize("of", ARCHITECTURES[1:], ids=lambda of: of.name)
+def test_committed_ratios_of_other_models(of):
+    """Fewer launches and bytes than every peer; and no more is kept, but for t, which is float32."""
+    for setting, found in results_file()["other_models"][of.name].items():
+        assert len(found) == (6 if "bf16" in setting else 4)
+        for ours in ("ours, lambda = 0", "ours, SIBO"):
+            for peer, ratio in ratios_of(found, ours).items():
+                assert ratio["launches"] < 0.7 and ratio["moved"] < 0.95 and ratio["kept"] < 1.02, (setting, ours, peer)
+
+
+def test_committed_ratios_of_bottleneck_adapters():
+    """With the mix, or in float32 under dropout, fewer bytes are moved and kept than by an eager adapter."""
+    results = results_file()["bottleneck_adapters"]
+    assert list(results) == [str(setting) for setting in traffic.BOTTLENECK.settings]
+    series = [results[str(setting)] for setting in traffic.BOTTLENECK.settings[:2]]
+    # forward: two products, f, the sum, of each of two linears; backward: four products, f' and the sum of dx's parts
+    assert [of["eager adapter"][traffic.ADDED]["launches"] for of in series] == [2 * (4 + 6), 34]
+    assert [of["eager adapter + eager mix"][traffic.ADDED]["launches"] for of in series] == [2 * (5 + 7), 40]
+    for setting, found in results.items():
+        ratios = found["ratios"]
+        compared = [ratios["ours, SIBO adapter / eager adapter + eager mix"]]
+        if "fp32" in setting:
+            compared += [ratios["ours, adapter, lambda = 0 / eager adapter"]]
+            assert all(ratio["launches"] < 1 for ratio in compared), setting
+        assert all(ratio["moved"] < 0.9 and ratio["kept"] < 0.8 for ratio in compared), setting
+        for name in ("eager adapter", "ours, adapter, lambda = 0", "ours, SIBO adapter"):
+            least, counts = found[name]["minimum"], found[name][traffic.ADDED]
+            assert counts["read"] > least["read"] and counts["written"] > least["written"]
+
+
 def step_values(provider, setting):
-    """The output and the gradients of A and B of a real, small model, all from the same numbers."""
+    """The output and the gradients of the adapters of a real, small model, all from the same numbers."""
     torch.manual_seed(0)
-    model = traffic.frozen_model(traffic.Shape(hidden=64, ffn=96, heads=4, kv_heads=2), layers=2)
+    model = frozen_model(Architecture("small", "llama", 64, 96, 4, 2, 16, 2, 128))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.ones(()) if "norm" in name else torch.randn(parameter.shape) / 8)
     wrapped = provider.wrap(model.float(), setting)
+    torch.manual_seed(1)  # providers draw their own weights each in its way
     model.rotary_emb.inv_freq = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
-    adapters = {
-        name: parameter
-        for name, parameter in sorted(wrapped.named_parameters())
-        if "lora_A" in name or "lora_B" in name
-    }
+    adapters = [
+        weight
+        for _, module in sorted(wrapped.named_modules(), key=lambda of: of[0].removeprefix("base_model.model."))
+        for weight in weights_of(module).values()
+    ]
     with torch.no_grad():
-        for parameter in adapters.values():
+        for parameter in adapters:
             parameter.copy_(torch.randn(parameter.shape) / 8)
     output = wrapped(input_ids=torch.arange(12).reshape(2, 6)).last_hidden_state
     output.backward(torch.randn(output.shape))
-    return [output.detach(), *(parameter.grad for parameter in adapters.values())]
+    return [output.detach(), *(parameter.grad for parameter in adapters)]
+
+
+LORA = Setting(fp32_adapters=True, dropout=0.0, rank=4, lambda_=0.3)
+SERIES = BottleneckSetting(fp32_adapters=True, dropout=0.0, bottleneck_size=6, lambda_=0.3, scaling=1.5)
+PARALLEL = replace(SERIES, placement="parallel", biases=True, activation="silu")
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("one", "other", "setting", "plain", "gradients"),
     [
-        (providers.Addmm(), providers.Peft()),
-        (providers.AddmmGrouped(), providers.Peft()),
-        (providers.OursLora(), providers.Peft()),
-        (providers.OursSibo(), providers.PeftMixed()),
+        (providers.Addmm(), providers.Peft(), LORA, providers.Peft(), 2 * 2 * 7),
+        (providers.AddmmGrouped(), providers.Peft(), LORA, providers.Peft(), 2 * 2 * 7),
+        (providers.OursLora(), providers.Peft(), LORA, providers.Peft(), 2 * 2 * 7),
+        (providers.OursSibo(), providers.PeftMixed(), LORA, providers.Peft(), 2 * 2 * 7),
+        *(
+            (ours, eager, setting, EagerAdapter(), gradients)
+            for setting, gradients in ((SERIES, 2 * 2 * 2), (PARALLEL, 2 * 4 * 2))
+            for ours, eager in ((OursAdapter(), EagerAdapter()), (OursSiboAdapter(), EagerMixedAdapter()))
+        ),
     ],
-    ids=lambda provider: provider.name,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_providers_compute_the_same(one, other):
-    setting = Setting(fp32_adapters=True, dropout=0.0, rank=4, lambda_=0.3)
+def test_providers_compute_the_same(one, other, setting, plain, gradients):
     ours, theirs = step_values(one, setting), step_values(other, setting)
-    assert len(ours) == 1 + 2 * 2 * 7
+    assert len(ours) == 1 + gradients
     for value, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    plain = step_values(providers.Peft(), setting)[0]
-    assert torch.allclose(ours[0], plain, rtol=1e-3) != one.mixes
+    assert torch.allclose(ours[0], step_values(plain, setting)[0], rtol=1e-3) != one.mixes
 
 
 def test_a_step_of_generation_takes_two_launches_for_linears_that_share_x():

@@ -12,6 +12,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import decode, layer, step
+from benchmarks.bottleneck_providers import EagerAdapter, EagerMixedAdapter
 from benchmarks.harness import Session
 from benchmarks.models import Architecture
 from benchmarks.providers import ADAPTER, OursLora, OursSibo, Peft, PeftMixed, Provider
@@ -22,6 +23,7 @@ LLAMA = Architecture("tiny", "llama", 64, 96, 4, 2, 16, 2, 128)
 BERT = Architecture("tiny BERT", "bert", 64, 96, 4, 4, 16, 2, 128, bias=True)
 EFFORT = Effort(rounds=2, seconds=0.0, turn=0.0)
 BOTH = (layer.BF16, layer.DEFAULTS)
+ADAPTERS = tuple(replace(setting, bottleneck_size=8) for setting in layer.ADAPTERS)
 
 
 def layer_row(setting=layer.BF16, names=None, of=LLAMA, tokens=96) -> layer.LayerRow:
@@ -87,6 +89,28 @@ class NoDropout(Peft):
 
     def wrap(self, model, setting):
         return super().wrap(model, replace(setting, dropout=0.0))
+
+
+class AdapterWithoutMix(EagerAdapter):
+    name = "adapter that does not mix"
+    mixes = True
+
+    def wrap(self, model, setting):
+        return super().wrap(model, replace(setting, lambda_=0.0))
+
+
+class AdapterWithoutDropout(EagerMixedAdapter):
+    name = "adapter that does not drop"
+
+    def wrap(self, model, setting):
+        return super().wrap(model, replace(setting, dropout=0.0))
+
+
+class AdapterWithAnotherActivation(EagerMixedAdapter):
+    name = "adapter with another activation"
+
+    def wrap(self, model, setting):
+        return super().wrap(model, replace(setting, activation="relu"))
 
 
 class Crashes(Peft):

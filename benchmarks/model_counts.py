@@ -1,0 +1,94 @@
+"""Counts a provider's model: one forward and backward on tensors without data, per layer.
+
+A model of one layer and one of two are run; each further layer counts as the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from benchmarks import models
+from benchmarks.counting import Counts, count_step, summed, to_fake
+from benchmarks.launch_traffic import Traffic
+from benchmarks.models import LLAMA_3_8B, Architecture
+from benchmarks.providers import Provider
+from benchmarks.settings import AdapterSetting, Setting
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model in bfloat16, and its batch."""
+
+    of: Architecture = LLAMA_3_8B
+    batch: int = 4
+    length: int = 2048
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+def frozen_model(of: Architecture) -> PreTrainedModel:
+    """On the CPU, not initialised: memory is given to what is written only. Its input asks for a gradient."""
+    # the embeddings are frozen, and no head is on top
+    model = models.frozen_model(of, "meta", torch.bfloat16, vocabulary=128, head=False).to_empty(device="cpu")
+    for buffer in model.buffers():  # positions, with which the library runs the model once, to see who shares x
+        buffer.zero_()
+    model.config.use_cache = False
+    model.enable_input_require_grads()
+    return model
+
+
+def operations_of(
+    provider: Provider, setting: AdapterSetting, work: Workload, layers: int
+) -> tuple[list[Traffic], int]:
+    """Of one step of the whole model, and the bytes that it keeps for the backward."""
+    model: nn.Module = provider.wrap(frozen_model(work.of.with_layers(layers)), setting)
+    with FakeTensorMode() as mode:
+        to_fake(model, mode)
+        tokens = torch.zeros(work.batch, work.length, dtype=torch.int64)
+        return count_step(model, lambda: model(input_ids=tokens).last_hidden_state)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of models of any depth."""
+
+    one_layer: Counts  # of a model with one layer, with what is once per network
+    further_layer: Counts
+    kernels: dict[str, dict[str, int]]  # of a model with one layer, by name
+
+    def per_layer(self, layers: int) -> Counts:
+        """Of a model with so many layers, divided by them."""
+        return (self.one_layer + self.further_layer * (layers - 1)) * (1 / layers)
+
+    def __sub__(self, other: Step) -> Step:
+        return Step(self.one_layer - other.one_layer, self.further_layer - other.further_layer, self.kernels)
+
+
+def step_of(provider: Provider, setting: AdapterSetting, work: Workload) -> Step:
+    one, two = (operations_of(provider, setting, work, layers) for layers in (1, 2))
+    return Step(summed(*one), summed(*two) - summed(*one), kernels_of(one[0]))
+
+
+@cache
+def floor_of(work: Workload) -> Step:
+    """The frozen model's."""
+    return step_of(Provider(), Setting(fp32_adapters=False, dropout=0.0), work)
+
+
+def kernels_of(operations: list[Traffic]) -> dict[str, dict[str, int]]:
+    """Sums over the launches of each kernel of ours."""
+    names = dict.fromkeys(of.name for of in operations if of.grid is not None)
+    table = {}
+    for name in names:
+        own = [of for of in operations if of.name == name]
+        sums = {f: sum(getattr(of, f) for of in own) for f in ("read", "written", "reread", "flops")}
+        table[name] = {"launches": len(own), **sums}
+    return table
