@@ -3,16 +3,15 @@
 Compiles each case of `tests/kernels_compiled/cases.py` for each target, at the tiles that a launch would choose, and
 reads the binaries: no register may be spilled, shared memory must stay within the target's limit, 16-bit operands must
 be multiplied by tensor cores, and global loads must be of 16 bytes. Prints registers and shared memory of every kernel,
-writes them to `benchmarks/results/compile-check.json`, and ends with status 1 if anything is violated.
+writes them to `benchmarks/results/compile-check-TARGET.json` as soon as a target is through, and ends with status 1 if
+anything is violated.
 """
 
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
-from collections import Counter
 from dataclasses import astuple
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,30 +26,27 @@ from cases import CASES, COLUMNS, Row, check
 from sibo_triton.environment import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/compile-check.json"
+RESULTS = ROOT / "benchmarks/results"
 
 
 def main() -> int:
     options = parse_arguments()
-    jobs = [
-        (i, target)
-        for i, case in enumerate(CASES)
-        for target in options.targets
-        if all(word in str(case) for word in options.only)
-    ]
-    if not jobs:
+    cases = [i for i, case in enumerate(CASES) if all(word in str(case) for word in options.only)]
+    if not cases:
         sys.exit(f"no case is named by {' '.join(options.only)!r}; the first of {len(CASES)} is {str(CASES[0])!r}")
-    rows = run(jobs, options.workers)
-    print_table(rows)
-    output = options.output or (RESULTS if len(jobs) == len(CASES) * len(TARGETS) else None)
-    if output is None:
-        print("not all cases and targets: nothing is written (--output FILE to write it)")
-    else:
-        write(rows, output)
-    violations = [row for row in rows if row.violation]
+    all_rows = []
+    for target in options.targets:
+        rows = run([(i, target) for i in cases], options.workers)
+        print_table(rows)
+        if options.only:
+            print("not all cases: nothing is written")
+        else:
+            write(rows, target)
+        all_rows += rows
+    violations = [row for row in all_rows if row.violation]
     for row in violations:
         print(f"VIOLATION {row.target}, {row.case}, {row.kernel} ({row.tiles}): {row.violation}")
-    print(f"{len(rows)} kernels in {len(jobs)} cases, {len(violations)} violations")
+    print(f"{len(all_rows)} kernels in {len(cases) * len(options.targets)} cases, {len(violations)} violations")
     return 1 if violations else 0
 
 
@@ -59,7 +55,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose name holds all of these")
-    parser.add_argument("--output", type=Path, help="default: the file of results, if all is checked")
     return parser.parse_args()
 
 
@@ -110,19 +105,20 @@ def print_table(rows: list[Row]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def write(rows: list[Row], output: Path) -> None:
+def write(rows: list[Row], target: str) -> None:
     """A line to a row, so that a change of one kernel is a change of its lines."""
     head = {
-        "command": shlex.join(["python", "benchmarks/compile_check.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/compile_check.py --targets {target}",
         **{key: value for key, value in provenance().items() if key != "devices"},
-        "shared_memory_limits": {target: limit for target, (_, limit) in TARGETS.items()},
+        "target": target,
+        "shared_memory_limit": TARGETS[target][1],
         "kernels": len(rows),
         "violations": sum(bool(row.violation) for row in rows),
-        "of_each_target": Counter(row.target for row in rows),
         "columns": COLUMNS,
     }
     lines = ",\n".join("  " + json.dumps(astuple(row)) for row in rows)
     text = json.dumps(head, indent=1).removesuffix("\n}") + ',\n "rows": [\n' + lines + "\n ]\n}\n"
+    output = RESULTS / f"compile-check-{target}.json"
     output.write_text(text, encoding="utf-8")
     print(f"written: {output}")
 
