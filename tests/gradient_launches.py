@@ -87,7 +87,8 @@ class UpBackward:
                 by_torch = (s * (g.to(dtype) @ w.to(dtype)).float()).to(result_dtype)
                 if name == "u":
                     exact, terms, by_torch = exact * slope, terms * (slope.abs() + 0.1), by_torch * slope.float()
-                named[f"{name}{i}"] = Expected(exact, terms, by_torch, operands, in_parts, g.shape[1])
+                rounded_to = t.dtype if name == "grad_b" and self.activation is not None else None  # f(p)
+                named[f"{name}{i}"] = Expected(exact, terms, by_torch, operands, in_parts, g.shape[1], rounded_to)
             if self.wants_sum:
                 sums = grad_y.double().sum(0), grad_y.double().abs().sum(0), grad_y.float().sum(0)
                 named[f"grad_y_sum{i}"] = Expected(*sums, 0.0, False, self.m)

@@ -40,6 +40,7 @@ class Expected:
     operands: float  # the relative error of a product where the kernel rounds float32 operands to 16 bits; else 0
     in_parts: bool  # whether float32 operands are multiplied in bfloat16 parts
     length: int  # of the sums
+    rounded_to: torch.dtype | None = None  # 16 bits, to which an operand is rounded on the way
 
 
 class Launch(Protocol):

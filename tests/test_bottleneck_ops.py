@@ -17,7 +17,7 @@ from bottleneck_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import BF16, FP32, FP64, Allocations
-from test_ops import saved_storages
+from test_ops import assert_passes_opcheck, saved_storages
 from torch.utils.checkpoint import checkpoint
 
 from sibo_triton import reference
@@ -206,6 +206,19 @@ def test_compiles_into_one_graph(backend, dropout_p):
         (y, *torch.autograd.grad(y.square().sum(), tensors)) for y in (f(**arguments) for f in functions)
     )
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        BottleneckCase(dtype=FP64, mixes="learnable", scaling="learnable", dropout_p=0.3, wants=WANTABLE),
+        BottleneckCase(dtype=BF16, activation="gelu", out_features=12, mixes="tensor", wants=WANTABLE),
+        BottleneckCase(dtype=BF16, adapter_dtype=FP32, biases=False, wants=("up_weight",)),
+    ],
+    ids=name_of,
+)
+def test_the_registered_operator_passes_opcheck(case):
+    assert_passes_opcheck(lambda: add_bottleneck(**make(case)))
 
 
 def test_func_transforms_take_the_definition():

@@ -259,6 +259,7 @@ COMPILED = [
     OpCase(dtype=FP64, mixes="no", wants=("lora_b",)),
     OpCase(dtype=FP64, mixes="number", on_base=True, lora_bias=True, wants=WANTABLE),
     OpCase(dtype=BF16, adapter_dtype=FP32, mixes="tensor", wants=WANTABLE),
+    OpCase(dtype=BF16, mixes="learnable", wants=WANTABLE),
 ]
 
 
@@ -276,6 +277,11 @@ def test_compiles_into_one_graph(case):
 
 @pytest.mark.parametrize("case", COMPILED, ids=name_of)
 def test_registered_operators_pass_opcheck(case):
+    assert_passes_opcheck(lambda: operations(case)[0](**make(case)))
+
+
+def assert_passes_opcheck(run):
+    """The registered operator, with the arguments that it gets where `run` is compiled."""
     from sibo_triton.ops import registered
 
     calls = []
@@ -284,7 +290,7 @@ def test_registered_operators_pass_opcheck(case):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            operations(case)[0](**make(case))
+            run()
     finally:
         registered._forward = original
     (arguments,) = calls

@@ -2,7 +2,8 @@
 
     x~ = (1 - lambda) x + lambda h0        p = drop(x~) W_down^T + b_down        y = base + s (f(p) W_up^T + b_up)
 
-`sibo_triton.reference` is the definition, and ``ops/bottleneck_autograd.py`` has the products and their gradients.
+`sibo_triton.reference` is the definition, and ``ops/autograd.py`` has the products and their gradients: LoRA's, with f
+between them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sibo_triton import reference
-from sibo_triton.ops.autograd import autocast_dtype
-from sibo_triton.ops.bottleneck_autograd import Bottleneck, Inputs, Settings, forward
+from sibo_triton.ops.autograd import Inputs, Settings, autocast_dtype
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
+from sibo_triton.ops.low_rank import fused
 from sibo_triton.reference import check_activation
 
 
@@ -38,8 +39,7 @@ def add_bottleneck(
     ``add_bottleneck(x, x, ...)`` is the adapter in series. A new tensor, which may be written into. Under autocast the
     branch computes in its dtype, as PEFT's modules do; x and h0 are read as they are. Where p or x~ would be rounded to
     16 bits by the definition, they are not here. Differentiable once, with respect to every tensor but the seed;
-    ``SIBO_TRITON_BACKEND=reference`` runs the definition, which autograd differentiates any number of times. Under
-    ``torch.compile`` the definition is traced, and the compiler chooses what is kept.
+    ``SIBO_TRITON_BACKEND=reference`` runs the definition, which autograd differentiates any number of times.
 
     Args:
         base: what the branch is added to, ``[..., N]``, any floating dtype.
@@ -74,7 +74,7 @@ def add_bottleneck(
     choice = backend_for(x.device, (base.dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
     if choice.fell_off:
         say_if_fell_off(choice)
-    if choice.name in ("reference", "compiled"):
+    if choice.name == "reference":
         return reference.add_bottleneck(
             base,
             x,
@@ -94,14 +94,11 @@ def add_bottleneck(
     if lambda_tensor is None and number == 0:
         initial_residual = None
     s, scaling_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
-    weights = (down_weight, up_weight, down_bias, up_bias)
-    inputs = Inputs(
-        None if base is x else base, x, *weights, initial_residual, lambda_tensor, scaling_tensor, dropout_seed
-    )
-    settings = Settings(choice.name, activation, s, number, dropout_p, x.dtype, residual_dtype, adapter_dtype)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return Bottleneck.apply(settings, *inputs)
-    return forward(settings, inputs, wants_difference=False)[0]
+    adapter = (down_weight, up_weight, up_bias, down_bias)
+    mixing = (initial_residual, lambda_tensor, scaling_tensor, dropout_seed)
+    inputs = Inputs(None if base is x else base, x, None, None, *adapter, *mixing)
+    dtypes = (base.dtype, x.dtype, residual_dtype, adapter_dtype)
+    return fused(Settings(choice.name, s, number, dropout_p, *dtypes, activation), inputs)
 
 
 def _check_shapes(

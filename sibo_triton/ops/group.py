@@ -17,16 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sibo_triton.kernels.siblings import DownProjection, UpProjection
+from sibo_triton.kernels.siblings import UpProjection
 from sibo_triton.ops.autograd import (
+    Down,
     Inputs,
     Saved,
     Settings,
-    as_matrix,
     backward,
+    down,
+    down_arguments,
+    name_of,
     output,
     refuse_second_derivative,
     saved_for,
+    scaling_of,
     with_frozen,
     without_autocast,
 )
@@ -44,7 +48,9 @@ class _Own(NamedTuple):
     lora_a: Any
     lora_b: Any
     lora_bias: Any
+    down_bias: Any
     lambda_: Any
+    scaling: Any
     seed: Any
 
 
@@ -54,11 +60,12 @@ class _Kept(NamedTuple):
     weight: Any
     lora_a: Any
     lora_b: Any
+    lora_bias: Any
     lambda_: Any
+    scaling: Any
     seed: Any
     t: Any
     difference: Any
-    scaling: Any
 
 
 class Group:
@@ -66,7 +73,8 @@ class Group:
 
     Args:
         settings, inputs: of each layer, as `low_rank` prepares them: with one backend, x, h0 (or None, where a
-            layer does not mix) and dtype of y, a frozen weight and no base output.
+            layer does not mix), activation or none, and dtype of y, and no base output. Either all have a frozen weight
+            or, in series, none.
     """
 
     def __init__(self, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
@@ -79,7 +87,7 @@ class Group:
         wanted = torch.is_grad_enabled()
         if wanted and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, *tensors)):
             self._tokens = Siblings.apply(self, x, h0, *tensors)
-        elif x.shape[:-1].numel() <= FEW_ROWS:
+        elif x.shape[:-1].numel() <= FEW_ROWS and settings[0].activation is None and inputs[0].weight is not None:
             self._low_rank()
         else:
             self._down(self._inputs, [False] * len(inputs))
@@ -97,41 +105,23 @@ class Group:
             return output(settings, inputs, t)
         return SiblingOutput.apply(settings, inputs, t, self._tokens[i])
 
-    def _down(self, inputs: Sequence[Inputs], wants_differences: Sequence[bool]) -> list[tuple[Tensor, Tensor | None]]:
-        """t and d of each layer, which stay here until it is asked for its output."""
-        with without_autocast(inputs[0].x.device.type):
-            ops = implementation(self._settings[0].backend)
-            results = ops.down_siblings(*self._down_arguments(inputs, wants_differences))
-        self._ts = [t for t, _ in results]
+    def _down(self, inputs: Sequence[Inputs], wants_differences: Sequence[bool]) -> list[Down]:
+        """Of each layer; what its output needs stays here until it is asked for."""
+        results = down(self._settings, inputs, wants_differences)
+        self._ts = [result.activated for result in results]
         return results
 
     def _low_rank(self) -> None:
         """The low-rank product of each layer, at once: for few rows, whose launches take longer than what they do."""
         settings = self._settings[0]
         with without_autocast(self._inputs[0].x.device.type):
-            x, siblings, h0 = self._down_arguments(self._inputs, [False] * len(self._inputs))
+            x, siblings, h0 = down_arguments(self._settings, self._inputs, [False] * len(self._inputs))
             ups = [
-                UpProjection(of.lora_b.to(own.adapter_dtype), own.scaling, of.lora_bias, of.bias)
+                UpProjection(of.lora_b.to(own.adapter_dtype), scaling_of(own, of), of.lora_bias, of.bias)
                 for own, of in zip(self._settings, self._inputs, strict=True)
             ]
             ops = implementation(settings.backend)
             self._ys = ops.low_rank_siblings(x, siblings, ups, h0, settings.dtype)
-
-    def _down_arguments(
-        self, inputs: Sequence[Inputs], wants_differences: Sequence[bool]
-    ) -> tuple[Tensor, list[DownProjection], Tensor | None]:
-        siblings = [
-            DownProjection(
-                of.lora_a.to(own.adapter_dtype),
-                own.lambda_ if of.lambda_ is None else of.lambda_,
-                own.dropout_p,
-                of.seed,
-                wants,
-            )
-            for own, of, wants in zip(self._settings, inputs, wants_differences, strict=True)
-        ]
-        h0 = next((as_matrix(of.initial_residual) for of in inputs if of.initial_residual is not None), None)
-        return as_matrix(inputs[0].x), siblings, h0
 
 
 class Siblings(torch.autograd.Function):
@@ -149,21 +139,19 @@ class Siblings(torch.autograd.Function):
         results = group._down(inputs, [wanted.lambda_ for wanted in wants])
         kept_x = kept_h0 = None
         flat: list[Tensor | None] = []
-        settings = []
-        for own, of, wanted, (t, difference) in zip(group._settings, inputs, wants, results, strict=True):
-            saved = saved_for(of, wanted, t, difference)
+        for own, of, wanted, result in zip(group._settings, inputs, wants, results, strict=True):
+            saved = saved_for(own, of, wanted, result.t, result.difference)
             kept_x = saved.x if kept_x is None else kept_x
             kept_h0 = saved.initial_residual if kept_h0 is None else kept_h0
-            scaling = own.scaling if isinstance(own.scaling, Tensor) else None  # PEFT changes it in place
-            settings.append(own if scaling is None else own._replace(scaling=1.0))
-            flat += [getattr(saved, name) for name in _Kept._fields[:-1]] + [scaling]
-        ctx.settings, ctx.wants, ctx.mixing = settings, wants, mixing
+            flat += [getattr(saved, name) for name in _Kept._fields]
+        ctx.settings, ctx.wants, ctx.mixing = group._settings, wants, mixing
+        ctx.in_series = group._inputs[0].weight is None
         ctx.save_for_backward(kept_x, kept_h0, *flat)
         ctx.set_materialize_grads(False)
         return tuple(
             # not expanded, which would be a view
             torch.empty_strided((*x.shape[:-1], n), (0,) * x.dim(), dtype=own.dtype, device=x.device)
-            for own, n in zip(settings, (of.lora_b.shape[0] for of in inputs), strict=True)
+            for own, n in zip(group._settings, (of.lora_b.shape[0] for of in inputs), strict=True)
         )
 
     @staticmethod
@@ -177,21 +165,21 @@ class Siblings(torch.autograd.Function):
         settings, saved = [], []
         for i in called:
             of = kept[i]
-            settings.append(ctx.settings[i] if of.scaling is None else ctx.settings[i]._replace(scaling=of.scaling))
+            settings.append(ctx.settings[i])
             own_h0 = h0 if ctx.mixing[i] else None
-            own = {name: getattr(of, name) for name in _Kept._fields[:-1]}
+            own = {name: getattr(of, name) for name in _Kept._fields}
             saved.append(Saved(x=x, initial_residual=own_h0, **own))
         dys = [grad_y for grad_y in grads_y if grad_y is not None]
         wanted = [ctx.wants[i] for i in called]
         with torch.no_grad():  # also under create_graph=True
-            gradients = backward(settings, saved, dys, wanted)
+            gradients = backward(settings, saved, dys, wanted, ctx.in_series)
         result: list[Tensor | None] = list(nothing)
         result[1], result[2] = gradients[0].x, gradients[0].initial_residual
         for i, of_layer in zip(called, gradients, strict=True):
             start = 3 + i * len(_Own._fields)
             result[start : start + len(_Own._fields)] = _own_of(of_layer)
         if torch.is_grad_enabled():
-            return refuse_second_derivative(result, (x, h0, *flat, *dys))
+            return refuse_second_derivative(result, (x, h0, *flat, *dys), name_of(settings[0]))
         return tuple(result)
 
 

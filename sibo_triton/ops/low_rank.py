@@ -183,8 +183,10 @@ def _prepared(
     number, tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
     if tensor is None and number == 0:
         initial_residual = None
-    inputs = Inputs(base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, tensor, dropout_seed)
-    settings = Settings(choice.name, scaling, number, dropout_p, dtype, x.dtype, residual_dtype, adapter_dtype)
+    s, scaling_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
+    frozen_inputs, adapter = (base, x, weight, bias), (lora_a, lora_b, lora_bias, None)
+    inputs = Inputs(*frozen_inputs, *adapter, initial_residual, tensor, scaling_tensor, dropout_seed)
+    settings = Settings(choice.name, s, number, dropout_p, dtype, x.dtype, residual_dtype, adapter_dtype)
     return Prepared(settings, inputs, arguments)
 
 
@@ -195,14 +197,20 @@ def _low_rank(prepared: Prepared) -> Tensor:
             return reference.add_lora(inputs.base, inputs.x, *arguments)
         return reference.lora_linear(inputs.x, inputs.weight, inputs.bias, *arguments)
     if settings.backend == "torch" and inputs.x.numel() <= small.ELEMENTS and not torch.compiler.is_compiling():
-        return small.low_rank(inputs, settings.scaling, arguments[4], settings.dropout_p)
+        return small.low_rank(inputs, arguments[2], arguments[4], settings.dropout_p)
+    return fused(settings, inputs)
+
+
+def fused(settings: Settings, inputs: Inputs) -> Tensor:
+    """y, ``[..., N]``, of an adapter of either kind, by the backend that was chosen."""
     if torch.compiler.is_compiling():
         from sibo_triton.ops.registered import low_rank  # registering takes time, and only compiled code needs it
 
         return low_rank(settings, inputs)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return LowRank.apply(settings, *inputs)
-    if inputs.weight is not None and inputs.x.shape[:-1].numel() <= FEW_ROWS:
+    few_rows = inputs.weight is not None and inputs.x.shape[:-1].numel() <= FEW_ROWS
+    if few_rows and settings.activation is None:
         return Group([settings], [inputs]).output(0)
     return forward(settings, inputs, wants_difference=False)[0]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sibo_triton.kernels.siblings import rank_dtype
 from sibo_triton.ops import autograd
 from sibo_triton.ops.autograd import Inputs, Saved, Settings
 from sibo_triton.ops.dispatch import backend_for
@@ -18,20 +19,22 @@ from sibo_triton.ops.dispatch import backend_for
 def low_rank(settings: Settings, inputs: Inputs) -> Tensor:
     """y, ``[..., N]``: what :class:`sibo_triton.ops.autograd.LowRank` computes."""
     lambda_learns = inputs.lambda_ is not None and inputs.lambda_.requires_grad and torch.is_grad_enabled()
+    if inputs.base is None and inputs.weight is None:  # in series: autograd adds the gradients of the two uses of x
+        inputs = inputs._replace(base=inputs.x)
     return _forward(*inputs, *_pack(settings), lambda_learns)[0]
 
 
 def _pack(settings: Settings) -> tuple:
     """Settings as an operator takes them: the arguments of :func:`_unpack`."""
-    s = settings.scaling
-    number, tensor = (1.0, s) if isinstance(s, Tensor) else (float(s), None)
     dtypes = (settings.dtype, settings.x_dtype, settings.residual_dtype or settings.x_dtype, settings.adapter_dtype)
-    return tensor, [number, settings.lambda_, settings.dropout_p], *dtypes
+    return [settings.scaling, settings.lambda_, settings.dropout_p], settings.activation, *dtypes
 
 
-def _unpack(device: torch.device, scaling: Tensor | None, numbers: list[float], *dtypes: torch.dtype) -> Settings:
+def _unpack(device: torch.device, numbers: list[float], activation: str | None, *dtypes: torch.dtype) -> Settings:
     backend = backend_for(device, dtypes).name  # here, where it is no part of what is compiled
-    return Settings(backend, numbers[0] if scaling is None else scaling, numbers[1], numbers[2], *dtypes)
+    scaling, lambda_, dropout_p = numbers
+    dtype, x_dtype, residual_dtype, adapter_dtype = dtypes
+    return Settings(backend, scaling, lambda_, dropout_p, dtype, x_dtype, residual_dtype, adapter_dtype, activation)
 
 
 @torch.library.custom_op("sibo_triton::low_rank", mutates_args=())
@@ -43,19 +46,22 @@ def _forward(
     lora_a: Tensor,
     lora_b: Tensor,
     lora_bias: Tensor | None,
+    down_bias: Tensor | None,
     initial_residual: Tensor | None,
     lambda_: Tensor | None,
-    seed: Tensor | None,
     scaling: Tensor | None,
+    seed: Tensor | None,
     numbers: list[float],
+    activation: str | None,
     dtype: torch.dtype,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     lambda_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, lambda_, seed)
-    settings = _unpack(x.device, scaling, numbers, dtype, x_dtype, residual_dtype, adapter_dtype)
+    adapter = (lora_a, lora_b, lora_bias, down_bias)
+    inputs = Inputs(base, x, weight, bias, *adapter, initial_residual, lambda_, scaling, seed)
+    settings = _unpack(x.device, numbers, activation, dtype, x_dtype, residual_dtype, adapter_dtype)
     y, t, difference = autograd.forward(settings, inputs, lambda_learns)
     # an operator returns a tensor, not None, and no two of one buffer
     return y, t, t.new_empty(0) if difference is None else difference.clone()
@@ -65,10 +71,10 @@ def _forward(
 def _(
     base: Tensor | None, x: Tensor, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, _, _, adapter_dtype, lambda_learns = rest[-5:]
+    dtype, x_dtype, _, adapter_dtype, lambda_learns = rest[-5:]
     rows, rank = x.shape[:-1].numel(), lora_a.shape[0]
     y = x.new_empty((*x.shape[:-1], lora_b.shape[0]), dtype=dtype)
-    t = x.new_empty((rows, rank), dtype=torch.promote_types(adapter_dtype, torch.float32))
+    t = x.new_empty((rows, rank), dtype=rank_dtype(x_dtype, adapter_dtype))
     return y, t, torch.empty_like(t) if lambda_learns else t.new_empty(0)
 
 
@@ -79,13 +85,15 @@ def _backward(
     weight: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
+    lora_bias: Tensor | None,
     initial_residual: Tensor | None,
     lambda_: Tensor | None,
+    scaling: Tensor | None,
     seed: Tensor | None,
     t: Tensor | None,
     difference: Tensor | None,
-    scaling: Tensor | None,
     numbers: list[float],
+    activation: str | None,
     dtype: torch.dtype,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
@@ -94,22 +102,22 @@ def _backward(
     in_features: int,
     rank: int,
 ) -> list[Tensor]:
-    saved = Saved(x, weight, lora_a, lora_b, initial_residual, lambda_, seed, t, difference)
-    settings = _unpack(grad_y.device, scaling, numbers, dtype, x_dtype, residual_dtype, adapter_dtype)
+    adapter = (lora_a, lora_b, lora_bias)
+    saved = Saved(x, weight, *adapter, initial_residual, lambda_, scaling, seed, t, difference)
+    settings = _unpack(grad_y.device, numbers, activation, dtype, x_dtype, residual_dtype, adapter_dtype)
     gradients = autograd.backward([settings], [saved], [grad_y], [Inputs(*wants)])[0]
-    kinds = _kinds(grad_y, lora_b, lambda_, settings, in_features, rank)
+    kinds = _kinds(grad_y, saved, settings, in_features, rank)
     return [
         grad_y.new_empty(0) if gradient is None else gradient.to(kind[1]).contiguous()
         for gradient, kind in zip(gradients, kinds, strict=True)
     ]
 
 
-def _kinds(
-    grad_y: Tensor, lora_b: Tensor | None, lambda_: Tensor | None, settings: Settings, in_features: int, rank: int
-) -> Inputs:
+def _kinds(grad_y: Tensor, saved: Saved, settings: Settings, in_features: int, rank: int) -> Inputs:
     """The shape and dtype of each gradient."""
     (*leading, out_features), wide = grad_y.shape, torch.promote_types(settings.adapter_dtype, torch.float32)
-    x_shape, own = (*leading, in_features), settings.adapter_dtype if lora_b is None else lora_b.dtype
+    x_shape, own = (*leading, in_features), settings.adapter_dtype if saved.lora_b is None else saved.lora_b.dtype
+    of_lambda, of_scaling = (() if of is None else of.shape for of in (saved.lambda_, saved.scaling))
     return Inputs(
         base=((0,), settings.dtype),
         x=(x_shape, settings.x_dtype),
@@ -118,39 +126,43 @@ def _kinds(
         lora_a=((rank, in_features), own),
         lora_b=((out_features, rank), own),
         lora_bias=((out_features,), wide),
+        down_bias=((rank,), wide),
         initial_residual=(x_shape, settings.residual_dtype),
-        lambda_=(() if lambda_ is None else lambda_.shape, wide),
+        lambda_=(of_lambda, wide),
+        scaling=(of_scaling, wide),
         seed=((0,), settings.dtype),
     )
 
 
 @_backward.register_fake
 def _(grad_y: Tensor, *rest: Any) -> list[Tensor]:
-    settings = _unpack(grad_y.device, *rest[9:15])
-    wants, in_features, rank = rest[15:]
-    kinds = _kinds(grad_y, rest[3], rest[5], settings, in_features, rank)
+    saved, packed, (wants, in_features, rank) = Saved(*rest[:_SAVED]), rest[_SAVED:-3], rest[-3:]
+    kinds = _kinds(grad_y, saved, _unpack(grad_y.device, *packed), in_features, rank)
     return [
         grad_y.new_empty(shape, dtype=dtype) if wanted else grad_y.new_empty(0)
         for (shape, dtype), wanted in zip(kinds, wants, strict=True)
     ]
 
 
+_INPUTS, _SAVED = len(Inputs._fields), len(Saved._fields)
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, packed = Inputs(*inputs[:10]), inputs[10:16]
-    wants = Inputs(*ctx.needs_input_grad[:10])
+    tensors, packed = Inputs(*inputs[:_INPUTS]), inputs[_INPUTS:-1]
+    wants = Inputs(*ctx.needs_input_grad[:_INPUTS])
     _, t, difference = output
     ctx.mark_non_differentiable(t, difference)
-    ctx.save_for_backward(*autograd.saved_for(tensors, wants, t, difference), packed[0])
+    settings = _unpack(tensors.x.device, *packed)
+    ctx.save_for_backward(*autograd.saved_for(settings, tensors, wants, t, difference))
     ctx.packed, ctx.sizes = packed, (tensors.x.shape[-1], tensors.lora_a.shape[0])
 
 
 def _backward_of_forward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple:
-    wants = Inputs(*ctx.needs_input_grad[:10])
-    *saved, scaling = ctx.saved_tensors
+    wants = Inputs(*ctx.needs_input_grad[:_INPUTS])
     asked = wants._replace(base=False)  # an operator must not return its argument
-    gradients = _backward(grad_y, *saved, scaling, *ctx.packed[1:], list(asked), *ctx.sizes)
+    gradients = _backward(grad_y, *ctx.saved_tensors, *ctx.packed, list(asked), *ctx.sizes)
     given = [gradient if wanted else None for gradient, wanted in zip(gradients, asked, strict=True)]
-    return (grad_y if wants.base else None, *given[1:], *[None] * 7)
+    return (grad_y if wants.base else None, *given[1:], *[None] * (len(ctx.packed) + 1))
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)

@@ -20,7 +20,7 @@ ELEMENTS = 2**13
 
 def low_rank(inputs: Inputs, scaling: float | Tensor, lambda_: float | Tensor, dropout_p: float) -> Tensor:
     """y, ``[..., N]``: `sibo_triton.reference.lora_linear`, or `add_lora` where a base output is given."""
-    base, x, weight, bias, lora_a, lora_b, lora_bias, initial_residual, _, seed = inputs
+    base, x, weight, bias, lora_a, lora_b, lora_bias, _, initial_residual, _, _, seed = inputs
     given = x
     if x.dim() != 2:  # once, or every product below would
         x = as_matrix(x)

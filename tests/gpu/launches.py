@@ -5,9 +5,10 @@ from itertools import product
 
 import torch
 from gradient_launches import InputGradient, UpBackward, WeightGradient
-from kernel_launches import Down, Launch, LowRank, Up
+from kernel_launches import Activated, Down, Launch, LowRank, Up
 
 from sibo_triton.kernels.precision import INTERPRETED
+from sibo_triton.reference import ACTIVATIONS
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 RANKS = (1, 3, 8, 16, 24, 64, 128, 200, 512)
@@ -54,6 +55,15 @@ def _values() -> list[Launch]:
         LowRank(16, 500, 130, (24, 130), FP16, FP16, 0.0, has_bias=True),
         LowRank(130, 257, 130, (8, 16), FP32, FP32, 0.3),
     ]
+    # Bottleneck adapters: every activation, of many rows and of few.
+    for n, activation in enumerate(ACTIVATIONS):
+        x, adapter = DTYPES[n % len(DTYPES)]
+        rest = {"wants_sum": True, "activation": activation, "scaling_is_tensor": n % 2 == 0}
+        launches += [
+            Activated(130, 257, 64, x, adapter, activation, 0.3, RATES[n % len(RATES)]),
+            Activated(5, 1000, 24, x, adapter, activation, has_bias=n % 2 == 0),
+            UpBackward(130, 256, (64 if n % 2 else 16,), x, adapter, **rest),
+        ]
     # Gradients of siblings: few columns in one tile, a tile for each, several kinds.
     for ranks, x, adapter, p in (
         ((16, 16, 16), BF16, BF16, 0.0),
@@ -72,7 +82,7 @@ def _values() -> list[Launch]:
     return launches
 
 
-VALUES = random.Random(0).sample(_values(), 40) if INTERPRETED else _values()
+VALUES = random.Random(0).sample(_values(), 50) if INTERPRETED else _values()
 
 TOKENS, WIDTH = (130, 200) if INTERPRETED else (2**16, 1024)
 LARGE: list[Launch] = [
@@ -87,6 +97,8 @@ LARGE: list[Launch] = [
         UpBackward(TOKENS, WIDTH, (rank,) * 3, x, adapter, grad_dtype=adapter),
         WeightGradient(TOKENS, WIDTH, (rank,) * 3, x, adapter, 0.3, lambda_is_tensor=True, grad_dtype=adapter),
         InputGradient(TOKENS, WIDTH, (rank,) * 3, x, adapter, 0.3, 0.1, lambda_is_tensor=True),
+        Activated(TOKENS, WIDTH, 256, x, adapter, "tanh", 0.3, 0.1),
+        UpBackward(TOKENS, WIDTH, (256,), x, adapter, wants_sum=True, activation="tanh"),
     )
 ]
 
@@ -112,6 +124,8 @@ SMALL: list[Launch] = [
     UpBackward(ROWS, 130, (64,), BF16, FP32),
     WeightGradient(ROWS, 130, (16,), BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
     InputGradient(65, 130, (16,), BF16, FP32, 0.3, 0.1, adds=True, lambda_is_tensor=True),
+    Activated(5, 1000, 24, BF16, BF16, "gelu", 0.3, 0.1),
+    UpBackward(ROWS, 130, (16,), BF16, BF16, wants_sum=True, activation="silu"),
     UpBackward(ROWS, 130, (16, 8), BF16, BF16, grad_dtype=BF16),
     WeightGradient(ROWS, 130, (16, 8, 16), BF16, BF16, 0.3, lambda_is_tensor=True, grad_dtype=BF16),
     InputGradient(65, 130, (16, 8, 16), BF16, FP32, 0.3, 0.1, wants_dh=True, lambda_is_tensor=True),
