@@ -353,7 +353,7 @@ def test_a_library_that_does_not_import_says_why(monkeypatch):
 @pytest.mark.parametrize(
     ("provider", "setting", "names"),
     [(OursSibo(), BOTH[1], QKV), (OursSiboAdapter(), ADAPTERS[1], GATE_UP), (OursSiboAdapter(), ADAPTERS[2], GATE_UP)],
-    ids=str,
+    ids=lambda of: of.name if isinstance(of, Provider) else str(of),
 )
 def test_kernels_are_compiled_for_what_a_row_launches(provider, setting, names, monkeypatch):
     """The launches of a row's linears are those that are compiled first, in the same order, with the same constants."""
