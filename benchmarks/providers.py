@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.settings import AdapterSetting, Linears, Setting
 from sibo_triton import SiboLoraConfig, accelerate
-from sibo_triton.lora.siblings import attach_siblings, detach_siblings
+from sibo_triton.injection.siblings import attach_siblings, detach_siblings
 
 ADAPTER = "default"
 

@@ -15,11 +15,12 @@ from sibo_triton.bottleneck.layer import SiboAdapterLayer
 from sibo_triton.bottleneck.model import adapter_layers
 from sibo_triton.bottleneck.paths import obstacle_to_adapter
 from sibo_triton.initial_residual import InitialResidual
+from sibo_triton.injection.obstacles import obstacle_in_frozen
+from sibo_triton.injection.siblings import siblings_below
 from sibo_triton.lora.acceleration import obstacle_to_acceleration
 from sibo_triton.lora.forward import SiboLoraVariant
 from sibo_triton.lora.layer import LAMBDA_NAME, MixingSite, lora_layers, sibo_adapters
 from sibo_triton.lora.paths import path_of
-from sibo_triton.lora.siblings import siblings_below
 from sibo_triton.ops import backend_for
 
 _PATHS = {
@@ -104,7 +105,7 @@ class Explanation(list[ModuleExplanation]):
         shared = Counter(
             " + ".join(sorted((row.module.rpartition(".")[2], *row.siblings)))
             for row in self
-            if row.siblings and row.runs == "fused"
+            if row.siblings and (row.runs == "fused" or row.method == "adapter" and row.runs == "adapter")
         )
         if shared:
             yield f"{sum(shared.values())} share passes over their input: {', '.join(shared)}."
@@ -140,9 +141,7 @@ def explain(model: nn.Module) -> Explanation:
 def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
     modules = dict(model.named_modules())
     for name, layer in lora_layers(model):
-        parent, _, own = name.rpartition(".")
-        group = next((names for names in siblings_below(modules[parent]) if own in names), ())
-        siblings = tuple(other for other in group if other != own)
+        siblings = _siblings_of(name, modules)
         for adapter in dict.fromkeys([*layer.lora_A, *layer.lora_embedding_A]):
             site: MixingSite | None = getattr(layer, "sibo_sites", {}).get(adapter)
             speed = _speed_of(layer, adapter)
@@ -157,16 +156,26 @@ def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
                 name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason, *speed, siblings
             )
     for name, bottleneck in adapter_layers(model):
+        siblings = _siblings_of(name, modules)
         for adapter, site in bottleneck.sibo_sites.items():
             speed = _speed_of_bottleneck(bottleneck, adapter)
             if site.residual is None:
-                yield ModuleExplanation(name, adapter, False, None, False, None, site.reason, *speed, (), "adapter")
+                yield ModuleExplanation(
+                    name, adapter, False, None, False, None, site.reason, *speed, siblings, "adapter"
+                )
                 continue
             share: Any = bottleneck.sibo_adapter_lambda[adapter]
             origin = _origin(site.residual)
             yield ModuleExplanation(
-                name, adapter, True, share.value(), share.learnable, origin, site.reason, *speed, (), "adapter"
+                name, adapter, True, share.value(), share.learnable, origin, site.reason, *speed, siblings, "adapter"
             )
+
+
+def _siblings_of(name: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    """The names, below the same parent, of those with which a layer shares passes."""
+    parent, _, own = name.rpartition(".")
+    group = next((names for names in siblings_below(modules[parent]) if own in names), ())
+    return tuple(other for other in group if other != own)
 
 
 def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | None]:
@@ -192,7 +201,10 @@ def _speed_of_bottleneck(layer: SiboAdapterLayer, adapter: str) -> tuple[str, st
     """`runs`, `backend` and `runs_reason` of a module with a bottleneck adapter."""
     down, up, dropout = layer.modules_of(adapter)
     obstacle, weight = obstacle_to_adapter(down, up, dropout), down.weight
-    path = "adapter" if obstacle is None else "modules"
+    path, options = "modules", layer.sibo_adapter_options[adapter]
+    if obstacle is None:
+        parallel = not options.in_front and not options.reads_output
+        path = "fused" if parallel and obstacle_in_frozen(layer.base_layer) is None else "adapter"
     try:
         choice = backend_for(weight.device, {weight.dtype})
     except RuntimeError as error:

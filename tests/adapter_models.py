@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import llama, randomise_adapters
 
 from sibo_triton import SiboLoraConfig
+from sibo_triton.injection import siblings
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj"]  # of which q and v share their input
 MIXING = ("q_proj", "v_proj", "up_proj")
@@ -111,6 +112,11 @@ def close(actual, expected):
 
 def different(one, other):
     return (one - other).abs().max() > 1e-2
+
+
+def residual_hooks_on(model):
+    """Without those by which siblings meet, which a plain adapter has too."""
+    return [hook for hook in hooks_on(model) if not isinstance(hook, siblings._SiblingHook)]
 
 
 def hooks_on(model):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from op_cases import BF16, FP16, FP32, FP64, in_dtype, output_and_gradients, to_cpu
 
 from sibo_triton import reference
-from sibo_triton.ops import add_bottleneck
+from sibo_triton.ops import add_bottleneck, bottleneck_group, bottleneck_linear
 
 
 @dataclass(frozen=True)
@@ -158,3 +159,82 @@ def _size(name: str, arguments: dict[str, object], grad_y: torch.Tensor, truth: 
             branch = reference.add_bottleneck(**wide | {"base": torch.zeros_like(grad_y, dtype=FP64), "scaling": 1.0})
         return float((branch * grad_y.double()).norm())
     return float(truth.norm())
+
+
+def assert_beside_a_linear_as_good_as_the_definition(case: BottleneckCase, device: str = "cpu", margin=None) -> None:
+    """`bottleneck_linear`: y and every gradient, W0's and its bias's among them, norm-wise, against float64."""
+    arguments = make(case, device)
+    base = arguments.pop("base")
+    n, k = case.out_features or case.in_features, case.in_features
+    generator = torch.Generator().manual_seed(2)
+    for name, shape in (("weight", (n, k)), ("bias", (n,))):
+        value = (k**-0.5 * torch.randn(*shape, generator=generator)).to(device, case.dtype)
+        arguments[name] = value.requires_grad_("base" in case.wants)
+    grad_y = torch.randn(base.shape, generator=generator).to(case.dtype)
+    in_parallel = partial(reference.bottleneck_adapter, placement="parallel")
+    found = output_and_gradients(bottleneck_linear, arguments, grad_y.to(device))
+    on_cpu = to_cpu(arguments)
+    by_definition = output_and_gradients(in_parallel, on_cpu, grad_y)
+    exact = output_and_gradients(in_parallel, in_dtype(on_cpu, FP64), grad_y)
+    _assert_as_good(found, by_definition, exact, case.dtype, margin)
+
+
+def _assert_as_good(found, by_definition, exact, dtype, margin) -> None:
+    margin = {FP64: 1e-12, FP32: 3e-6}.get(dtype, 1e-4) if margin is None else margin
+    assert set(found) == set(exact)
+    for name, truth in exact.items():
+        error, allowed = (float((each[name].cpu().double() - truth).norm()) for each in (found, by_definition))
+        one = 400 if truth.numel() == 1 else 1  # a sum over everything, which may cancel
+        assert error <= 1.2 * allowed + one * margin * float(truth.norm()) + 1e-30, (name, error, allowed)
+
+
+def assert_pair_as_good_as_the_definition(in_series: bool, dtype, adapter_dtype, device="cpu", margin=None) -> None:
+    """Two adapters that read one x, in series or each beside its linear: both outputs and every gradient."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape, dtype=adapter_dtype, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator)).to(device, dtype).requires_grad_()
+
+    m, k = 70, 130
+    tensors = {"x": randn(m, k, dtype=dtype), "initial_residual": randn(m, k, dtype=dtype)}
+    for i, (size, n) in enumerate(((24, 90), (8, 40))):
+        width = k if in_series else n
+        if not in_series:
+            tensors |= {f"weight{i}": randn(n, k, dtype=dtype, scale=k**-0.5), f"bias{i}": randn(n, dtype=dtype)}
+        tensors |= {
+            f"down_weight{i}": randn(size, k, scale=k**-0.5),
+            f"up_weight{i}": randn(width, size, scale=size**-0.5),
+            f"down_bias{i}": randn(size),
+            f"up_bias{i}": randn(width),
+            f"lambda_{i}": torch.tensor([0.3 / (i + 1)], device=device, requires_grad=True),
+            f"scaling{i}": torch.tensor([0.7 + i], device=device, requires_grad=i == 1),
+        }
+    seeds = reference.draw_seeds(2, device)
+    grads_y = [torch.randn(m, k if in_series else n, generator=generator).to(dtype) for n in (90, 40)]
+
+    def layers(given):
+        own = [{name[:-1]: of for name, of in given.items() if name[-1] == str(i)} for i in range(2)]
+        rest = {"initial_residual": given["initial_residual"], "dropout_p": 0.1, "activation": "silu"}
+        return [layer | rest | {"dropout_seed": seeds[i].to(given["x"].device)} for i, layer in enumerate(own)]
+
+    def by_group(given):
+        group = bottleneck_group(given["x"], layers(given))
+        assert group is not None
+        return [group.output(i) for i in (1, 0)][::-1]
+
+    def by_definition(given):
+        x = given["x"]
+        if in_series:
+            return [reference.add_bottleneck(x, x, **layer) for layer in layers(given)]
+        return [reference.bottleneck_adapter(x, placement="parallel", **layer) for layer in layers(given)]
+
+    def results(outputs, given):
+        ys = outputs(given)
+        wanted = {name: of for name, of in given.items() if of.requires_grad}
+        grads = [g.to(y.device, y.dtype) for g, y in zip(grads_y, ys, strict=True)]
+        gradients = torch.autograd.grad(ys, list(wanted.values()), grads)
+        return {"y0": ys[0].detach(), "y1": ys[1].detach(), **dict(zip(wanted, gradients, strict=True))}
+
+    found, on_cpu = results(by_group, tensors), to_cpu(tensors)
+    exact = results(by_definition, in_dtype(on_cpu, FP64))
+    _assert_as_good(found, results(by_definition, on_cpu), exact, dtype, margin)

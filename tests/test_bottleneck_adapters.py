@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from adapter_models import base_model, close, different, hooks_on, output
+from adapter_models import base_model, close, different, hooks_on, output, residual_hooks_on
 from bottleneck_models import LLAMA_DEFAULT, Oracle, adapter, adapter_gradients, build, layers_of, randomise
 from peft import LoraConfig, get_peft_model
 from refusals import assert_as_it_was, fingerprint
@@ -187,7 +187,7 @@ def test_deleting_one_of_two_leaves_the_other_right_and_the_last_takes_the_hooks
     close(output(model, inputs), output(Oracle(model, {"strong": configs["strong"]}), inputs))
     assert hooks_on(model)
     model.delete_adapter("strong")
-    assert hooks_on(model) == [] and not any("lambda" in name for name in model.state_dict())
+    assert residual_hooks_on(model) == [] and not any("lambda" in name for name in model.state_dict())
     model.set_adapter("plain")
     close(output(model, inputs), output(Oracle(model, {"plain": configs["plain"]}), inputs))
     assert {row.adapter for row in explain(model)} == {"plain"}

@@ -10,6 +10,8 @@ from bottleneck_cases import (
     WANTABLE,
     BottleneckCase,
     assert_as_good_as_the_definition,
+    assert_beside_a_linear_as_good_as_the_definition,
+    assert_pair_as_good_as_the_definition,
     make,
     name_of,
     wanted_of,
@@ -81,6 +83,19 @@ def test_a_scaling_of_zero_learns():
         gradients.append(torch.autograd.grad(operation(**arguments).square().sum(), arguments["scaling"])[0])
     assert gradients[0].abs() > 1
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("case", [case for case in BOTTLENECK_CASES if case.out_features], ids=name_of)
+@pytest.mark.parametrize("wide", [True, False])
+def test_beside_a_linear_it_is_as_good_as_the_definition(case, wide):
+    case = dataclasses.replace(case, dtype=FP64, adapter_dtype=None) if wide else case
+    assert_beside_a_linear_as_good_as_the_definition(case)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP64, FP64), (FP32, FP32), (BF16, FP32), (BF16, BF16)])
+@pytest.mark.parametrize("in_series", [True, False])
+def test_two_that_share_x_are_as_good_as_the_definition(in_series, dtype, adapter_dtype):
+    assert_pair_as_good_as_the_definition(in_series, dtype, adapter_dtype)
 
 
 # --- What an operation of torch stands

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_folders import read_config, read_weights, saved_base, with_config, with_weights
-from adapter_models import different, hooks_on
+from adapter_models import different, residual_hooks_on
 from bottleneck_models import adapter, randomise
 from peft import (
     AutoPeftModelForCausalLM,
@@ -313,7 +313,7 @@ def test_a_mixing_adapter_s_weights_do_not_load_onto_a_plain_one(saved):
     model = get_peft_model(case.base(), case.config(sibo_lambda=0.0))
     with pytest.raises(ValueError, match=r"The weights hold .*sibo_adapter_lambda\.weight and others"):
         set_peft_model_state_dict(model, read_weights(case.folder))
-    assert hooks_on(model) == []
+    assert residual_hooks_on(model) == []
 
 
 # --- without sibo_triton, in a fresh process

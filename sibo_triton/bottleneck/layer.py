@@ -17,10 +17,17 @@ from sibo_triton import reference
 from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.bottleneck.paths import obstacle_to_adapter
 from sibo_triton.initial_residual.binding import first_hidden_state
-from sibo_triton.injection.obstacles import dropped
-from sibo_triton.injection.sites import BOTTLENECK_LAMBDA_NAME, MixingSite, initial_residual_for, mixed_batch
+from sibo_triton.injection.obstacles import dropped, obstacle_in_frozen, parameter
+from sibo_triton.injection.siblings import shared_output
+from sibo_triton.injection.sites import (
+    BOTTLENECK_LAMBDA_NAME,
+    MixingSite,
+    initial_residual_for,
+    mixed_batch,
+    mixing_arguments,
+)
 from sibo_triton.mixing import Float32Module
-from sibo_triton.ops import add_bottleneck
+from sibo_triton.ops import Group, add_bottleneck, bottleneck_group, bottleneck_linear
 
 
 @dataclass(frozen=True)
@@ -151,11 +158,85 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return self.base_layer(*args, **kwargs)
         if names is None:
+            if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+                y = self._fused(args[0])
+                if y is not None:
+                    return y
             active = {name: None for name in self.active_adapters if name in self.sibo_adapter_options}
             return self._with_adapters(active, args, kwargs)
         rows = {name: _rows_of(names, name) for name in dict.fromkeys(names) if name in self.sibo_adapter_options}
         with mixed_batch(names):
             return self._with_adapters(rows, args, kwargs, len(names))
+
+    def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The output where passes over x can be shared, with siblings or with the frozen linear; else None."""
+        if not torch.compiler.is_compiling():
+            y = shared_output(self, x)
+            if y is not None:
+                return self.base_layer(y) if self._is_in_front() else y
+        name = self.fused_adapter(x)
+        if name is None or self.sibo_adapter_options[name].in_front:
+            return None
+        (arguments,) = self._arguments_of([self], name, x)
+        return bottleneck_linear(x, **self._frozen_arguments(), **arguments)
+
+    def _is_in_front(self) -> bool:
+        name = self.only_active()
+        return name is not None and self.sibo_adapter_options[name].in_front
+
+    def only_active(self) -> str | None:
+        """The one adapter that is active, and that the layer has; None if several are, or none."""
+        if self.disable_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in self.sibo_adapter_options]
+        return names[0] if len(names) == 1 else None
+
+    def weight_of_a(self, adapter_name: str) -> torch.Tensor:
+        """W_down."""
+        return parameter(self.modules_of(adapter_name)[0], "weight")
+
+    def fused_adapter(self, x: torch.Tensor) -> str | None:
+        """The adapter, if it alone runs, in front of the frozen module or in parallel with a plain dense linear."""
+        name = self.only_active()
+        if name is None or name not in self.sibo_sites or self.sibo_adapter_options[name].reads_output:
+            return None
+        if obstacle_to_adapter(*self.modules_of(name), x) is not None:
+            return None  # `_add_branch` looks again and says it
+        if not self.sibo_adapter_options[name].in_front and obstacle_in_frozen(self.base_layer, x) is not None:
+            return None
+        return name
+
+    @staticmethod
+    def group_of(layers: Sequence[SiboAdapterLayer], adapter_name: str, x: torch.Tensor) -> Group | None:
+        """The operation of these layers, which get the same x; None where they must run alone."""
+        arguments = SiboAdapterLayer._arguments_of(layers, adapter_name, x)
+        for layer, of_layer in zip(layers, arguments, strict=True):
+            if not layer.sibo_adapter_options[adapter_name].in_front:
+                of_layer |= layer._frozen_arguments()
+        return bottleneck_group(x, arguments)
+
+    def _frozen_arguments(self) -> dict[str, Any]:
+        """What the operations take of the frozen linear that an adapter is parallel to."""
+        return {name: parameter(self.base_layer, name) for name in ("weight", "bias")}
+
+    @staticmethod
+    def _arguments_of(layers: Sequence[SiboAdapterLayer], name: str, x: torch.Tensor) -> list[dict[str, Any]]:
+        """What the operations take of an adapter of each layer, beside x and what it is added to."""
+        dropouts = [layer.sibo_adapter_dropout[name] for layer in layers]
+        all_arguments = mixing_arguments(layers, name, x, dropouts, BOTTLENECK_LAMBDA_NAME)
+        for layer, arguments in zip(layers, all_arguments, strict=True):
+            down, up, _ = layer.modules_of(name)
+            options = layer.sibo_adapter_options[name]
+            scaling: Any = layer.sibo_adapter_scaling[name]() if name in layer.sibo_adapter_scaling else options.scaling
+            arguments |= {
+                "down_weight": down.weight,
+                "up_weight": up.weight,
+                "scaling": scaling,
+                "activation": options.activation,
+                "down_bias": down.bias,
+                "up_bias": up.bias,
+            }
+        return all_arguments
 
     def _with_adapters(
         self, rows: Mapping[str, list[int] | None], args: tuple, kwargs: dict[str, Any], batch: int | None = None
@@ -203,33 +284,19 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
     def _add_branch(self, name: str, base: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """``base + g(v)``."""
         down, up, dropout = self.modules_of(name)
-        options = self.sibo_adapter_options[name]
+        obstacle = obstacle_to_adapter(down, up, dropout, v)
+        if obstacle is None:
+            (arguments,) = self._arguments_of([self], name, v)
+            return add_bottleneck(base, v, **arguments)
+        site = self.sibo_sites[name]
+        site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
+        options, h0, lambda_ = self.sibo_adapter_options[name], None, 0.0
         scaling: Any = self.sibo_adapter_scaling[name]() if name in self.sibo_adapter_scaling else options.scaling
-        h0, lambda_ = None, 0.0
         if name in self.sibo_adapter_lambda:
             h0, lambda_ = initial_residual_for(self, name, v), self.sibo_adapter_lambda[name]()
-        obstacle = obstacle_to_adapter(down, up, dropout, v)
-        if obstacle is not None:
-            site = self.sibo_sites[name]
-            site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
-            v_mixed = reference.mix(v.to(down.weight.dtype), h0, lambda_)
-            hidden = reference.ACTIVATIONS[options.activation](down(dropped(dropout, v_mixed)))
-            return (base + up(hidden) * scaling).to(base.dtype)
-        drops = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
-        return add_bottleneck(
-            base,
-            v,
-            down.weight,
-            up.weight,
-            scaling,
-            activation=options.activation,
-            down_bias=down.bias,
-            up_bias=up.bias,
-            initial_residual=h0,
-            lambda_=lambda_,
-            dropout_p=dropout.p if drops else 0.0,
-            dropout_seed=reference.draw_seed(v.device) if drops else None,
-        )
+        v_mixed = reference.mix(v.to(down.weight.dtype), h0, lambda_)
+        hidden = reference.ACTIVATIONS[options.activation](down(dropped(dropout, v_mixed)))
+        return (base + up(hidden) * scaling).to(base.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         refuse_merge(", ".join(adapter_names or self.active_adapters))

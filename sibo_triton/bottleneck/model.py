@@ -26,6 +26,7 @@ from sibo_triton.injection.mixing_modules import (
     some,
 )
 from sibo_triton.injection.reversible import inject_reversibly, note_config
+from sibo_triton.injection.siblings import attach_siblings, find_siblings
 from sibo_triton.injection.sites import MixingSite, Notices
 from sibo_triton.injection.targets import matches, shortest_names
 from sibo_triton.mixing import SiboLambda
@@ -59,7 +60,7 @@ class SiboAdapterModel(BaseTuner):
                 layer.delete_adapter(adapter_name)  # an earlier one of this name
         requested, known = requested_modules(config)
         known = known and config.target_modules is not None and not _targets_sub_layers(model, config)
-        stacks, feeds = _look_at(model, config, known)
+        stacks, feeds = _look_at(model, config)
         if config.target_modules is None:
             config.target_modules = _feed_forward_linears(model, stacks, feeds)  # a set, as PEFT has it
         self._widths = _widths(stacks, feeds)
@@ -80,6 +81,7 @@ class SiboAdapterModel(BaseTuner):
         train = adapter_name in self.active_adapters and not config.inference_mode
         for name, layer in layers.items():
             _install(layer, adapter_name, sites[name], config, train)
+        attach_siblings(model, find_siblings(adapter_layers(model), feeds))
 
     def _prepare_adapter_config(self, peft_config: SiboAdapterConfig, model_config: dict) -> SiboAdapterConfig:
         return peft_config  # `_inject` has found the default of target_modules
@@ -192,13 +194,16 @@ def _install(
     layer.sibo_adapter_lambda[adapter_name] = lambda_.requires_grad_(train)
 
 
-def _look_at(model: nn.Module, config: SiboAdapterConfig, known: bool) -> tuple[list[BlockStack], Feeds]:
-    """The stacks of blocks, and what a trial run saw, as far as the config needs them."""
-    needs_feeds = config.target_modules is None or (config.mixes and not known) or _targets_sub_layers(model, config)
-    if not needs_feeds and not config.mixes:
-        return [], Feeds()
-    stacks = find_block_stacks(model, config.sibo_blocks)
-    return stacks, trace_feeds(model, stacks) if needs_feeds else Feeds()
+def _look_at(model: nn.Module, config: SiboAdapterConfig) -> tuple[list[BlockStack], Feeds]:
+    """The stacks of blocks, and what a trial run saw."""
+    needs_stacks = config.target_modules is None or config.mixes or _targets_sub_layers(model, config)
+    try:
+        stacks = find_block_stacks(model, config.sibo_blocks)
+    except ValueError:
+        if needs_stacks:
+            raise
+        return [], Feeds()  # no transformer: every module runs alone
+    return stacks, trace_feeds(model, stacks)  # also of a saved adapter: who shares x is in no file
 
 
 def _targets_sub_layers(model: nn.Module, config: SiboAdapterConfig) -> bool:

@@ -1,4 +1,9 @@
-"""Whether a bottleneck adapter runs as one operation, or its modules are called one by one, and why."""
+"""By which path a bottleneck adapter runs, and why not by a faster one.
+
+* fused: in parallel, it and the frozen linear are one operation;
+* adapter: it is one operation on what it is added to;
+* modules: its modules are called one by one.
+"""
 
 from __future__ import annotations
 

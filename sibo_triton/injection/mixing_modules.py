@@ -12,6 +12,7 @@ from torch import nn
 from sibo_triton.initial_residual import BlockStack, Feeds, attach, attached, detach
 from sibo_triton.injection.checkpoints import check_checkpoint
 from sibo_triton.injection.options import SiboOptions
+from sibo_triton.injection.siblings import detach_unused_siblings
 from sibo_triton.injection.sites import MixingSite, Notices, tuner_layers
 from sibo_triton.injection.snapshot import is_loading
 from sibo_triton.injection.targets import matches, shortest_names
@@ -107,7 +108,8 @@ def bind(
 
 
 def remove_unused_hooks(model: nn.Module) -> None:
-    """Take off the hooks of initial residuals that no layer of `model` mixes in any more."""
+    """Take off the hooks of initial residuals that no layer of `model` mixes in any more, and of siblings no more."""
+    detach_unused_siblings(model)
     sites = [site for _, layer in tuner_layers(model) for site in getattr(layer, "sibo_sites", {}).values()]
     used = {id(site.residual) for site in sites}
     for residual in attached(model):

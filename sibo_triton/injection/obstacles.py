@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sibo_triton import reference
+from sibo_triton.ops import autocast_dtype
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
 #: What the operations compute in.
@@ -32,6 +33,21 @@ def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
     for name, tensor in state["_parameters"].items():
         if type(tensor) not in _PLAIN_TENSORS and tensor is not None:
             return f"has a {type(tensor).__name__} as its {name}"
+    return None
+
+
+def obstacle_in_frozen(base: nn.Module, x: torch.Tensor | None = None) -> str | None:
+    """Why a frozen layer must run by its own forward (for an input x), or None: it is a plain dense linear."""
+    obstacle = obstacle_in(base, nn.Linear)
+    if obstacle is not None:
+        return f"its base layer {obstacle}"
+    if x is None:
+        return None
+    weight = parameter(base, "weight")
+    if weight.device != x.device:
+        return f"its base layer is on {weight.device} and its input on {x.device}"
+    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
+        return f"its base layer is {weight.dtype} and its input {x.dtype}"
     return None
 
 
@@ -69,3 +85,9 @@ def dropped(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if obstacle_in(dropout, nn.Dropout) is not None:
         return dropout(x)
     return reference.dropout(x, dropout.p, reference.draw_seed(x.device))
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """A parameter, by torch's dictionary too; the replicas of DataParallel have theirs as attributes."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)

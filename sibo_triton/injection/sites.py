@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from sibo_triton import reference
 from sibo_triton.initial_residual import InitialResidual
 
 # Where layers keep their lambdas by adapter; the prefix is PEFT's, which tells the weights of a method by it.
@@ -105,6 +106,37 @@ def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) 
         f"{list(initial_residual.shape)} of {site.residual.stack_name!r}: the tokens cannot be told to be the same. "
         "Leave the module out with sibo_target_modules; it then gets the plain method."
     )
+
+
+def mixing_arguments(
+    layers: Sequence[Any], adapter_name: str, x: torch.Tensor, dropouts: Sequence[nn.Module], lambdas: str
+) -> list[dict[str, Any]]:
+    """What the operations take of h0, lambda and dropout, of an adapter of each layer; they get the same x.
+
+    Args:
+        dropouts: the adapter's module of each layer.
+        lambdas: the name of the layers' dictionary of lambdas.
+    """
+    all_arguments: list[dict[str, Any]] = []
+    dropping, residuals = [], {}
+    for layer, dropout in zip(layers, dropouts, strict=True):
+        arguments: dict[str, Any] = {}
+        residual = site_of(layer, adapter_name).residual
+        if residual is not None:
+            if id(residual) not in residuals:  # siblings get the same tensor
+                residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
+            arguments["initial_residual"] = residuals[id(residual)]
+            arguments["lambda_"] = getattr(layer, lambdas)[adapter_name]()
+        if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
+            arguments["dropout_p"] = dropout.p
+            dropping.append(arguments)
+        all_arguments.append(arguments)
+    if len(dropping) == 1:
+        dropping[0]["dropout_seed"] = reference.draw_seed(x.device)
+    elif dropping:
+        for arguments, seed in zip(dropping, reference.draw_seeds(len(dropping), x.device), strict=True):
+            arguments["dropout_seed"] = seed
+    return all_arguments
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -19,11 +19,11 @@ from peft.tuners.xlora import XLoraModel
 from torch import nn
 
 from sibo_triton.initial_residual import find_block_stacks, trace_feeds
+from sibo_triton.injection.siblings import attach_siblings, detach_unused_siblings, find_siblings
 from sibo_triton.injection.sites import Notices
-from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
+from sibo_triton.lora.forward import SiboLoraVariant
 from sibo_triton.lora.install import add_site, forget, is_linear
 from sibo_triton.lora.layer import MixingSite, dispatches_variants, lora_layers
-from sibo_triton.lora.siblings import attach_siblings, detach_unused_siblings, find_siblings
 
 _state = {"all": False}
 
@@ -107,7 +107,7 @@ def restore(model: nn.Module) -> nn.Module:
         for adapter_name, variant in list(layer.lora_variant.items()):
             if isinstance(variant, AcceleratedLora):
                 forget(layer, adapter_name)
-    detach_unused_siblings(root, FusedLinear)
+    detach_unused_siblings(root)
     return model
 
 
@@ -158,7 +158,7 @@ def _let_siblings_meet(root: nn.Module) -> None:
         stacks = find_block_stacks(root)
     except ValueError:  # no transformer: every layer runs alone
         return
-    attach_siblings(root, find_siblings(root, trace_feeds(root, stacks)))
+    attach_siblings(root, find_siblings(lora_layers(root), trace_feeds(root, stacks)))
 
 
 def _root_of(model: nn.Module) -> nn.Module:

@@ -8,14 +8,14 @@ from typing import Any, NoReturn
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from torch import nn
 
 from sibo_triton import reference
-from sibo_triton.injection.obstacles import dropped
-from sibo_triton.lora.layer import initial_residual_for, lambda_of, site_of
-from sibo_triton.lora.paths import adapter_modules, obstacle_to_adapter, obstacle_to_fusing, parameter
-from sibo_triton.lora.siblings import shared_output
-from sibo_triton.ops import add_lora, lora_linear
+from sibo_triton.injection.obstacles import dropped, parameter
+from sibo_triton.injection.siblings import shared_output
+from sibo_triton.injection.sites import mixing_arguments
+from sibo_triton.lora.layer import LAMBDA_NAME, initial_residual_for, lambda_of, site_of
+from sibo_triton.lora.paths import adapter_modules, obstacle_to_adapter, obstacle_to_fusing
+from sibo_triton.ops import Group, add_lora, lora_linear, lora_linear_group
 
 
 class FusedLinear(LoraLinear):
@@ -48,6 +48,11 @@ class FusedLinear(LoraLinear):
             base: Any = layer._modules["base_layer"]
             arguments.append({"weight": parameter(base, "weight"), "bias": parameter(base, "bias"), **of_adapter})
         return arguments
+
+    @staticmethod
+    def group_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> Group | None:
+        """The operation of these layers, which get the same x; None where they must run alone."""
+        return lora_linear_group(x, FusedLinear.arguments_of(layers, adapter_name, x))
 
     def weight_of_a(self, adapter_name: str) -> torch.Tensor:
         """A."""
@@ -141,28 +146,13 @@ def refuse_merge(what: str) -> NoReturn:
 
 def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
     """What the operations take of an adapter of each layer, beside x."""
-    all_arguments, dropping, residuals = [], [], {}
-    for layer in layers:
-        lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)
-        arguments: dict[str, Any] = {
+    modules = [adapter_modules(layer, adapter_name) for layer in layers]
+    all_arguments = mixing_arguments(layers, adapter_name, x, [dropout for *_, dropout in modules], LAMBDA_NAME)
+    for layer, (lora_a, lora_b, _), arguments in zip(layers, modules, all_arguments, strict=True):
+        arguments |= {
             "lora_a": parameter(lora_a, "weight"),
             "lora_b": parameter(lora_b, "weight"),
             "lora_bias": parameter(lora_b, "bias"),
             "scaling": layer.scaling[adapter_name],
         }
-        residual = site_of(layer, adapter_name).residual
-        if residual is not None:
-            if id(residual) not in residuals:  # siblings get the same tensor
-                residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
-            arguments["initial_residual"] = residuals[id(residual)]
-            arguments["lambda_"] = lambda_of(layer, adapter_name)
-        if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-            arguments["dropout_p"] = dropout.p
-            dropping.append(arguments)
-        all_arguments.append(arguments)
-    if len(dropping) == 1:
-        dropping[0]["dropout_seed"] = reference.draw_seed(x.device)
-    elif dropping:
-        for arguments, seed in zip(dropping, reference.draw_seeds(len(dropping), x.device), strict=True):
-            arguments["dropout_seed"] = seed
     return all_arguments

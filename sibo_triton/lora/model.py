@@ -14,11 +14,10 @@ from sibo_triton.initial_residual import find_block_stacks, trace_feeds
 from sibo_triton.injection import mixing_modules
 from sibo_triton.injection.mixing_modules import Method, bind, decide, requested_modules
 from sibo_triton.injection.reversible import inject_reversibly, note_config
+from sibo_triton.injection.siblings import attach_siblings, find_siblings
 from sibo_triton.lora.config import SiboLoraConfig
-from sibo_triton.lora.forward import FusedLinear
 from sibo_triton.lora.install import forget, install, is_linear, match_class
 from sibo_triton.lora.layer import dispatches_variants, lora_layers
-from sibo_triton.lora.siblings import attach_siblings, detach_unused_siblings, find_siblings
 
 
 class XLoraRefusal(ValueError):
@@ -73,14 +72,13 @@ def _inject_sibo(
     train = adapter_name in tuner.active_adapters and not config.inference_mode
     for name, layer in layers.items():
         install(layer, adapter_name, sites[name], config.sibo_lambda, config.sibo_learnable, train)
-    attach_siblings(model, find_siblings(model, shared))
+    attach_siblings(model, find_siblings(lora_layers(model), shared))
 
 
 def remove_unused_hooks(model: nn.Module) -> None:
     """Take off the hooks of initial residuals that no layer of `model` mixes in any more, and its layers' class."""
     for _, layer in lora_layers(model):
         match_class(layer)
-    detach_unused_siblings(model, FusedLinear)
     mixing_modules.remove_unused_hooks(model)
 
 

@@ -20,9 +20,10 @@ from sibo_triton.injection.obstacles import (
     has_own_forward,
     obstacle_in,
     obstacle_in_dropout,
+    obstacle_in_frozen,
     obstacle_of_input,
+    parameter,
 )
-from sibo_triton.ops import autocast_dtype
 
 PathName = Literal["fused", "adapter", "modules"]
 
@@ -44,17 +45,7 @@ def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str |
     if not isinstance(layer, LoraLinear):
         return f"the layer is PEFT's {type(layer).__name__}"
     base: Any = layer._modules["base_layer"]
-    obstacle = obstacle_in(base, nn.Linear)
-    if obstacle is not None:
-        return f"its base layer {obstacle}"
-    if x is None:
-        return None
-    weight = parameter(base, "weight")
-    if weight.device != x.device:
-        return f"its base layer is on {weight.device} and its input on {x.device}"
-    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
-        return f"its base layer is {weight.dtype} and its input {x.dtype}"
-    return None
+    return obstacle_in_frozen(base, x)
 
 
 def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | None = None) -> str | None:
@@ -87,9 +78,3 @@ def adapter_modules(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.
         modules["lora_B"]._modules[adapter_name],
         modules["lora_dropout"]._modules[adapter_name],
     )
-
-
-def parameter(module: nn.Module, name: str) -> Any:
-    """A parameter, by torch's dictionary too; the replicas of DataParallel have theirs as attributes."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)

@@ -1,4 +1,4 @@
-"""The SIBO bottleneck adapter as one operation, on whatever it is added to.
+"""The SIBO bottleneck adapter as one operation, on whatever it is added to, or with the linear that it is parallel to.
 
     x~ = (1 - lambda) x + lambda h0        p = drop(x~) W_down^T + b_down        y = base + s (f(p) W_up^T + b_up)
 
@@ -8,6 +8,9 @@ between them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +18,8 @@ from sibo_triton import reference
 from sibo_triton.ops.autograd import Inputs, Settings, autocast_dtype
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
-from sibo_triton.ops.low_rank import fused
+from sibo_triton.ops.group import Group
+from sibo_triton.ops.low_rank import check_frozen, fused, group_of, shares_passes
 from sibo_triton.reference import check_activation
 
 
@@ -61,7 +65,105 @@ def add_bottleneck(
         TypeError, ValueError: as the definition; ValueError also for weights of two dtypes.
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
-    _check_shapes(base, x, down_weight, up_weight, down_bias, up_bias)
+    adapter = (down_weight, up_weight, scaling, activation, down_bias, up_bias)
+    return _run(base, x, None, None, adapter, (initial_residual, lambda_, dropout_p, dropout_seed))
+
+
+def bottleneck_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    scaling: float | Tensor = 1.0,
+    *,
+    activation: str = "tanh",
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    initial_residual: Tensor | None = None,
+    lambda_: float | Tensor = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
+    """``W0 x + b + s (W_up f(W_down drop(x~) + b_down) + b_up)``: the adapter in parallel with a dense linear, fused.
+
+    :func:`sibo_triton.reference.bottleneck_adapter` with ``placement="parallel"``. Under autocast the frozen product
+    computes in its dtype too.
+
+    Args:
+        x: ``[..., K]``, float16, bfloat16, float32 or float64; any strides.
+        weight, bias: W0, ``[N, K]``, and b, ``[N]`` or None, in ``x.dtype`` unless autocast casts them.
+        down_weight, up_weight, scaling, activation, down_bias, up_bias, initial_residual, lambda_, dropout_p,
+            dropout_seed: see :func:`add_bottleneck`.
+
+    Returns:
+        ``[..., N]``, in ``x.dtype``, or autocast's.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`add_bottleneck`.
+    """
+    check_frozen(x, weight, up_weight)
+    adapter = (down_weight, up_weight, scaling, activation, down_bias, up_bias)
+    return _run(None, x, weight, bias, adapter, (initial_residual, lambda_, dropout_p, dropout_seed))
+
+
+def bottleneck_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group | None:
+    """Adapters that read the same x, so that one pass over it serves them all, forward and backward.
+
+    Args:
+        x: ``[..., K]``.
+        layers: the arguments of :func:`bottleneck_linear` for each, by their names, without x; or, without weight and
+            bias, of the adapter in series, ``add_bottleneck(x, x, ...)``.
+
+    Returns:
+        As :func:`~sibo_triton.ops.low_rank.lora_linear_group`.
+    """
+    if not shares_passes(x):
+        return None
+    prepared = []
+    for layer in layers:
+        of = {**_DEFAULTS, **layer}
+        weight = of["weight"]
+        if weight is not None:
+            check_frozen(x, weight, of["up_weight"])
+        adapter = tuple(of[name] for name in _ADAPTER)
+        mixing = tuple(of[name] for name in _MIXING)
+        prepared.append(_prepared(x if weight is None else None, x, weight, of["bias"], adapter, mixing))
+    return group_of([settings for settings, _ in prepared], [inputs for _, inputs in prepared])
+
+
+_ADAPTER = ("down_weight", "up_weight", "scaling", "activation", "down_bias", "up_bias")
+_MIXING = ("initial_residual", "lambda_", "dropout_p", "dropout_seed")
+_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("weight", "bias", "down_bias", "up_bias", "initial_residual", "dropout_seed")),
+    "scaling": 1.0,
+    "activation": "tanh",
+    "lambda_": 0.0,
+    "dropout_p": 0.0,
+}
+
+
+def _run(
+    base: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: tuple, mixing: tuple
+) -> Tensor:
+    settings, inputs = _prepared(base, x, weight, bias, adapter, mixing)
+    if settings.backend != "reference":
+        return fused(settings, inputs)
+    names = {**dict(zip(_ADAPTER, adapter, strict=True)), **dict(zip(_MIXING, mixing, strict=True))}
+    if weight is None:
+        assert base is not None
+        return reference.add_bottleneck(base, x, **names)
+    return reference.bottleneck_adapter(x, weight, bias, placement="parallel", **names)
+
+
+def _prepared(
+    base: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: tuple, mixing: tuple
+) -> tuple[Settings, Inputs]:
+    """The arguments, checked, and what computes them."""
+    down_weight, up_weight, scaling, activation, down_bias, up_bias = adapter
+    initial_residual, lambda_, dropout_p, dropout_seed = mixing
+    tokens, out_features = (base.shape[:-1], base.shape[-1]) if base is not None else (x.shape[:-1], len(up_weight))
+    _check_shapes(tokens, out_features, x, down_weight, up_weight, down_bias, up_bias)
     check_mixing(initial_residual, lambda_)
     check_same_tokens(x, initial_residual)
     check_dropout(dropout_p, dropout_seed)
@@ -71,44 +173,36 @@ def add_bottleneck(
     autocast = None if torch.float64 in (x.dtype, down_weight.dtype) else autocast_dtype(x.device.type)
     adapter_dtype = down_weight.dtype if autocast is None else autocast
     residual_dtype = None if initial_residual is None else initial_residual.dtype
-    choice = backend_for(x.device, (base.dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
+    dtype = base.dtype if base is not None else x.dtype if autocast is None else autocast
+    choice = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
     if choice.fell_off:
         say_if_fell_off(choice)
-    if choice.name == "reference":
-        return reference.add_bottleneck(
-            base,
-            x,
-            down_weight,
-            up_weight,
-            scaling,
-            activation=activation,
-            down_bias=down_bias,
-            up_bias=up_bias,
-            initial_residual=initial_residual,
-            lambda_=lambda_,
-            dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
-        )
-
     number, lambda_tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
     if lambda_tensor is None and number == 0:
         initial_residual = None
     s, scaling_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
-    adapter = (down_weight, up_weight, up_bias, down_bias)
-    mixing = (initial_residual, lambda_tensor, scaling_tensor, dropout_seed)
-    inputs = Inputs(None if base is x else base, x, None, None, *adapter, *mixing)
-    dtypes = (base.dtype, x.dtype, residual_dtype, adapter_dtype)
-    return fused(Settings(choice.name, s, number, dropout_p, *dtypes, activation), inputs)
+    frozen = (None if base is x else base, x, weight, bias)
+    weights, rest = (down_weight, up_weight, up_bias, down_bias), (initial_residual, lambda_tensor, scaling_tensor)
+    inputs = Inputs(*frozen, *weights, *rest, dropout_seed)
+    dtypes = (dtype, x.dtype, residual_dtype, adapter_dtype)
+    return Settings(choice.name, s, number, dropout_p, *dtypes, activation), inputs
 
 
 def _check_shapes(
-    base: Tensor, x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None
+    tokens: torch.Size,
+    out_features: int,
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
 ) -> None:
-    if base.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"base has shape {list(base.shape)} and x {list(x.shape)}: both must hold the same tokens")
+    if tokens != x.shape[:-1]:
+        shape = [*tokens, out_features]
+        raise ValueError(f"base has shape {shape} and x {list(x.shape)}: both must hold the same tokens")
     if down_weight.dim() != 2 or down_weight.shape[1] != x.shape[-1]:
         raise ValueError(f"down_weight has shape {list(down_weight.shape)}, but [bottleneck, {x.shape[-1]}] fits x")
-    fitting = [base.shape[-1], down_weight.shape[0]]
+    fitting = [out_features, down_weight.shape[0]]
     if list(up_weight.shape) != fitting:
         raise ValueError(f"up_weight has shape {list(up_weight.shape)}, but {fitting} fits base and down_weight")
     for name, bias, size in (("down_bias", down_bias, fitting[1]), ("up_bias", up_bias, fitting[0])):

@@ -59,7 +59,7 @@ def lora_linear(
         TypeError, ValueError: as the definition; ValueError also for dtypes that do not meet.
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
-    _check_frozen(x, weight, lora_b)
+    check_frozen(x, weight, lora_b)
     adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
     return _low_rank(_prepared(None, x, weight, bias, *adapter))
 
@@ -83,10 +83,14 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
         return None
     prepared = []
     for layer in layers:
-        _check_frozen(x, layer["weight"], layer["lora_b"])
+        check_frozen(x, layer["weight"], layer["lora_b"])
         prepared.append(_prepared(None, x, **{**_DEFAULTS, **layer}))
-    settings, inputs = [of.settings for of in prepared], [of.inputs for of in prepared]
-    if len({(of.backend, of.dtype) for of in settings}) > 1:
+    return group_of([of.settings for of in prepared], [of.inputs for of in prepared])
+
+
+def group_of(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Group | None:
+    """Layers of either kind of adapter as a group; None where they differ in what a group has once."""
+    if len({(of.backend, of.dtype, of.activation) for of in settings}) > 1:
         return None
     if len({id(of.initial_residual) for of in inputs if of.initial_residual is not None}) > 1:
         return None
@@ -215,7 +219,7 @@ def fused(settings: Settings, inputs: Inputs) -> Tensor:
     return forward(settings, inputs, wants_difference=False)[0]
 
 
-def _check_frozen(x: Tensor, weight: Tensor, lora_b: Tensor) -> None:
+def check_frozen(x: Tensor, weight: Tensor, lora_b: Tensor) -> None:
     if weight.dim() != 2 or weight.shape != (lora_b.shape[0], x.shape[-1]):
         raise ValueError(f"weight has shape {list(weight.shape)}, but [{lora_b.shape[0]}, {x.shape[-1]}] fits x and B")
     if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:

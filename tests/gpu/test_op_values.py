@@ -5,7 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bottleneck_cases import BOTTLENECK_CASES
+from bottleneck_cases import (
+    BOTTLENECK_CASES,
+    assert_beside_a_linear_as_good_as_the_definition,
+    assert_pair_as_good_as_the_definition,
+)
 from bottleneck_cases import assert_as_good_as_the_definition as assert_bottleneck_as_good
 from bottleneck_cases import name_of as name_of_bottleneck
 from captured import Captured
@@ -40,6 +44,17 @@ def test_values_and_gradients_are_as_good_as_the_definitions(case, device):
 @pytest.mark.parametrize("case", BOTTLENECK_CASES, ids=name_of_bottleneck)
 def test_bottleneck_values_and_gradients_are_as_good_as_the_definitions(case, device):
     assert_bottleneck_as_good(case, device, MARGINS[case.dtype])
+
+
+@pytest.mark.parametrize("case", [case for case in BOTTLENECK_CASES if case.out_features], ids=name_of_bottleneck)
+def test_a_bottleneck_beside_a_linear_is_as_good_as_the_definition(case, device):
+    assert_beside_a_linear_as_good_as_the_definition(case, device, MARGINS[case.dtype])
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(FP32, FP32), (BF16, FP32), (BF16, BF16)])
+@pytest.mark.parametrize("in_series", [True, False])
+def test_two_bottlenecks_that_share_x_are_as_good_as_the_definition(in_series, dtype, adapter_dtype, device):
+    assert_pair_as_good_as_the_definition(in_series, dtype, adapter_dtype, device, MARGINS[dtype])
 
 
 def test_a_large_layer(device):

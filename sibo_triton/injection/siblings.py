@@ -1,4 +1,4 @@
-"""LoRA layers that get the same x (q, k and v; gate and up) meet, and share their passes over it.
+"""Adapted layers that get the same x (q, k and v; gate and up) meet, and share their passes over it.
 
 Who shares x was seen in a trial run of the model. At run time nothing is taken for granted: the first sibling that is
 called computes the down-projections of all, and each of the others takes its own only if it is called by the same run
@@ -6,22 +6,42 @@ of their parent, with the very same x, unchanged, and by the same adapter. Else 
 
 The run of the parent is a scope, opened and closed by its hooks: nothing is kept past it, threads do not meet, and a
 recompute (gradient checkpointing), which runs the hooks again, groups as its forward did.
+
+A layer's class has what `Shares` names.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from sibo_triton.initial_residual import Feeds
-from sibo_triton.lora.layer import lora_layers
-from sibo_triton.ops import Group, autocast_dtype, lora_linear_group, shares_passes
+from sibo_triton.ops import Group, autocast_dtype, shares_passes
 
 Names = tuple[tuple[str, ...], ...]
+
+
+class Shares(Protocol):
+    """What a layer that may share its passes has."""
+
+    sibo_sites: dict[str, Any]  # by adapter
+
+    def fused_adapter(self, x: torch.Tensor) -> str | None:
+        """The adapter, if it alone runs, as one operation that siblings may share."""
+
+    def only_active(self) -> str | None:
+        """The one adapter that is active, and that the layer has; None if several are, or none."""
+
+    def weight_of_a(self, adapter_name: str) -> torch.Tensor:
+        """A, or W_down, of which a change shows that what was computed is out of date."""
+
+    @staticmethod
+    def group_of(layers: Sequence[Any], adapter_name: str, x: torch.Tensor) -> Group | None:
+        """The operation of layers that get the same x."""
 
 
 class _Scopes(threading.local):
@@ -101,8 +121,7 @@ class _Scope:
                 members.append((name, sibling))
         if len(members) < 2:
             return None
-        arguments = type(layer).arguments_of([sibling for _, sibling in members], adapter_name, x)
-        group = lora_linear_group(x, arguments)
+        group = type(layer).group_of([sibling for _, sibling in members], adapter_name, x)
         return None if group is None else _Run(x, adapter_name, group, members)
 
 
@@ -140,10 +159,15 @@ class _CloseScope(_SiblingHook):
             pass
 
 
-def find_siblings(model: nn.Module, feeds: Feeds) -> dict[str, Names]:
-    """The LoRA layers below one parent that got the same tensor in the trial run: parent's name -> its groups."""
+def find_siblings(layers: Iterable[tuple[str, Any]], feeds: Feeds) -> dict[str, Names]:
+    """The layers below one parent that got the same tensor in the trial run: parent's name -> its groups.
+
+    Args:
+        layers: those of a method, each with its name from the model's root.
+        feeds: what the trial run saw.
+    """
     found: dict[str, dict[tuple[int, ...], list[str]]] = {}
-    for name, layer in lora_layers(model):
+    for name, layer in layers:
         inputs = feeds.inputs.get(name)
         if inputs and isinstance(layer.get_base_layer(), nn.Linear):
             parent, _, own = name.rpartition(".")
@@ -161,11 +185,11 @@ def attach_siblings(model: nn.Module, siblings: dict[str, Names]) -> None:
         module.register_forward_hook(_CloseScope(names), always_call=True)
 
 
-def detach_unused_siblings(model: nn.Module, layer_class: type) -> None:
+def detach_unused_siblings(model: nn.Module) -> None:
     """Take the hooks off parents below which no two layers of a group are fused any more."""
     for module in model.modules():
         names = siblings_below(module)
-        if names and not any(_count(module, group, layer_class) > 1 for group in names):
+        if names and not any(_count(module, group) > 1 for group in names):
             detach_siblings(module)
 
 
@@ -175,8 +199,9 @@ def siblings_below(module: nn.Module) -> Names:
     return next((hook.names for hook in hooks if isinstance(hook, _OpenScope)), ())
 
 
-def _count(module: nn.Module, names: Iterable[str], layer_class: type) -> int:
-    return sum(type(module._modules.get(name)) is layer_class for name in names)
+def _count(module: nn.Module, names: Iterable[str]) -> int:
+    layers: list[Any] = [module._modules.get(name) for name in names]
+    return sum(hasattr(type(layer), "group_of") and bool(layer.sibo_sites) for layer in layers)
 
 
 def detach_siblings(module: nn.Module) -> None:
