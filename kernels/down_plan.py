@@ -30,7 +30,7 @@ def plan(
     siblings: int = 1,
 ) -> Plan:
     """The plan for the largest rank of a launch; ``kind`` is :attr:`DownProjection.kind`, ``exact`` float32's."""
-    a_dtype, mixes, _, difference, *_ = kind
+    a_dtype, mixes, _, difference, _, activation = kind
     BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
     alike = not mixes or x_dtype == h0_dtype
     throughout = alike and x_dtype == a_dtype == torch.float32
@@ -51,6 +51,8 @@ def plan(
             BK, num_warps = 16, 4  # the parts of 32 columns of x would overflow sm_120's registers
         elif BR == 16 and not mixes and target.capability == 120:
             BK = 64  # with 32, registers are spilled to make room for another program
+        elif BR == 128 and siblings > 1 and mixes and activation is not None and target.capability == 120:
+            num_warps = 4  # with 8, likewise
         if target.hip:
             num_warps = 4  # of 64 threads; twice as many spill
     elif BR <= 64:

@@ -156,11 +156,11 @@ class Down:
 
 @dataclass(frozen=True)
 class Activated:
-    """``p = drop((1 - lambda) x + lambda h0) W^T + b`` and f(p), of a bottleneck adapter."""
+    """``p = drop((1 - lambda) x + lambda h0) W^T + b`` and f(p), of bottleneck adapters that share x and h0."""
 
     m: int
     k: int
-    rank: int
+    ranks: tuple[int, ...]
     x_dtype: torch.dtype
     a_dtype: torch.dtype
     activation: str = "tanh"
@@ -170,31 +170,35 @@ class Activated:
 
     @property
     def down(self) -> Down:
-        return Down(self.m, self.k, (self.rank,), self.x_dtype, self.a_dtype, self.lambda_, self.p)
+        return Down(self.m, self.k, self.ranks, self.x_dtype, self.a_dtype, self.lambda_, self.p)
 
     def inputs(self, device: str) -> Inputs:
         tensors = self.down.inputs(device)
         if self.has_bias:
-            tensors["bias"] = matrix("bias", 1, self.rank, self.a_dtype, device)[0]
+            tensors |= {f"bias{i}": matrix("bias", 1, r, self.a_dtype, device)[0] for i, r in enumerate(self.ranks)}
         return tensors
 
     def launch(self, tensors: Inputs) -> dict[str, Tensor]:
-        (one,) = self.down.siblings(tensors)
-        own = one._replace(bias=tensors.get("bias"), activation=self.activation)
-        ((p, _, activated),) = down_activated_siblings(tensors["x"], [own], tensors.get("h0"))
-        return {"p": p, "activated": activated}
+        siblings = [
+            own._replace(bias=tensors.get(f"bias{i}"), activation=self.activation)
+            for i, own in enumerate(self.down.siblings(tensors))
+        ]
+        named = {}
+        for i, (p, _, f) in enumerate(down_activated_siblings(tensors["x"], siblings, tensors.get("h0"))):
+            named |= {f"p{i}": p, f"activated{i}": f}
+        return named
 
     def expected(self, tensors: Inputs) -> dict[str, Expected]:
-        (t,) = self.down.expected(tensors).values()
-        bias = tensors.get("bias", tensors["x"].new_zeros(()))
-        exact, terms = t.exact + bias.double(), t.terms + bias.double().abs()
-        kept = rank_dtype(self.x_dtype, self.a_dtype)
-        by_torch = (t.by_torch + bias.to(t.by_torch.dtype)).to(kept)
-        f = reference.ACTIVATIONS[self.activation]
-        of_p = Expected(exact, terms, by_torch, t.operands, t.in_parts, self.k)
-        # no activation is steeper than 1.13
-        activated = Expected(f(exact), 1.13 * terms, f(by_torch), t.operands, t.in_parts, self.k)
-        return {"p": of_p, "activated": activated}
+        kept, f, named = rank_dtype(self.x_dtype, self.a_dtype), reference.ACTIVATIONS[self.activation], {}
+        for i, t in enumerate(self.down.expected(tensors).values()):
+            bias = tensors.get(f"bias{i}", tensors["x"].new_zeros(()))
+            exact, terms = t.exact + bias.double(), t.terms + bias.double().abs()
+            by_torch = (t.by_torch + bias.to(t.by_torch.dtype)).to(kept)
+            rest = t.operands, t.in_parts, self.k
+            named[f"p{i}"] = Expected(exact, terms, by_torch, *rest)
+            # no activation is steeper than 1.13
+            named[f"activated{i}"] = Expected(f(exact), 1.13 * terms, f(by_torch), *rest)
+        return named
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def _values() -> list[Launch]:
         x, adapter = DTYPES[n % len(DTYPES)]
         rest = {"wants_sum": True, "activation": activation, "scaling_is_tensor": n % 2 == 0}
         launches += [
-            Activated(130, 257, 64, x, adapter, activation, 0.3, RATES[n % len(RATES)]),
-            Activated(5, 1000, 24, x, adapter, activation, has_bias=n % 2 == 0),
+            Activated(130, 257, (64, 24), x, adapter, activation, 0.3, RATES[n % len(RATES)]),
+            Activated(5, 1000, (24,), x, adapter, activation, has_bias=n % 2 == 0),
             UpBackward(130, 256, (64 if n % 2 else 16,), x, adapter, **rest),
         ]
     # Gradients of siblings: few columns in one tile, a tile for each, several kinds.
@@ -97,7 +97,7 @@ LARGE: list[Launch] = [
         UpBackward(TOKENS, WIDTH, (rank,) * 3, x, adapter, grad_dtype=adapter),
         WeightGradient(TOKENS, WIDTH, (rank,) * 3, x, adapter, 0.3, lambda_is_tensor=True, grad_dtype=adapter),
         InputGradient(TOKENS, WIDTH, (rank,) * 3, x, adapter, 0.3, 0.1, lambda_is_tensor=True),
-        Activated(TOKENS, WIDTH, 256, x, adapter, "tanh", 0.3, 0.1),
+        Activated(TOKENS, WIDTH, (256,), x, adapter, "tanh", 0.3, 0.1),
         UpBackward(TOKENS, WIDTH, (256,), x, adapter, wants_sum=True, activation="tanh"),
     )
 ]
@@ -124,7 +124,7 @@ SMALL: list[Launch] = [
     UpBackward(ROWS, 130, (64,), BF16, FP32),
     WeightGradient(ROWS, 130, (16,), BF16, FP32, 0.3, 0.1, lambda_is_tensor=True),
     InputGradient(65, 130, (16,), BF16, FP32, 0.3, 0.1, adds=True, lambda_is_tensor=True),
-    Activated(5, 1000, 24, BF16, BF16, "gelu", 0.3, 0.1),
+    Activated(5, 1000, (24,), BF16, BF16, "gelu", 0.3, 0.1),
     UpBackward(ROWS, 130, (16,), BF16, BF16, wants_sum=True, activation="silu"),
     UpBackward(ROWS, 130, (16, 8), BF16, BF16, grad_dtype=BF16),
     WeightGradient(ROWS, 130, (16, 8, 16), BF16, BF16, 0.3, lambda_is_tensor=True, grad_dtype=BF16),

@@ -126,8 +126,11 @@ def _bottleneck(size: int, dtypes: tuple) -> Iterator[Case]:
     kind = "bottleneck"
     for rows, p in ((TOKENS, 0.0), (TOKENS, 0.1), (64, 0.1)):
         options = _of(("down", True), ("mixing", p > 0), ("dropout", p > 0), (f"{rows} rows", rows < TOKENS))
-        launch = Activated(rows, WIDTH, size, *dtypes, "tanh", 0.3 if p else 0.0, p)
+        launch = Activated(rows, WIDTH, (size,), *dtypes, "tanh", 0.3 if p else 0.0, p)
         yield Case(kind, size, dtypes, options, launch)
+    for p in (0.0, 0.1):
+        options = _of(("down, mixing, pair", True), ("dropout", p > 0))
+        yield Case(kind, size, dtypes, options, Activated(TOKENS, WIDTH, (size,) * 2, *dtypes, "tanh", 0.3, p))
     yield Case(kind, size, dtypes, "up", Up(TOKENS, WIDTH, size, *dtypes, adds=True, has_bias=True))
     for rank, activation in ((size, "tanh"), (size, "gelu"), (16, "tanh")):
         if rank == size or size == min(BOTTLENECKS):

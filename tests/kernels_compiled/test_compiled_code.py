@@ -50,8 +50,8 @@ NEAR_THE_LIMIT = [
     ("sm_90", down((16, 8, 16), BF16, FP32, difference=True)),
     ("gfx942", down((16, 4, 64), BF16, FP32)),
     ("sm_90", down((64,), FP32, FP32, difference=True)),
-    ("sm_90", Activated(TOKENS, WIDTH, 256, BF16, BF16, "gelu", 0.3)),
-    ("sm_120", Activated(TOKENS, WIDTH, 1024, BF16, FP32, "tanh", 0.3, 0.1)),
+    ("sm_90", Activated(TOKENS, WIDTH, (256,), BF16, BF16, "gelu", 0.3)),
+    ("sm_120", Activated(TOKENS, WIDTH, (1024,), BF16, FP32, "tanh", 0.3, 0.1)),
     ("sm_80", Up(TOKENS, WIDTH, 256, BF16, FP32, adds=True)),
     ("gfx942", Up(TOKENS, WIDTH, 512, FP16, FP32, adds=True, has_bias=True)),
     ("sm_80", up_backward(32, BF16, BF16)),
@@ -136,7 +136,7 @@ def test_float32_below_highest_uses_tensor_cores():
     [
         Down(40, 4095, (16,), BF16, BF16),
         WeightGradient(TOKENS, 4095, (16,), BF16, BF16),
-        Activated(40, 4095, 24, BF16, BF16, "silu"),
+        Activated(40, 4095, (24,), BF16, BF16, "silu"),
     ],
     ids=name_of,
 )

@@ -27,7 +27,7 @@ LAUNCHES = [
     UpBackward(130, 200, (16,), BF16, FP32, scaling_is_tensor=True),
     UpBackward(130, 200, (16, 3), BF16, BF16, grad_dtype=BF16),
     UpBackward(130, 200, (64,), BF16, BF16, wants_sum=True, activation="gelu"),
-    Activated(130, 800, 24, BF16, FP32, "silu", 0.3, 0.1),
+    Activated(130, 800, (24,), BF16, FP32, "silu", 0.3, 0.1),
     WeightGradient(130, 200, (24,), BF16, BF16, 0.3, 0.1),
     WeightGradient(130, 200, (24, 16), BF16, BF16, 0.3, grad_dtype=BF16),
     InputGradient(130, 200, (16,), BF16, BF16, p=0.1, adds=True, strides="padded"),

@@ -275,7 +275,9 @@ def test_tiles_pad_every_rank(target):
     for x_dtype in (FP16, BF16, FP32):
         for a_dtype in (x_dtype, FP32):
             for rank in range(1, 513):
-                BR = plan(rank, x_dtype, x_dtype, (a_dtype, True, True, rank % 2 == 0), target).config["BR"]
+                BR = plan(rank, x_dtype, x_dtype, (a_dtype, True, True, rank % 2 == 0, False, None), target).config[
+                    "BR"
+                ]
                 assert BR >= 16 and BR & (BR - 1) == 0 and (BR >= rank or BR >= 32)
 
 
