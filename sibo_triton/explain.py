@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from sibo_triton.bottleneck.layer import SiboAdapterLayer
+from sibo_triton.bottleneck.layer import SiboAdapterLayer, linear_features
 from sibo_triton.bottleneck.model import adapter_layers
 from sibo_triton.bottleneck.paths import obstacle_to_adapter
 from sibo_triton.initial_residual import InitialResidual
@@ -203,15 +203,17 @@ def _speed_of_bottleneck(layer: SiboAdapterLayer, adapter: str) -> tuple[str, st
     obstacle, weight = obstacle_to_adapter(down, up, dropout), down.weight
     path, options = "modules", layer.sibo_adapter_options[adapter]
     if obstacle is None:
-        parallel = not options.in_front and not options.reads_output
-        path = "fused" if parallel and obstacle_in_frozen(layer.base_layer) is None else "adapter"
+        path = "adapter"
+        if not options.in_front and not options.reads_output and linear_features(layer.base_layer) is not None:
+            obstacle = obstacle_in_frozen(layer.base_layer)
+            path = "fused" if obstacle is None else "adapter"
     try:
         choice = backend_for(weight.device, {weight.dtype})
     except RuntimeError as error:
         return path, "triton", str(error).rstrip(".")
     if choice.name == "reference":
         return "definition", choice.name, choice.reason
-    reasons = [obstacle, None if choice.name == "triton" or obstacle is not None else choice.reason]
+    reasons = [obstacle, None if choice.name == "triton" or path == "modules" else choice.reason]
     return path, choice.name, "; ".join(reason for reason in reasons if reason) or None
 
 

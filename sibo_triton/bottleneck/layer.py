@@ -202,9 +202,15 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
             return None
         if obstacle_to_adapter(*self.modules_of(name), x) is not None:
             return None  # `_add_branch` looks again and says it
-        if not self.sibo_adapter_options[name].in_front and obstacle_in_frozen(self.base_layer, x) is not None:
-            return None
-        return name
+        if self.sibo_adapter_options[name].in_front:
+            return name
+        obstacle = obstacle_in_frozen(self.base_layer, x)
+        if obstacle is None:
+            return name
+        if linear_features(self.base_layer) is not None:  # of a sub-layer nobody expects it
+            site = self.sibo_sites[name]
+            site.notices.say(site.name, "the frozen layer and its adapter run apart", obstacle)
+        return None
 
     @staticmethod
     def group_of(layers: Sequence[SiboAdapterLayer], adapter_name: str, x: torch.Tensor) -> Group | None:
