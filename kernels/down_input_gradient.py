@@ -135,12 +135,17 @@ def plan(
     if product.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers.
         BM = 32 if len(ranks) > 1 and not target.hip else 64
-        num_warps = 8 if len(ranks) > 1 and target.capability == 100 else 4
-        return Plan(product, {"BM": BM, "BK": 64, "BR": 16, "num_warps": num_warps, "num_stages": 2})
+        on_blackwell = target.capability == 100
+        num_warps = 8 if len(ranks) > 1 and on_blackwell else 4
+        num_stages = 1 if len(ranks) > 2 and on_blackwell else 2  # of three the operands of two stages spill
+        return Plan(product, {"BM": BM, "BK": 64, "BR": 16, "num_warps": num_warps, "num_stages": num_stages})
     split = product.split_a or product.split_b
     # On AMD's GPUs, whose warps are wider, 4 spill only at rank 128, with operands in parts.
     num_warps = 8 if (split and BR > 16 if target.hip else sums > 1) else 4
-    config = {"BM": 64, "BK": 128, "BR": min(BR, 32 if split else 64), "num_warps": num_warps, "num_stages": 2}
+    # Tensor cores that multiply from registers, which the sums of three siblings' own tiles would overflow.
+    crowded = target.capability in (80, 120) and len(ranks) > 2 and sums > 1 and BR == 64 and not split
+    BM = 32 if crowded else 64
+    config = {"BM": BM, "BK": 128, "BR": min(BR, 32 if split else 64), "num_warps": num_warps, "num_stages": 2}
     return Plan(product, config)
 
 

@@ -30,7 +30,7 @@ def plan(
     siblings: int = 1,
 ) -> Plan:
     """The plan for the largest rank of a launch; ``kind`` is :attr:`DownProjection.kind`, ``exact`` float32's."""
-    a_dtype, mixes, _, difference, _, activation = kind
+    a_dtype, mixes, drops, difference, _, activation = kind
     BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
     alike = not mixes or x_dtype == h0_dtype
     throughout = alike and x_dtype == a_dtype == torch.float32
@@ -57,6 +57,8 @@ def plan(
             num_warps = 4  # of 64 threads; twice as many spill
     elif BR <= 64:
         BK = 64
+        if BR == 64 and siblings == 1 and not (mixes or drops or activation is not None) and target.capability == 120:
+            num_warps = 4  # with 8, registers are spilled to make room for a second program
     else:
         BK, BR = 32, min(BR, 128 if difference else 256)
         if BR == 256 and mixes and target.capability == 80:

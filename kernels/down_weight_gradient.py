@@ -203,22 +203,30 @@ def plan(
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
         BM, BR = 16, min(BR, 64)
         spills = target.capability in (80, 100) or target.capability == 90 and len(ranks) > 1
+        spills |= target.capability == 120 and len(ranks) > 2 and not (mixes or drops)
         num_warps = 8 if BR == 64 and spills else 4
     elif any(of.split_a or of.split_b for of in (product, product_h)):
         BM, BR, num_warps = 32, min(BR, 64), 4 if BR <= 32 else 8
         if target.capability == 120 and BR == 64 and product.split_a and product.split_b:
-            BM, num_warps = 16, 4  # the parts of more rows would overflow registers
+            # The parts of more rows would overflow registers; of a pair's masked tiles 4 warps spill.
+            BM, num_warps = 16, 8 if len(ranks) == 2 and mixes and drops else 4
+        elif target.capability == 120 and BR == 16 and len(ranks) == 1 and mixes:
+            num_warps = 8  # with 4, registers are spilled to make room for another program
     elif BR <= 32:
         BM, num_warps = 64, 4
     else:
         BM, BR, num_warps = 32, min(BR, 128), 4
+        if target.capability == 120 and BR == 128 and len(ranks) == 2 and not (mixes or drops):
+            num_warps = 8  # with 4, likewise
     if shares_tiles and BM >= 32 and target.capability in (80, 120):
         num_warps = (
             8  # a pointer for each column takes registers, of which tensor cores that multiply from them have few
         )
     BK = 64
     bytes_of_stage = BM * (BK * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + 4 * BR)
-    num_stages = target.stages(3, bytes_of_stage, programs=2)
+    # sm_80 spills fp16's mixed tiles in parts where 3 stages let it unroll the loop otherwise.
+    least = 4 if target.capability == 80 and BM == 32 and BR == 64 and len(ranks) > 1 and mixes and not drops else 3
+    num_stages = target.stages(least, bytes_of_stage, programs=2)
     config = {"BM": BM, "BK": BK, "BR": BR, "num_warps": num_warps, "num_stages": num_stages}
     widths = [cdiv(r, of) * of for of in (16 if shares_tiles else BR,) for r in ranks]
     first = tuple(sum(widths[:i]) for i in range(len(ranks)))

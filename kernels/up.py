@@ -146,7 +146,8 @@ def plan(rank: int, lora_b_dtype: torch.dtype, y_dtype: torch.dtype, target: Tar
         num_warps = 4 if target.hip else 8
         return Plan(dot, {"BM": 64, "BN": 64, "BR": 16, "num_warps": num_warps, "num_stages": 2})
     split = dot.split_a or dot.split_b
-    num_warps = 8 if split and target.capability == 120 else 4  # there 4 warps spill at rank 64
+    # There 4 warps spill at rank 64 with operands in parts, and in two steps of the rank as they are.
+    num_warps = 8 if target.capability == 120 and (split or BR == 128) else 4
     config = {"BM": 64, "BN": 128, "BR": min(BR, 32 if split else 64), "num_warps": num_warps, "num_stages": 2}
     return Plan(dot, config)
 
