@@ -4,8 +4,8 @@ Forward + backward, and forward without gradients, of one linear and of three th
 this small cost next to nothing themselves. What is printed is what a provider adds to the frozen linears, divided by
 their number: medians over runs in turn, in microseconds. h0's hooks count for those that mix.
 
-"kernels' path" is what the host does on a GPU, but for Triton's own launch and torch's: the launchers run, and their
-kernels do not. Its tensors hold nothing.
+"kernels' path" is what the host does on a GPU, but for what torch's CUDA allocator and operations take more than its
+CPU ones, and for the driver: kernels are compiled and bound, and not launched. Its tensors hold nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
 
 import torch
 from torch import nn
@@ -30,7 +32,6 @@ from benchmarks.models import LLAMA_3_8B, Part, part_linears
 from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
-from sibo_triton.kernels import down, targets
 from sibo_triton.ops import low_rank
 from sibo_triton.ops.dispatch import Choice
 
@@ -40,16 +41,12 @@ RESULTS = Path(__file__).parent / "results/host-time.json"
 GROUPS = {"one linear": ("o_proj",), "three that share x": ("q_proj", "k_proj", "v_proj")}
 
 
-@contextmanager
-def kernels_that_do_not_run() -> Iterator[None]:
-    """The kernels' backend, whose launchers do everything but launch."""
-    patch = mock.patch.object
-    with (
-        patch(low_rank, "backend_for", lambda *_: Choice("triton", "timed")),
-        patch(targets, "target_of", lambda device: targets.KNOWN["sm_90"]),
-        patch(type(down.down_kernel), "run", lambda *_, **__: None),
-    ):
-        yield
+def h100_that_is_not_there() -> AbstractContextManager[None]:
+    """Inside, launchers and Triton do everything for an H100 but call its driver."""
+    from ahead_of_time import TARGETS
+    from without_gpu import launching_for
+
+    return launching_for(TARGETS["sm_90"][0])
 
 
 class Run:
@@ -60,11 +57,11 @@ class Run:
         with without_known_warnings():
             own = replace(setting, linears=part_linears(TINY, names))
             self.model: nn.Module = provider.wrap(Part(TINY, names, "cpu", dtype), own)
-        self.on_kernels = False
+        self.choice: AbstractContextManager[Any] = nullcontext()
 
     def microseconds(self, h0: torch.Tensor, x: torch.Tensor, grads: list[torch.Tensor]) -> tuple[float, float]:
         """Of a forward + backward, and of a forward without gradients: the mean of some."""
-        with kernels_that_do_not_run() if self.on_kernels else nullcontext():
+        with self.choice:
             start = time.process_time()
             for _ in range(REPEATS):
                 torch.autograd.backward(self.model(h0, x), grads)
@@ -82,7 +79,7 @@ def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting) -> dic
     for provider in (of for of in providers if of.name.startswith("ours") and of.name in runs):
         name = f"{provider.name}, kernels' path"
         runs[name] = Run(provider, names, dtype, setting)
-        runs[name].on_kernels = True
+        runs[name].choice = mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "timed"))
     return runs
 
 
@@ -94,9 +91,10 @@ def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int) -> l
     grads = [torch.randn(1, TOKENS, TINY.shapes()[name][1], dtype=dtype) for name in names]
     x.requires_grad_()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(run.microseconds(h0, x, grads))
+    with h100_that_is_not_there():
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(run.microseconds(h0, x, grads))
     frozen, *others = times
     base = str(dtype).removeprefix("torch.")
     print(f"{title}, {base}, dropout {setting.dropout:g}: microseconds a module, forward + backward / forward alone")

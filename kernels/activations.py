@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import Launch, Launches, form
 from .targets import cdiv
 
 #: Every name that the two functions know.
@@ -144,6 +145,8 @@ def _sum_of(b_p_first, mask, parts, stride_part, BLOCK: tl.constexpr):
 
 BLOCK = 1024  # elements to a program
 
+_launches, _gradient_launches = Launches(), Launches()
+
 
 def activate_parts(
     parts: Tensor,  # [parts, M, r]
@@ -155,21 +158,22 @@ def activate_parts(
     count, M, r = parts.shape
     p, activated = (torch.empty((M, r), dtype=dtype, device=parts.device) for _ in range(2))
     if M * r:
-        with torch.cuda.device_of(parts):  # Triton launches on the current device; does nothing for a CPU tensor
-            activate_parts_kernel[(cdiv(M * r, BLOCK),)](
-                p_parts=parts,
-                p_bias=bias,
-                p_pre_activation=p,
-                p_activated=activated,
-                numel=M * r,
-                r=r,
-                parts=count,
-                stride_part=parts.stride(0),
-                stride_bias=0 if bias is None else bias.stride(0),
-                HAS_BIAS=bias is not None,
-                ACTIVATION=activation,
-                BLOCK=BLOCK,
-            )
+        key = (form(parts), form(bias), activation, dtype, parts.device)
+        launch = _launches.get(key)
+        if launch is None:
+            arguments = {
+                "numel": M * r,
+                "r": r,
+                "parts": count,
+                "stride_part": parts.stride(0),
+                "stride_bias": 0 if bias is None else bias.stride(0),
+                "HAS_BIAS": bias is not None,
+                "ACTIVATION": activation,
+                "BLOCK": BLOCK,
+            }
+            launch = Launch(activate_parts_kernel, (cdiv(M * r, BLOCK),), parts.device, arguments)
+            _launches.keep(key, launch)
+        launch(p_parts=parts, p_bias=bias, p_pre_activation=p, p_activated=activated)
     return p, activated
 
 
@@ -182,16 +186,17 @@ def activation_gradient_of_parts(
     """The sum of the parts of u, times f'(p), in float32; all contiguous. f(p) is written where it is given room."""
     u = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
     if u.numel():
-        with torch.cuda.device_of(parts):  # Triton launches on the current device; does nothing for a CPU tensor
-            activation_gradient_kernel[(cdiv(u.numel(), BLOCK),)](
-                p_parts=parts,
-                p_pre_activation=pre_activation,
-                p_u=u,
-                p_activated=activated,
-                numel=u.numel(),
-                parts=len(parts),
-                HAS_ACTIVATED=activated is not None,
-                ACTIVATION=activation,
-                BLOCK=BLOCK,
-            )
+        key = (form(parts), form(pre_activation), activation, form(activated), parts.device)
+        launch = _gradient_launches.get(key)
+        if launch is None:
+            arguments = {
+                "numel": u.numel(),
+                "parts": len(parts),
+                "HAS_ACTIVATED": activated is not None,
+                "ACTIVATION": activation,
+                "BLOCK": BLOCK,
+            }
+            launch = Launch(activation_gradient_kernel, (cdiv(u.numel(), BLOCK),), parts.device, arguments)
+            _gradient_launches.keep(key, launch)
+        launch(p_parts=parts, p_pre_activation=pre_activation, p_u=u, p_activated=activated)
     return u

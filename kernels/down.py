@@ -27,9 +27,9 @@ from torch import Tensor
 from . import targets
 from .activations import activate, activate_parts
 from .autotune import tuned
-from .checks import check_activation, check_bias, check_dropout, check_matrix, check_mix
-from .down_plan import cut, lay_out, plan
+from .down_plan import Kind, check_down, cut, form_of_sibling, lay_out, plan
 from .dropout import drawn, dropout_rows, keep_tile
+from .launching import Launch, Launches, form
 from .partial_sums import sum_parts
 from .precision import float32_is_exact, split_dot
 from .siblings import DownProjection, rank_dtype
@@ -245,17 +245,20 @@ def down_activated_siblings(
 
 def _results(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> list[DownResult]:
     launched = _launch_kinds(x, siblings, initial_residual)
-    dtypes = [rank_dtype(x.dtype, siblings[of.siblings[0]].lora_a.dtype) for of in launched]
-    sums = sum_parts([None if of.pending else of.parts for of in launched], dtypes)
+    if all(kind.finished for kind, _, _ in launched):
+        totals: list[Tensor | None] = [parts for _, parts, _ in launched]
+    else:
+        dtypes = [kind.dtype for kind, _, _ in launched]
+        totals = sum_parts([None if kind.pending else parts for kind, parts, _ in launched], dtypes)
     results: dict[int, DownResult] = {}
-    for of, total in zip(launched, sums, strict=True):
-        for i, start in zip(of.siblings, of.t_start, strict=True):
+    for (kind, parts, activated), total in zip(launched, totals, strict=True):
+        for i, start, r in zip(kind.siblings, kind.t_start, kind.ranks, strict=True):
             if total is None:
-                results[i] = _activated(x, siblings[i], of.parts, start)
+                results[i] = _activated(x, siblings[i], parts, start)
                 continue
-            shape, strides = (x.shape[0], siblings[i].lora_a.shape[0]), (siblings[i].lora_a.shape[0], 1)
+            shape, strides = (x.shape[0], r), (r, 1)
             d = total.as_strided(shape, strides, start + math.prod(shape)) if siblings[i].difference else None
-            f = None if of.activated is None else of.activated.as_strided(shape, strides, start)
+            f = None if activated is None else activated.as_strided(shape, strides, start)
             results[i] = DownResult(total.as_strided(shape, strides, start), d, f)
     return [results[i] for i in range(len(siblings))]
 
@@ -283,115 +286,120 @@ def down_parts(
     As :func:`down_siblings`, without d. Each matrix of a part is contiguous, and the parts are evenly apart.
     """
     results: dict[int, Tensor] = {}
-    for of in _launch_kinds(x, siblings, initial_residual):
-        for i, start in zip(of.siblings, of.t_start, strict=True):
-            M, r = x.shape[0], siblings[i].lora_a.shape[0]
-            results[i] = of.parts.as_strided((len(of.parts), M, r), (of.parts.shape[1], r, 1), start)
+    for kind, parts, _ in _launch_kinds(x, siblings, initial_residual):
+        count, size = parts.shape
+        for i, start, r in zip(kind.siblings, kind.t_start, kind.ranks, strict=True):
+            results[i] = parts.as_strided((count, x.shape[0], r), (size, r, 1), start)
     return [results[i] for i in range(len(siblings))]
 
 
-def _check(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> None:
-    check_matrix("x", x, "M", "K")
-    M, K = x.shape
-    for sibling in siblings:
-        check_matrix("lora_a", sibling.lora_a, "r", K, "x")
-        check_mix(sibling.lambda_, sibling.mixes, initial_residual)
-        check_dropout(sibling.dropout_p, sibling.dropout_seed)
-        check_bias("bias", sibling.bias, sibling.lora_a.shape[0])
-        check_activation(sibling.activation)
-    if any(sibling.mixes for sibling in siblings):
-        check_matrix("initial_residual", initial_residual, M, K, "x")
+_launches = Launches()
 
 
-class Launched(NamedTuple):
-    """What a launch for siblings of one kind leaves."""
-
-    siblings: list[int]  # which of all
-    parts: Tensor  # of all their results, [splits of K, size]
-    activated: Tensor | None  # f(t), [size], where there is an activation and one part
-    t_start: tuple[int, ...]  # where each sibling's results start
-    pending: bool  # whether the sums of the parts are yet to get their bias and f
-
-
-def _launch_kinds(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> list[Launched]:
-    """A launch for each kind."""
-    _check(x, siblings, initial_residual)
-    kinds = [sibling.kind for sibling in siblings]
-    launched = []
-    for kind in dict.fromkeys(kinds):
-        of_kind = [i for i, other in enumerate(kinds) if other == kind]
-        h0 = initial_residual if kind[1] else None
-        parts, activated, t_start = _launch(x, [siblings[i] for i in of_kind], h0, kind)
-        pending = siblings[of_kind[0]].activation is not None and activated is None
-        launched.append(Launched(of_kind, parts, activated, t_start, pending))
-    return launched
+def _launch_kinds(
+    x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None
+) -> list[tuple[Kind, Tensor, Tensor | None]]:
+    """A launch for each kind: with the parts of all its results and, where there are any, those of f(t)."""
+    device = x.device
+    key = (
+        tuple([form_of_sibling(sibling) for sibling in siblings]),
+        form(x),
+        form(initial_residual),
+        device,
+        targets.target_of(device),
+        float32_is_exact(),
+    )
+    kinds = _launches.get(key)
+    if kinds is None:
+        kinds = _launches.keep(key, _prepared(x, siblings, initial_residual))
+    return [(kind, *_launch(kind, x, siblings, initial_residual)) for kind in kinds]
 
 
 def _launch(
-    x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None, kind: tuple
-) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-    """parts, activated and t_start of :class:`Launched`, for siblings of one kind."""
-    (M, K), ranks = x.shape, tuple(sibling.lora_a.shape[0] for sibling in siblings)
-    a_dtype, _, drops, difference, has_bias, activation = kind
+    kind: Kind, x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The parts, and f(t), for siblings of one kind."""
+    if kind.launch is None:
+        return torch.zeros(kind.parts, dtype=torch.float32, device=x.device), None
+    dtype = kind.dtype if kind.parts[0] == 1 else torch.float32
+    parts = torch.empty(kind.parts, dtype=dtype, device=x.device)
+    activated = torch.empty(kind.parts[1], dtype=dtype, device=x.device) if kind.activates else None
+    own = [siblings[i] for i in kind.siblings]
+    kind.launch(
+        p_x=x,
+        p_initial_residual=initial_residual if kind.mixes else None,
+        p_t=parts,
+        p_activated=activated,
+        p_lora_a=tuple([of.lora_a for of in own]),
+        p_bias=tuple([of.bias for of in own]) if kind.adds_bias else None,
+        p_seed=tuple([of.dropout_seed for of in own]) if kind.drops else None,
+        lambda_=tuple([of.lambda_ if isinstance(of.lambda_, Tensor) else float(of.lambda_) for of in own]),
+    )
+    return parts, activated
+
+
+def _prepared(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> list[Kind]:
+    """The launches for such arguments, checked and planned."""
+    check_down(x, siblings, initial_residual)
+    places: dict[tuple, list[int]] = {}
+    for i, sibling in enumerate(siblings):
+        places.setdefault(sibling.kind, []).append(i)
+    return [_of_kind(own, kind, x, siblings, initial_residual) for kind, own in places.items()]
+
+
+def _of_kind(places: list[int], kind: tuple, x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None) -> Kind:
+    own = [siblings[i] for i in places]
+    (M, K), ranks = x.shape, tuple(sibling.lora_a.shape[0] for sibling in own)
+    a_dtype, mixes, drops, difference, has_bias, activation = kind
+    dtype, activates = rank_dtype(x.dtype, a_dtype), activation is not None
     if M == 0 or K == 0 or max(ranks) == 0:
         t_start, size = lay_out(M, ranks, 1 + difference)
-        return torch.zeros((1, size), dtype=torch.float32, device=x.device), None, t_start
+        return Kind(places, ranks, t_start, (1, size), dtype, None, False, False, False, False, activates)
     target = targets.target_of(x.device)
-    h0_dtype = None if h0 is None else h0.dtype
-    chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact(), len(siblings))
+    h0_strides, h0_dtype = (h0.stride(), h0.dtype) if mixes else ((0, 0), None)
+    chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact(), len(own))
     product = chosen.operands
-    rates = [drawn(sibling.dropout_p) for sibling in siblings]
-    lambdas = [sibling.lambda_ for sibling in siblings]
+    rates = [drawn(sibling.dropout_p) for sibling in own]
 
-    def launch(config: dict[str, int]) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    def prepare(config: dict[str, int]) -> Kind:
         how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], target.multiprocessors)
         whole = how.splits == 1
-        dtype = rank_dtype(x.dtype, a_dtype) if whole else torch.float32
-        adds_bias, activates = has_bias and whole, activation is not None and whole
-        parts = torch.empty((how.splits, how.size), dtype=dtype, device=x.device)
-        activated = torch.empty(how.size, dtype=dtype, device=x.device) if activates else None
-        with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
-            down_kernel[(how.programs, how.splits)](
-                p_x=x,
-                p_initial_residual=h0,
-                p_t=parts,
-                p_activated=activated,
-                p_lora_a=tuple(sibling.lora_a for sibling in siblings),
-                p_bias=tuple(sibling.bias for sibling in siblings) if adds_bias else None,
-                p_seed=tuple(sibling.dropout_seed for sibling in siblings) if drops else None,
-                lambda_=tuple(value if isinstance(value, Tensor) else float(value) for value in lambdas),
-                keep_from=tuple(keep_from for keep_from, _ in rates) if drops else None,
-                dropout_scale=tuple(scale for _, scale in rates) if drops else None,
-                r=ranks,
-                first_tile=how.first_tile,
-                t_start=how.t_start,
-                stride_a_r=tuple(sibling.lora_a.stride(0) for sibling in siblings),
-                stride_a_k=tuple(sibling.lora_a.stride(1) for sibling in siblings),
-                stride_bias=tuple(sibling.bias.stride(0) for sibling in siblings) if adds_bias else None,
-                M=M,
-                r_tiles=how.r_tiles,
-                stride_x_m=x.stride(0),
-                stride_x_k=x.stride(1),
-                stride_h_m=0 if h0 is None else h0.stride(0),
-                stride_h_k=0 if h0 is None else h0.stride(1),
-                stride_t_split=how.size,
-                K=K,
-                K_STEPS=how.k_steps,
-                SIBLINGS=len(siblings),
-                HAS_INITIAL_RESIDUAL=h0 is not None,
-                HAS_DROPOUT=drops,
-                HAS_DIFFERENCE=difference,
-                HAS_BIAS=adds_bias,
-                ACTIVATION=activation if activates else None,
-                LAMBDA_IS_TENSOR=tuple(isinstance(value, Tensor) for value in lambdas),
-                MIX_FIRST=chosen.mix_first,
-                SPLIT_X=product.split_a,
-                SPLIT_A=product.split_b,
-                DOT_DTYPE=product.tl_dtype,
-                # a pipeline longer than the loop would only take registers
-                **config | {"num_stages": min(config["num_stages"], how.k_steps)},
-            )
-        return parts, activated, how.t_start
+        adds_bias = has_bias and whole
+        arguments = {
+            "keep_from": tuple(keep_from for keep_from, _ in rates) if drops else None,
+            "dropout_scale": tuple(scale for _, scale in rates) if drops else None,
+            "r": ranks,
+            "first_tile": how.first_tile,
+            "t_start": how.t_start,
+            "stride_a_r": tuple(sibling.lora_a.stride(0) for sibling in own),
+            "stride_a_k": tuple(sibling.lora_a.stride(1) for sibling in own),
+            "stride_bias": tuple(sibling.bias.stride(0) for sibling in own) if adds_bias else None,
+            "M": M,
+            "r_tiles": how.r_tiles,
+            "stride_x_m": x.stride(0),
+            "stride_x_k": x.stride(1),
+            "stride_h_m": h0_strides[0],
+            "stride_h_k": h0_strides[1],
+            "stride_t_split": how.size,
+            "K": K,
+            "K_STEPS": how.k_steps,
+            "SIBLINGS": len(own),
+            "HAS_INITIAL_RESIDUAL": mixes,
+            "HAS_DROPOUT": drops,
+            "HAS_DIFFERENCE": difference,
+            "HAS_BIAS": adds_bias,
+            "ACTIVATION": activation if whole else None,
+            "LAMBDA_IS_TENSOR": tuple(isinstance(sibling.lambda_, Tensor) for sibling in own),
+            "MIX_FIRST": chosen.mix_first,
+            "SPLIT_X": product.split_a,
+            "SPLIT_A": product.split_b,
+            "DOT_DTYPE": product.tl_dtype,
+            # a pipeline longer than the loop would only take registers
+            **config | {"num_stages": min(config["num_stages"], how.k_steps)},
+        }
+        launch = Launch(down_kernel, (how.programs, how.splits), x.device, arguments)
+        flags = mixes, drops, adds_bias, activates and whole, activates and not whole
+        return Kind(places, ranks, how.t_start, (how.splits, how.size), dtype, launch, *flags)
 
     key = ("down", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
-    return launch(tuned(key, chosen.config, launch, "BM"))
+    return prepare(tuned(key, chosen.config, lambda config: _launch(prepare(config), x, siblings, h0), "BM"))

@@ -9,9 +9,10 @@ Compiled once for all ranks, dtypes, what each sibling does and what is wanted; 
 it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from . import targets
 from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_one_value
 from .dropout import drawn, dropout_rows, keep_tile
+from .launching import Launch, Launches, form, form_of_value
 from .precision import Operands, float32_is_exact, operands, split_dot
 from .siblings import DownGradients
 from .targets import Target, cdiv
@@ -179,28 +181,121 @@ def down_input_gradient(
         ValueError: a shape that does not fit, u not contiguous, the seed missing, a rate of dropout
             outside [0, 1), or dh0 wanted where nothing mixes.
     """
-    M, K = _checked_sizes(siblings)
+    device = siblings[0].u.device
+    key = (
+        tuple(
+            (form(of.u), form(of.lora_a), form_of_value(of.lambda_), of.dropout_p, form(of.dropout_seed))
+            for of in siblings
+        ),
+        dtype,
+        residual_dtype,
+        form(base),
+        device,
+        targets.target_of(device),
+        float32_is_exact(),
+    )
+
+    def run(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
+        dx = None if dtype is None else torch.empty(prepared.shape, dtype=dtype, device=device)
+        dh = None if residual_dtype is None else torch.empty(prepared.shape, dtype=residual_dtype, device=device)
+        if prepared.launch is None:
+            if dx is not None:
+                dx = dx.zero_() if base is None else dx.copy_(base)
+            return dx, None if dh is None else dh.zero_()
+        sharing = siblings if prepared.sharing is None else [siblings[i] for i in prepared.sharing]
+        prepared.launch(
+            p_dx=dx,
+            p_dh=dh,
+            p_base=None if dx is None else base,
+            p_u=tuple([of.u for of in sharing]),
+            p_lora_a=tuple([of.lora_a for of in sharing]),
+            p_seed=tuple([of.dropout_seed if of.dropout_p else None for of in sharing]),
+            lambda_=tuple([of.lambda_ if isinstance(of.lambda_, Tensor) else float(of.lambda_) for of in sharing]),
+        )
+        return dx, dh
+
+    prepared = _launches.get(key)
+    if prepared is None:
+        prepared = _launches.keep(key, _prepared(run, siblings, dtype, base, residual_dtype))
+    return run(prepared)
+
+
+_launches = Launches()
+
+
+class Prepared(NamedTuple):
+    """A launch, what it writes, and which siblings it is for."""
+
+    shape: tuple[int, int]  # of dx and dh0
+    launch: Launch | None  # none where nothing has a share
+    sharing: list[int] | None  # those with a share in something wanted; None: all
+
+
+def _prepared(
+    run: Callable[[Prepared], object],
+    siblings: Sequence[DownGradients],
+    dtype: torch.dtype | None,
+    base: Tensor | None,
+    residual_dtype: torch.dtype | None,
+) -> Prepared:
+    """The launch for such arguments, checked and planned."""
+    M, K = shape = _checked_sizes(siblings)
     if residual_dtype is not None and not any(sibling.mixes for sibling in siblings):
         raise ValueError("residual_dtype asks for the gradient of h0, but lambda_ is the number 0: it has none")
-    device = siblings[0].u.device
     if base is not None:
         check_matrix("base", base, M, K, "u and lora_a")
-    dx, dh = (
-        None if wanted is None else torch.empty((M, K), dtype=wanted, device=device)
-        for wanted in (dtype, residual_dtype)
-    )
-    written = [tensor for tensor in (dx, dh) if tensor is not None]
-    for tensor in written:
-        check_dtype("the gradient", tensor.dtype)
-    if M == 0 or K == 0 or not written:
-        return dx, dh
-    with_share = [sibling for sibling in siblings if sibling.u.shape[1] and (dx is not None or sibling.mixes)]
-    if not with_share:
-        if dx is not None:
-            dx = dx.zero_() if base is None else dx.copy_(base)
-        return dx, None if dh is None else dh.zero_()
-    _launch(with_share, dx, dh, None if dx is None else base)
-    return dx, dh
+    written = [wanted for wanted in (dtype, residual_dtype) if wanted is not None]
+    for wanted in written:
+        check_dtype("the gradient", wanted)
+    sharing = [i for i, of in enumerate(siblings) if of.u.shape[1] and (dtype is not None or of.mixes)]
+    if M == 0 or K == 0 or not written or not sharing:
+        return Prepared(shape, None, None)
+    siblings, everyone = [siblings[i] for i in sharing], len(sharing) == len(siblings)
+    device = siblings[0].u.device
+    has_base = base is not None and dtype is not None
+    ranks = tuple(sibling.u.shape[1] for sibling in siblings)
+    mixes = tuple(sibling.mixes for sibling in siblings)
+    drops = tuple(sibling.dropout_p > 0 for sibling in siblings)
+    dtypes = {sibling.lora_a.dtype for sibling in siblings}
+    lora_a_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    wants_dh = residual_dtype is not None
+    own_sum = tuple(of_drops or (wants_dh and of_mixes) for of_drops, of_mixes in zip(drops, mixes, strict=True))
+    sums = 1 if len(siblings) == 1 else len(written) + any(own_sum)
+    chosen = plan(ranks, lora_a_dtype, frozenset(written), sums, targets.target_of(device), float32_is_exact())
+    product = chosen.operands
+    rates = [drawn(sibling.dropout_p) for sibling in siblings]
+
+    def prepare(config: dict[str, int]) -> Prepared:
+        grid = (cdiv(M, config["BM"]) * cdiv(K, config["BK"]),)
+        arguments = {
+            "keep_from": tuple(keep_from for keep_from, _ in rates),
+            "dropout_scale": tuple(scale for _, scale in rates),
+            "stride_a_r": tuple(sibling.lora_a.stride(0) for sibling in siblings),
+            "stride_a_k": tuple(sibling.lora_a.stride(1) for sibling in siblings),
+            "M": M,
+            "K": K,
+            "stride_base_m": base.stride(0) if has_base else 0,
+            "stride_base_k": base.stride(1) if has_base else 0,
+            "R": ranks,
+            "SIBLINGS": len(siblings),
+            "MIXES": mixes,
+            "LAMBDA_IS_TENSOR": tuple(isinstance(sibling.lambda_, Tensor) for sibling in siblings),
+            "HAS_DROPOUT": drops,
+            "OWN_SUM": own_sum,
+            "HAS_DX": dtype is not None,
+            "HAS_BASE": has_base,
+            "HAS_DH": wants_dh,
+            "SPLIT_U": product.split_a,
+            "SPLIT_A": product.split_b,
+            "DOT_DTYPE": product.tl_dtype,
+            **config,
+        }
+        launch = Launch(down_input_gradient_kernel, grid, device, arguments)
+        return Prepared(shape, launch, None if everyone else sharing)
+
+    key = ("input gradient", M.bit_length(), K, ranks, lora_a_dtype, frozenset(written), dtype is None, not wants_dh)
+    key += (product, mixes, drops, has_base, device)
+    return prepare(tuned(key, chosen.config, lambda config: run(prepare(config)), "BM"))
 
 
 def _checked_sizes(siblings: Sequence[DownGradients]) -> tuple[int, int]:
@@ -214,59 +309,3 @@ def _checked_sizes(siblings: Sequence[DownGradients]) -> tuple[int, int]:
         check_matrix("lora_a", sibling.lora_a, sibling.u.shape[1], K, "u")
         M, K = sibling.u.shape[0], sibling.lora_a.shape[1]
     return M, K
-
-
-def _launch(siblings: Sequence[DownGradients], dx: Tensor | None, dh: Tensor | None, base: Tensor | None) -> None:
-    """:func:`down_input_gradient` into dx and dh0, for siblings that each have a share in something wanted."""
-    written = [tensor for tensor in (dx, dh) if tensor is not None]
-    (M, K), device = written[0].shape, written[0].device
-    ranks = tuple(sibling.u.shape[1] for sibling in siblings)
-    mixes = tuple(sibling.mixes for sibling in siblings)
-    drops = tuple(sibling.dropout_p > 0 for sibling in siblings)
-    dtypes = {sibling.lora_a.dtype for sibling in siblings}
-    lora_a_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    written_dtypes = frozenset(tensor.dtype for tensor in written)
-    own_sum = tuple(of_drops or (dh is not None and of_mixes) for of_drops, of_mixes in zip(drops, mixes, strict=True))
-    sums = 1 if len(siblings) == 1 else len(written) + any(own_sum)
-    chosen = plan(ranks, lora_a_dtype, written_dtypes, sums, targets.target_of(device), float32_is_exact())
-    product = chosen.operands
-    rates = [drawn(sibling.dropout_p) for sibling in siblings]
-    lambdas = [sibling.lambda_ for sibling in siblings]
-
-    def launch(config: dict[str, int]) -> None:
-        grid = (cdiv(M, config["BM"]) * cdiv(K, config["BK"]),)
-        with torch.cuda.device_of(written[0]):  # Triton launches on the current device; nothing for a CPU tensor
-            down_input_gradient_kernel[grid](
-                p_dx=dx,
-                p_dh=dh,
-                p_base=base,
-                p_u=tuple(sibling.u for sibling in siblings),
-                p_lora_a=tuple(sibling.lora_a for sibling in siblings),
-                p_seed=tuple(sibling.dropout_seed if sibling.dropout_p else None for sibling in siblings),
-                lambda_=tuple(value if isinstance(value, Tensor) else float(value) for value in lambdas),
-                keep_from=tuple(keep_from for keep_from, _ in rates),
-                dropout_scale=tuple(scale for _, scale in rates),
-                stride_a_r=tuple(sibling.lora_a.stride(0) for sibling in siblings),
-                stride_a_k=tuple(sibling.lora_a.stride(1) for sibling in siblings),
-                M=M,
-                K=K,
-                stride_base_m=0 if base is None else base.stride(0),
-                stride_base_k=0 if base is None else base.stride(1),
-                R=ranks,
-                SIBLINGS=len(siblings),
-                MIXES=mixes,
-                LAMBDA_IS_TENSOR=tuple(isinstance(value, Tensor) for value in lambdas),
-                HAS_DROPOUT=drops,
-                OWN_SUM=own_sum,
-                HAS_DX=dx is not None,
-                HAS_BASE=base is not None,
-                HAS_DH=dh is not None,
-                SPLIT_U=product.split_a,
-                SPLIT_A=product.split_b,
-                DOT_DTYPE=product.tl_dtype,
-                **config,
-            )
-
-    key = ("input gradient", M.bit_length(), K, ranks, lora_a_dtype, written_dtypes, dx is None, dh is None)
-    key += (product, mixes, drops, base is not None, device)
-    launch(tuned(key, chosen.config, launch, "BM"))

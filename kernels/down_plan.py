@@ -1,12 +1,18 @@
-"""How a launch of ``down.py`` multiplies, its tiles, and how it is cut into programs."""
+"""How a launch of ``down.py`` multiplies, its tiles, how it is cut into programs, and what is kept of it."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
+from .checks import check_activation, check_bias, check_dropout, check_matrix, check_mix
+from .launching import Launch, form, form_of_value
 from .precision import Operands, operands
+from .siblings import DownProjection
 from .targets import Target, cdiv
 
 
@@ -116,3 +122,44 @@ def steps_of_split(programs: int, steps: int, multiprocessors: int) -> int:
         return steps
     of_split = max(4, triton.next_power_of_2(cdiv(steps * programs, 2 * multiprocessors)))
     return min(steps, of_split)
+
+
+def check_down(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> None:
+    """Raise unless the kernel takes the arguments."""
+    check_matrix("x", x, "M", "K")
+    M, K = x.shape
+    for sibling in siblings:
+        check_matrix("lora_a", sibling.lora_a, "r", K, "x")
+        check_mix(sibling.lambda_, sibling.mixes, initial_residual)
+        check_dropout(sibling.dropout_p, sibling.dropout_seed)
+        check_bias("bias", sibling.bias, sibling.lora_a.shape[0])
+        check_activation(sibling.activation)
+    if any(sibling.mixes for sibling in siblings):
+        check_matrix("initial_residual", initial_residual, M, K, "x")
+
+
+class Kind(NamedTuple):
+    """A launch for siblings of one kind, and how their results lie in one buffer."""
+
+    siblings: list[int]  # which of all
+    ranks: tuple[int, ...]
+    t_start: tuple[int, ...]  # where each one's results start
+    parts: tuple[int, int]  # [splits of K, size]
+    dtype: torch.dtype  # of the results
+    launch: Launch | None  # none where there is nothing to sum
+    mixes: bool
+    drops: bool
+    adds_bias: bool
+    activates: bool
+    pending: bool  # whether the sums of the parts are yet to get their bias and f
+
+    @property
+    def finished(self) -> bool:
+        """Whether the one part is the result."""
+        return self.launch is not None and self.parts[0] == 1
+
+
+def form_of_sibling(of: DownProjection) -> Hashable:
+    """What a launch depends on of a sibling."""
+    of_tensors = form(of.lora_a), form_of_value(of.lambda_), form(of.dropout_seed), form(of.bias)
+    return of_tensors, of.dropout_p, of.difference, of.activation

@@ -14,6 +14,7 @@ parts, a power of two.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from . import targets
 from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_mix
 from .dropout import drawn, keep_tile, row_hashes, seed_keys
+from .launching import Launch, Launches, form, form_of_value
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, operands, split_dot
 from .siblings import DownGradients
@@ -271,25 +273,78 @@ def down_weight_gradient(
         ValueError: a shape that does not fit, u not contiguous, or h0 or the seed missing, or
             a rate of dropout outside [0, 1).
     """
+    key = (
+        tuple(
+            (
+                form(of.u),
+                of.adapter_dtype,
+                form_of_value(of.lambda_),
+                of.dropout_p,
+                form(of.dropout_seed),
+                of.grad_dtype,
+            )
+            for of in siblings
+        ),
+        form(x),
+        form(initial_residual),
+        x.device,
+        targets.target_of(x.device),
+        float32_is_exact(),
+    )
+    prepared = _launches.get(key)
+    if prepared is None:
+        prepared = _launches.keep(key, _prepared(siblings, x, initial_residual))
+    parts: list[Tensor | None] = [None] * len(siblings)
+    for kind in prepared:
+        for i, of in zip(kind.siblings, _parts(kind, siblings, x, initial_residual), strict=True):
+            parts[i] = of
+    return sum_parts(parts, [sibling.grad_dtype for sibling in siblings])
+
+
+_launches = Launches()
+
+
+class Kind(NamedTuple):
+    """A launch for siblings of one kind."""
+
+    siblings: list[int]  # which of all
+    launch: Launch | None  # none where there is nothing to sum
+    mixes: bool
+    drops: bool
+    shapes: list[tuple[int, int, int]]  # of each sibling's parts
+
+
+def _parts(kind: Kind, siblings: Sequence[DownGradients], x: Tensor, h0: Tensor | None) -> list[Tensor]:
+    """The parts of dA, ``[parts, r, K]``, for siblings of one kind."""
+    if kind.launch is None:
+        return [torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in kind.shapes]
+    own = [siblings[i] for i in kind.siblings]
+    partial = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in kind.shapes]
+    kind.launch(
+        p_x=x,
+        p_initial_residual=h0 if kind.mixes else None,
+        p_u=tuple([of.u for of in own]),
+        p_partial=tuple(partial),
+        p_seed=tuple([of.dropout_seed for of in own]) if kind.drops else None,
+        lambda_=tuple([of.lambda_ if isinstance(of.lambda_, Tensor) else float(of.lambda_) for of in own]),
+    )
+    return partial
+
+
+def _prepared(siblings: Sequence[DownGradients], x: Tensor, initial_residual: Tensor | None) -> list[Kind]:
+    """The launches for such arguments, checked and planned."""
     check_matrix("x", x, "M", "K")
-    (M, K), kinds = x.shape, {}
-    totals: list[Tensor | None] = [None] * len(siblings)
+    (M, K), kinds, prepared = x.shape, {}, []
     for i, sibling in enumerate(siblings):
         if sibling.grad_dtype is None:
             continue
         _check(sibling, x, initial_residual)
-        if M == 0 or K == 0 or sibling.u.shape[1] == 0:
-            totals[i] = torch.zeros((sibling.u.shape[1], K), dtype=sibling.grad_dtype, device=x.device)
+        r = sibling.u.shape[1]
+        if M == 0 or K == 0 or r == 0:
+            prepared.append(Kind([i], None, False, False, [(1, r, K)]))
         else:
             kinds.setdefault(sibling.kind, []).append(i)
-    parts: dict[int, Tensor] = {}
-    for kind, of_kind in kinds.items():
-        launched = _launch([siblings[i] for i in of_kind], x, initial_residual if kind[1] else None, kind)
-        parts |= zip(of_kind, launched, strict=True)
-    sums = sum_parts(list(parts.values()), [siblings[i].grad_dtype for i in parts])
-    for i, total in zip(parts, sums, strict=True):
-        totals[i] = total
-    return totals
+    return prepared + [_of_kind(own, siblings, x, initial_residual) for own in kinds.values()]
 
 
 def _check(sibling: DownGradients, x: Tensor, initial_residual: Tensor | None) -> None:
@@ -303,56 +358,49 @@ def _check(sibling: DownGradients, x: Tensor, initial_residual: Tensor | None) -
         check_matrix("initial_residual", initial_residual, *x.shape, "x")
 
 
-def _launch(siblings: Sequence[DownGradients], x: Tensor, h0: Tensor | None, kind: tuple) -> list[Tensor]:
-    """The parts of dA, ``[parts, r, K]``, for siblings of one kind; there is something to sum."""
-    (M, K), ranks = x.shape, tuple(sibling.u.shape[1] for sibling in siblings)
-    adapter_dtype, _, drops = kind
+def _of_kind(places: list[int], siblings: Sequence[DownGradients], x: Tensor, h0: Tensor | None) -> Kind:
+    own = [siblings[i] for i in places]
+    (M, K), ranks = x.shape, tuple(sibling.u.shape[1] for sibling in own)
+    kind = own[0].kind
+    _, mixes, drops = kind
+    h0_strides, h0_dtype = (h0.stride(), h0.dtype) if mixes else ((0, 0), None)
     target = targets.target_of(x.device)
-    h0_dtype = None if h0 is None else h0.dtype
     chosen = plan(ranks, x.dtype, h0_dtype, kind, target, float32_is_exact())
     product, product_h = chosen.product, chosen.product_h
-    rates = [drawn(sibling.dropout_p) for sibling in siblings]
-    lambdas = [sibling.lambda_ for sibling in siblings]
+    rates = [drawn(sibling.dropout_p) for sibling in own]
 
-    def launch(config: dict[str, int]) -> list[Tensor]:
+    def prepare(config: dict[str, int]) -> Kind:
         BR = config["BR"]
         tiles, parts, steps = cut(M, K, chosen.columns, config["BM"], config["BK"], BR, target.multiprocessors)
-        partial = [torch.empty((parts, r, K), dtype=torch.float32, device=x.device) for r in ranks]
-        with torch.cuda.device_of(x):  # Triton launches on the current device; does nothing for a CPU tensor
-            down_weight_gradient_kernel[(tiles * parts,)](
-                p_x=x,
-                p_initial_residual=h0,
-                p_u=tuple(sibling.u for sibling in siblings),
-                p_partial=tuple(partial),
-                p_seed=tuple(sibling.dropout_seed for sibling in siblings) if drops else None,
-                lambda_=tuple(value if isinstance(value, Tensor) else float(value) for value in lambdas),
-                keep_from=tuple(keep_from for keep_from, _ in rates) if drops else None,
-                dropout_scale=tuple(scale for _, scale in rates) if drops else None,
-                r=ranks,
-                first=chosen.first,
-                M=M,
-                r_tiles=cdiv(chosen.columns, BR),
-                stride_x_m=x.stride(0),
-                stride_x_k=x.stride(1),
-                stride_h_m=0 if h0 is None else h0.stride(0),
-                stride_h_k=0 if h0 is None else h0.stride(1),
-                K=K,
-                STEPS=steps,
-                SIBLINGS=len(siblings),
-                SHARES_TILES=chosen.shares_tiles,
-                HAS_INITIAL_RESIDUAL=h0 is not None,
-                LAMBDA_IS_TENSOR=tuple(isinstance(value, Tensor) for value in lambdas),
-                HAS_DROPOUT=drops,
-                MIX_FIRST=chosen.mix_first,
-                SPLIT_X=product.split_a,
-                SPLIT_U=product.split_b,
-                DOT_DTYPE=product.tl_dtype,
-                SPLIT_H=product_h.split_a,
-                SPLIT_U_H=product_h.split_b,
-                DOT_DTYPE_H=product_h.tl_dtype,
-                **config,
-            )
-        return partial
+        arguments = {
+            "keep_from": tuple(keep_from for keep_from, _ in rates) if drops else None,
+            "dropout_scale": tuple(scale for _, scale in rates) if drops else None,
+            "r": ranks,
+            "first": chosen.first,
+            "M": M,
+            "r_tiles": cdiv(chosen.columns, BR),
+            "stride_x_m": x.stride(0),
+            "stride_x_k": x.stride(1),
+            "stride_h_m": h0_strides[0],
+            "stride_h_k": h0_strides[1],
+            "K": K,
+            "STEPS": steps,
+            "SIBLINGS": len(own),
+            "SHARES_TILES": chosen.shares_tiles,
+            "HAS_INITIAL_RESIDUAL": mixes,
+            "LAMBDA_IS_TENSOR": tuple(isinstance(sibling.lambda_, Tensor) for sibling in own),
+            "HAS_DROPOUT": drops,
+            "MIX_FIRST": chosen.mix_first,
+            "SPLIT_X": product.split_a,
+            "SPLIT_U": product.split_b,
+            "DOT_DTYPE": product.tl_dtype,
+            "SPLIT_H": product_h.split_a,
+            "SPLIT_U_H": product_h.split_b,
+            "DOT_DTYPE_H": product_h.tl_dtype,
+            **config,
+        }
+        launch = Launch(down_weight_gradient_kernel, (tiles * parts,), x.device, arguments)
+        return Kind(places, launch, mixes, drops, [(parts, r, K) for r in ranks])
 
     key = ("weight gradient", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
-    return launch(tuned(key, chosen.config, launch, "BM"))
+    return prepare(tuned(key, chosen.config, lambda config: _parts(prepare(config), siblings, x, h0), "BM"))

@@ -19,6 +19,7 @@ from . import targets
 from .autotune import tuned
 from .checks import check_bias, check_dtype, check_matrix, check_one_value
 from .down import down_parts
+from .launching import Launch, Launches, form, form_of_value
 from .precision import float32_is_exact, split_dot
 from .siblings import DownProjection, UpProjection
 from .targets import cdiv
@@ -125,60 +126,87 @@ def low_rank_siblings(
     Raises:
         TypeError, ValueError: as the two; ValueError also for as many ups as there are not siblings.
     """
-    check_dtype("y", dtype)
-    for sibling, up in zip(siblings, ups, strict=True):
-        check_matrix("lora_b", up.lora_b, "N", sibling.lora_a.shape[0], "lora_a")
-        check_bias("lora_bias", up.lora_bias, up.lora_b.shape[0])
-        check_bias("base_bias", up.base_bias, up.lora_b.shape[0])
-        check_one_value("scaling", up.scaling)
-    parts = down_parts(x, siblings, initial_residual)
-    ys = [torch.empty((x.shape[0], up.lora_b.shape[0]), dtype=dtype, device=x.device) for up in ups]
-    for b_dtype in dict.fromkeys(up.lora_b.dtype for up in ups):
-        own = [i for i, (up, y) in enumerate(zip(ups, ys, strict=True)) if up.lora_b.dtype == b_dtype and y.numel()]
-        if own:
-            _launch_up([parts[i] for i in own], [ups[i] for i in own], [ys[i] for i in own])
+    if len(ups) != len(siblings):
+        raise ValueError(f"{len(siblings)} siblings and {len(ups)} up-projections: pass one for each")
+    parts, device = down_parts(x, siblings, initial_residual), x.device
+    of_ups = tuple([(form(of.lora_b), form_of_value(of.scaling), form(of.lora_bias), form(of.base_bias)) for of in ups])
+    of_parts = tuple([(of.shape, of.stride(0)) for of in parts])
+    key = (of_ups, of_parts, dtype, device, targets.target_of(device), float32_is_exact())
+    ys = [torch.empty((x.shape[0], up.lora_b.shape[0]), dtype=dtype, device=device) for up in ups]
+    launches = _launches.get(key)
+    if launches is None:
+        launches = _launches.keep(key, _prepared(parts, ups, ys, dtype))
+    for own, launch in launches:
+        _launch(launch, [parts[i] for i in own], [ups[i] for i in own], [ys[i] for i in own])
     return ys
 
 
-def _launch_up(parts: Sequence[Tensor], ups: Sequence[UpProjection], ys: Sequence[Tensor]) -> None:
-    """Write each y, of which none is empty; B has one dtype."""
+_launches = Launches()
+
+
+def _launch(launch: Launch, parts: Sequence[Tensor], ups: Sequence[UpProjection], ys: Sequence[Tensor]) -> None:
+    launch(
+        p_t=tuple(parts),
+        p_lora_b=tuple([up.lora_b for up in ups]),
+        p_lora_bias=tuple([up.lora_bias for up in ups]),
+        p_base_bias=tuple([up.base_bias for up in ups]),
+        p_y=tuple(ys),
+        scaling=tuple([up.scaling if isinstance(up.scaling, Tensor) else float(up.scaling) for up in ups]),
+    )
+
+
+def _prepared(
+    parts: Sequence[Tensor], ups: Sequence[UpProjection], ys: Sequence[Tensor], dtype: torch.dtype
+) -> list[tuple[list[int], Launch]]:
+    """Launches for such arguments, checked and planned: one for each dtype of B, and which siblings it is for."""
+    check_dtype("y", dtype)
+    places: dict[torch.dtype, list[int]] = {}
+    for i, (of, up, y) in enumerate(zip(parts, ups, ys, strict=True)):
+        check_matrix("lora_b", up.lora_b, "N", of.shape[2], "lora_a")
+        check_bias("lora_bias", up.lora_bias, up.lora_b.shape[0])
+        check_bias("base_bias", up.base_bias, up.lora_b.shape[0])
+        check_one_value("scaling", up.scaling)
+        if y.numel():
+            places.setdefault(up.lora_b.dtype, []).append(i)
+    return [
+        (own, _launch_of([parts[i] for i in own], [ups[i] for i in own], [ys[i] for i in own]))
+        for own in places.values()
+    ]
+
+
+def _launch_of(parts: Sequence[Tensor], ups: Sequence[UpProjection], ys: Sequence[Tensor]) -> Launch:
+    """For siblings whose B have one dtype and of whose y none is empty."""
     M, b_dtype, dtype, device = ys[0].shape[0], ups[0].lora_b.dtype, ys[0].dtype, ys[0].device
     ranks, widths = tuple(of.shape[2] for of in parts), tuple(y.shape[1] for y in ys)
     target = targets.target_of(device)
     chosen = plan(max(ranks), b_dtype, dtype, target, float32_is_exact())
     dot = chosen.operands
 
-    def launch(config: dict[str, int]) -> None:
+    def launch_of(config: dict[str, int]) -> Launch:
         tiles = [cdiv(N, config["BN"]) for N in widths]
-        with torch.cuda.device_of(ys[0]):  # Triton launches on the current device; does nothing for a CPU tensor
-            up_siblings_kernel[(cdiv(M, config["BM"]) * sum(tiles),)](
-                p_t=tuple(parts),
-                p_lora_b=tuple(up.lora_b for up in ups),
-                p_lora_bias=tuple(up.lora_bias for up in ups),
-                p_base_bias=tuple(up.base_bias for up in ups),
-                p_y=tuple(ys),
-                scaling=tuple(up.scaling if isinstance(up.scaling, Tensor) else float(up.scaling) for up in ups),
-                N=widths,
-                first_tile=tuple(sum(tiles[:i]) for i in range(len(tiles) + 1)),
-                stride_t_part=tuple(of.stride(0) for of in parts),
-                stride_b_n=tuple(up.lora_b.stride(0) for up in ups),
-                stride_b_r=tuple(up.lora_b.stride(1) for up in ups),
-                stride_lora_bias_n=tuple(0 if up.lora_bias is None else up.lora_bias.stride(0) for up in ups),
-                stride_base_bias_n=tuple(0 if up.base_bias is None else up.base_bias.stride(0) for up in ups),
-                M=M,
-                n_tiles=sum(tiles),
-                SIBLINGS=len(ups),
-                R=ranks,
-                PARTS=tuple(len(of) for of in parts),
-                HAS_LORA_BIAS=tuple(up.lora_bias is not None for up in ups),
-                HAS_BASE_BIAS=tuple(up.base_bias is not None for up in ups),
-                SCALING_IS_TENSOR=tuple(isinstance(up.scaling, Tensor) for up in ups),
-                SPLIT_T=dot.split_a,
-                SPLIT_B=dot.split_b,
-                DOT_DTYPE=dot.tl_dtype,
-                AT_ONCE=max(1, 128 // config["BM"]),
-                **config,
-            )
+        arguments = {
+            "N": widths,
+            "first_tile": tuple(sum(tiles[:i]) for i in range(len(tiles) + 1)),
+            "stride_t_part": tuple(of.stride(0) for of in parts),
+            "stride_b_n": tuple(up.lora_b.stride(0) for up in ups),
+            "stride_b_r": tuple(up.lora_b.stride(1) for up in ups),
+            "stride_lora_bias_n": tuple(0 if up.lora_bias is None else up.lora_bias.stride(0) for up in ups),
+            "stride_base_bias_n": tuple(0 if up.base_bias is None else up.base_bias.stride(0) for up in ups),
+            "M": M,
+            "n_tiles": sum(tiles),
+            "SIBLINGS": len(ups),
+            "R": ranks,
+            "PARTS": tuple(len(of) for of in parts),
+            "HAS_LORA_BIAS": tuple(up.lora_bias is not None for up in ups),
+            "HAS_BASE_BIAS": tuple(up.base_bias is not None for up in ups),
+            "SCALING_IS_TENSOR": tuple(isinstance(up.scaling, Tensor) for up in ups),
+            "SPLIT_T": dot.split_a,
+            "SPLIT_B": dot.split_b,
+            "DOT_DTYPE": dot.tl_dtype,
+            "AT_ONCE": max(1, 128 // config["BM"]),
+            **config,
+        }
+        return Launch(up_siblings_kernel, (cdiv(M, config["BM"]) * sum(tiles),), device, arguments)
 
     key = ("up of siblings", M.bit_length(), widths, ranks, b_dtype, dtype, dot, device)
     # So small that registers have room for several parts of t, and few rows make many programs; AMD's 256 threads load
@@ -186,4 +214,4 @@ def _launch_up(parts: Sequence[Tensor], ups: Sequence[UpProjection], ys: Sequenc
     small = {"BM": 16 if M <= 16 else 64, "BN": 128 if target.hip else 64, "BR": 16, "num_stages": 1}
     if dot.dtype != torch.float32:
         small["num_warps"] = 4
-    launch(tuned(key, chosen.config | small, launch, "BM"))
+    return launch_of(tuned(key, chosen.config | small, lambda config: _launch(launch_of(config), parts, ups, ys), "BM"))

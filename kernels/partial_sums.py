@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import Launch, Launches
 from .targets import cdiv
 
 BLOCK = 256  # elements to a program
@@ -65,23 +66,44 @@ def sum_parts(parts: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | Non
         The totals, each of its tensor's shape without the first dimension; a view where there is one part in the
         total's dtype, and None for None.
     """
-    totals = [None if of is None else _total(of, dtype) for of, dtype in zip(parts, dtypes, strict=True)]
-    sums = [i for i, of in enumerate(parts) if of is not None and (len(of) > 1 or dtypes[i] != of.dtype)]
+    key = tuple(None if of is None else (of.shape, of.dtype, dtype) for of, dtype in zip(parts, dtypes, strict=True))
+    if not any(key):
+        return [None] * len(key)
+    device = next(of.device for of in parts if of is not None)
+    prepared = _launches.get((key, device))
+    if prepared is None:
+        prepared = _launches.keep((key, device), _prepared(parts, dtypes, device))
+    launch, sums = prepared
+    totals: list[Tensor | None] = []
+    for i, of in enumerate(parts):
+        if i in sums:
+            totals.append(torch.empty(of.shape[1:], dtype=dtypes[i], device=device))
+        else:
+            totals.append(None if of is None else of[0])
     if sums:
-        numels = [totals[i].numel() for i in sums]
-        blocks = [cdiv(numel, BLOCK) for numel in numels]
-        with torch.cuda.device_of(parts[sums[0]]):  # Triton launches on the current device; nothing for a CPU tensor
-            sum_parts_kernel[(sum(blocks),)](
-                p_parts=tuple(parts[i] for i in sums),
-                p_total=tuple(totals[i] for i in sums),
-                numel=tuple(numels),
-                parts=tuple(odd(len(parts[i])) for i in sums),
-                first_block=tuple(odd(sum(blocks[:i])) for i in range(len(blocks))),
-                SUMS=len(sums),
-                BLOCK=BLOCK,
-                BP=BP,
-            )
+        launch(p_parts=tuple(parts[i] for i in sums), p_total=tuple(totals[i] for i in sums))
     return totals
+
+
+_launches = Launches()
+
+
+def _prepared(
+    parts: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], device: torch.device
+) -> tuple[Launch, list[int]]:
+    """The launch, and which sums are taken in it."""
+    sums = [i for i, of in enumerate(parts) if of is not None and (len(of) > 1 or dtypes[i] != of.dtype)]
+    numels = [parts[i][0].numel() for i in sums]
+    blocks = [cdiv(numel, BLOCK) for numel in numels]
+    arguments = {
+        "numel": tuple(numels),
+        "parts": tuple(odd(len(parts[i])) for i in sums),
+        "first_block": tuple(odd(sum(blocks[:i])) for i in range(len(blocks))),
+        "SUMS": len(sums),
+        "BLOCK": BLOCK,
+        "BP": BP,
+    }
+    return Launch(sum_parts_kernel, (sum(blocks),), device, arguments), sums
 
 
 def odd(number: int) -> int:
@@ -91,9 +113,3 @@ def odd(number: int) -> int:
     sums it is so of would differ with every M.
     """
     return 2 * number + 1
-
-
-def _total(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    if len(parts) == 1 and dtype == parts.dtype:
-        return parts[0]
-    return torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)

@@ -13,6 +13,7 @@ With B in 16 bits, t is rounded to B's dtype, as the definition does. With B in 
 Compiled once for every rank, dtypes and what there is to add; whatever M, and N but for what divides it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from . import targets
 from .autotune import tuned
 from .checks import check_bias, check_dtype, check_low_rank, check_matrix, check_one_value
+from .launching import Launch, Launches, form, form_of_value, no_launch
 from .precision import Operands, float32_is_exact, operands, split_dot
 from .targets import Target, cdiv
 
@@ -177,9 +179,6 @@ def up(
         TypeError: a dtype that the kernel does not take.
         ValueError: a shape that does not fit, or t not contiguous.
     """
-    check_dtype("y", dtype)
-    _check(t, lora_b, scaling, lora_bias)
-    check_bias("base_bias", base_bias, lora_b.shape[0])
     return _launch(t, lora_b, scaling, dtype, lora_bias, base_bias, None)
 
 
@@ -202,16 +201,10 @@ def add_up(
     Raises:
         TypeError, ValueError: as :func:`up`.
     """
-    _check(t, lora_b, scaling, lora_bias)
-    check_matrix("base", base, t.shape[0], lora_b.shape[0], "t and lora_b")
     return _launch(t, lora_b, scaling, base.dtype, lora_bias, None, base)
 
 
-def _check(t: Tensor, lora_b: Tensor, scaling: float | Tensor, lora_bias: Tensor | None) -> None:
-    check_low_rank("t", t)
-    check_matrix("lora_b", lora_b, "N", t.shape[1], "t")
-    check_bias("lora_bias", lora_bias, lora_b.shape[0])
-    check_one_value("scaling", scaling)
+_launches = Launches()
 
 
 def _launch(
@@ -223,44 +216,80 @@ def _launch(
     base_bias: Tensor | None,
     base: Tensor | None,
 ) -> Tensor:
-    M, N, r = t.shape[0], *lora_b.shape
-    y = torch.empty((M, N), dtype=dtype, device=t.device)
-    if M == 0 or N == 0:
+    device = t.device
+    of_matrices = form(t), form(lora_b), form(base), dtype
+    of_vectors = form_of_value(scaling), form(lora_bias), form(base_bias)
+    key = (of_matrices, of_vectors, device, targets.target_of(device), float32_is_exact())
+
+    def run(launch: Callable[..., None]) -> Tensor:
+        y = torch.empty((t.shape[0], lora_b.shape[0]), dtype=dtype, device=device)
+        launch(
+            p_t=t,
+            p_lora_b=lora_b,
+            p_lora_bias=lora_bias,
+            p_base_bias=base_bias,
+            p_base=base,
+            p_y=y,
+            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+        )
         return y
-    chosen = plan(r, lora_b.dtype, dtype, targets.target_of(t.device), float32_is_exact())
+
+    launch = _launches.get(key)
+    if launch is None:
+        arguments = (t, lora_b, scaling, dtype, lora_bias, base_bias, base)
+        launch = _launches.keep(key, _prepared(run, *arguments))
+    return run(launch)
+
+
+def _prepared(
+    run: Callable[[Callable[..., None]], Tensor],
+    t: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    dtype: torch.dtype,
+    lora_bias: Tensor | None,
+    base_bias: Tensor | None,
+    base: Tensor | None,
+) -> Callable[..., None]:
+    """The launch for such arguments, checked and planned."""
+    if base is None:
+        check_dtype("y", dtype)
+    check_low_rank("t", t)
+    check_matrix("lora_b", lora_b, "N", t.shape[1], "t")
+    (M, r), N, device = t.shape, lora_b.shape[0], t.device
+    check_bias("lora_bias", lora_bias, N)
+    check_one_value("scaling", scaling)
+    check_bias("base_bias", base_bias, N)
+    if base is not None:
+        check_matrix("base", base, M, N, "t and lora_b")
+    if M == 0 or N == 0:
+        return no_launch
+    chosen = plan(r, lora_b.dtype, dtype, targets.target_of(device), float32_is_exact())
     dot = chosen.operands
 
-    def launch(config: dict[str, int]) -> None:
+    def launch_of(config: dict[str, int]) -> Launch:
         grid = (cdiv(M, config["BM"]) * cdiv(N, config["BN"]),)
-        with torch.cuda.device_of(t):  # Triton launches on the current device; does nothing for a CPU tensor
-            up_kernel[grid](
-                p_t=t,
-                p_lora_b=lora_b,
-                p_lora_bias=lora_bias,
-                p_base_bias=base_bias,
-                p_base=base,
-                p_y=y,
-                scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
-                M=M,
-                N=N,
-                stride_b_n=lora_b.stride(0),
-                stride_b_r=lora_b.stride(1),
-                stride_lora_bias_n=0 if lora_bias is None else lora_bias.stride(0),
-                stride_base_bias_n=0 if base_bias is None else base_bias.stride(0),
-                stride_base_m=0 if base is None else base.stride(0),
-                stride_base_n=0 if base is None else base.stride(1),
-                R=r,
-                HAS_LORA_BIAS=lora_bias is not None,
-                HAS_BASE_BIAS=base_bias is not None,
-                HAS_BASE=base is not None,
-                SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-                SPLIT_T=dot.split_a,
-                SPLIT_B=dot.split_b,
-                DOT_DTYPE=dot.tl_dtype,
-                **config,
-            )
+        arguments = {
+            "M": M,
+            "N": N,
+            "stride_b_n": lora_b.stride(0),
+            "stride_b_r": lora_b.stride(1),
+            "stride_lora_bias_n": 0 if lora_bias is None else lora_bias.stride(0),
+            "stride_base_bias_n": 0 if base_bias is None else base_bias.stride(0),
+            "stride_base_m": 0 if base is None else base.stride(0),
+            "stride_base_n": 0 if base is None else base.stride(1),
+            "R": r,
+            "HAS_LORA_BIAS": lora_bias is not None,
+            "HAS_BASE_BIAS": base_bias is not None,
+            "HAS_BASE": base is not None,
+            "SCALING_IS_TENSOR": isinstance(scaling, Tensor),
+            "SPLIT_T": dot.split_a,
+            "SPLIT_B": dot.split_b,
+            "DOT_DTYPE": dot.tl_dtype,
+            **config,
+        }
+        return Launch(up_kernel, grid, device, arguments)
 
     added = lora_bias is not None, base_bias is not None, base is not None
-    key = ("up", M.bit_length(), N, r, lora_b.dtype, dtype, dot, added, t.device)
-    launch(tuned(key, chosen.config, launch, "BM"))
-    return y
+    key = ("up", M.bit_length(), N, r, lora_b.dtype, dtype, dot, added, device)
+    return launch_of(tuned(key, chosen.config, lambda config: run(launch_of(config)), "BM"))

@@ -22,10 +22,11 @@ from . import targets
 from .activations import activate, activate_parts, activation_gradient, activation_gradient_of_parts
 from .autotune import tuned
 from .checks import check_activation, check_dtype, check_low_rank, check_matrix, check_one_value
+from .launching import Launch, Launches, form, form_of_value
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, split_dot
 from .siblings import UpGradients
-from .up_backward_plan import Launch, Plan, plan
+from .up_backward_plan import Both, Pass, Plan, Prepared, Product, plan
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -191,8 +192,6 @@ def up_backward_siblings(siblings: Sequence[UpGradients]) -> list[UpResults]:
         TypeError: a dtype that the kernels do not take.
         ValueError: a shape that does not fit, t missing or not contiguous, or an activation that has no kernel.
     """
-    for sibling in siblings:
-        _check(sibling)
     launched = [_launch(sibling) for sibling in siblings]
     dtypes = [dtype for sibling in siblings for dtype in (torch.float32, sibling.grad_dtype, torch.float32)]
     sums = sum_parts([part for parts in launched for part in parts], dtypes)
@@ -215,136 +214,183 @@ def _check(sibling: UpGradients) -> None:
     check_matrix("grad_y", grad_y, t.shape[0] if reads_t else "M", lora_b.shape[0], "t and lora_b")
 
 
+_launches = Launches()
+
+
 def _launch(sibling: UpGradients) -> UpResults:
     """Each result in parts, of which there is a first dimension."""
     grad_y, t, lora_b, scaling, wants_u, grad_dtype, wants_sum, activation = sibling
-    wants_grad_b, device = grad_dtype is not None, grad_y.device
-    (M, N), r = grad_y.shape, lora_b.shape[1]
+    device = grad_y.device
+    of_tensors = form(grad_y), form(t), form(lora_b), form_of_value(scaling)
+    wanted = wants_u, grad_dtype, wants_sum, activation
+    key = (of_tensors, wanted, device, targets.target_of(device), float32_is_exact())
+    prepared = _launches.get(key)
+    if prepared is None:
+        prepared = _launches.keep(key, _prepared(sibling))
+    both, of_u, of_grad_b = prepared
+    if both is not None:
+        u, grad_b, summed = _run_both(both, sibling)
+        if activation is not None:
+            u = activation_gradient_of_parts(u, t, activation)[None]
+        return UpResults(u, grad_b, summed)
+    wants_grad_b = grad_dtype is not None
+    u = grad_b = summed = None
+    if of_u is not None:
+        # f(p) is written on the way, for the pass over dY that follows.
+        activated = torch.empty_like(t) if activation is not None and wants_grad_b else None
+        u, _ = _run_product(of_u, grad_y, lora_b, scaling, t, activated)
+        if activation is not None and not of_u.activates:
+            u = activation_gradient_of_parts(u, t, activation, activated)[None]
+        t = t if activated is None else activated
+    elif wants_u:
+        u = torch.zeros((1, grad_y.shape[0], lora_b.shape[1]), dtype=torch.float32, device=device)
+    elif of_grad_b is not None and activation is not None:
+        _, t = activate_parts(t[None], None, activation, t.dtype)
+    if of_grad_b is not None:
+        grad_b, summed = _run_product(of_grad_b, grad_y, t, scaling)
+        return UpResults(u, grad_b, summed)
+    if wants_grad_b:
+        grad_b = torch.zeros((1, *lora_b.shape), dtype=grad_dtype, device=device)
+    return UpResults(u, grad_b, grad_y.sum(0, dtype=torch.float32)[None] if wants_sum else None)
+
+
+def _prepared(sibling: UpGradients) -> Prepared:
+    """The launches for such arguments, checked and planned."""
+    _check(sibling)
+    grad_y, t, lora_b, scaling, wants_u, grad_dtype, wants_sum, activation = sibling
+    (M, N), r, device = grad_y.shape, lora_b.shape[1], grad_y.device
     if M == 0 or N == 0 or r == 0:
-        u = torch.zeros((1, M, r), dtype=torch.float32, device=device) if wants_u else None
-        grad_b = torch.zeros((1, N, r), dtype=grad_dtype, device=device) if wants_grad_b else None
-        return UpResults(u, grad_b, grad_y.sum(0, dtype=torch.float32)[None] if wants_sum else None)
+        return Prepared()
     target, activates = targets.target_of(device), activation is not None
     chosen = plan(M, N, r, grad_y.dtype, lora_b.dtype, target, float32_is_exact(), wants_sum, activates)
-    with torch.cuda.device_of(grad_y):  # Triton launches on the current device; does nothing for a CPU tensor
-        if chosen.both is not None and wants_u and wants_grad_b:
-            u, grad_b, summed = _launch_both(chosen, sibling)
-            if activation is not None:
-                u = activation_gradient_of_parts(u, t, activation)[None]
-            return UpResults(u, grad_b, summed)
-        u = grad_b = summed = None
-        if wants_u:
-            # f(p) is written on the way, for the pass over dY that follows.
-            activated = torch.empty_like(t) if activation is not None and wants_grad_b else None
-            epilogue = None if activation is None else Epilogue(t, activated, activation)
-            u, _ = _launch_product(chosen.u, grad_y, lora_b, scaling, chosen.dot_u, epilogue=epilogue)
-            t = t if activated is None else activated
-        elif activation is not None and wants_grad_b:
-            _, t = activate_parts(t[None], None, activation, t.dtype)
-        if wants_grad_b:
-            grad_b, summed = _launch_product(chosen.grad_b, grad_y.T, t, scaling, chosen.dot_grad_b, wants_sum)
-        elif wants_sum:
-            summed = grad_y.sum(0, dtype=torch.float32)[None]
-    return UpResults(u, grad_b, summed)
+    if chosen.both is not None and wants_u and grad_dtype is not None:
+        return Prepared(both=_both(chosen, sibling))
+    of_u = of_grad_b = None
+    if wants_u:
+        activated = torch.empty_like(t) if activates and grad_dtype is not None else None
+        rest = (False, activation, t, activated) if activation is not None else (False,)
+        of_u = _product(chosen.u, chosen.dot_u, grad_y, lora_b, scaling, *rest)
+    if grad_dtype is not None:
+        of_grad_b = _product(chosen.grad_b, chosen.dot_grad_b, grad_y.T, t, scaling, wants_sum)
+    return Prepared(u=of_u, grad_b=of_grad_b)
 
 
-class Epilogue(NamedTuple):
-    """What a bottleneck adapter does to u in the pass that makes it."""
-
-    pre_activation: Tensor  # [M, r], contiguous
-    activated: Tensor | None  # likewise: room for f(p)
-    activation: str
-
-
-def _launch_both(chosen: Plan, sibling: UpGradients) -> UpResults:
+def _run_both(both: Both, sibling: UpGradients) -> tuple[Tensor, Tensor, Tensor | None]:
     """The parts of u, ``[parts, M, r]``, not yet times f'(p), of dB, ``[parts, N, r]``, and of the sum of dY."""
-    grad_y, t, lora_b, scaling, _, _, wants_sum, activation = sibling
-    launch, dot_u, dot_grad_b = chosen.both, chosen.dot_u, chosen.dot_grad_b
-    (M, N), r, device = grad_y.shape, lora_b.shape[1], grad_y.device
-    u_parts = torch.empty((launch.parts, M, r), dtype=torch.float32, device=device)
-    grad_b_parts = torch.empty((launch.grad_b_parts, N, r), dtype=torch.float32, device=device)
-    sums = torch.empty((launch.grad_b_parts, N), dtype=torch.float32, device=device) if wants_sum else None
+    grad_y, t, lora_b, scaling, *_ = sibling
+    device = grad_y.device
+    u = torch.empty(both.u, dtype=torch.float32, device=device)
+    grad_b = torch.empty(both.grad_b, dtype=torch.float32, device=device)
+    sums = None if both.sums is None else torch.empty(both.sums, dtype=torch.float32, device=device)
+    both.launch(
+        p_grad_y=grad_y,
+        p_lora_b=lora_b,
+        p_t=t,
+        p_u=u,
+        p_grad_b=grad_b,
+        p_sum=sums,
+        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+    )
+    return u, grad_b, sums
 
-    def run(config: dict[str, int]) -> None:
-        both_kernel[(launch.programs,)](
-            p_grad_y=grad_y,
-            p_lora_b=lora_b,
-            p_t=t,
-            p_u=u_parts,
-            p_grad_b=grad_b_parts,
-            p_sum=sums,
-            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
-            M=M,
-            N=N,
-            stride_g_m=grad_y.stride(0),
-            stride_g_n=grad_y.stride(1),
-            stride_b_n=lora_b.stride(0),
-            stride_b_r=lora_b.stride(1),
-            R=r,
-            SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-            HAS_SUM=wants_sum,
-            ACTIVATION=activation,
-            SPLIT_G_U=dot_u.split_a,
-            SPLIT_B=dot_u.split_b,
-            DOT_DTYPE_U=dot_u.tl_dtype,
-            SPLIT_G_B=dot_grad_b.split_a,
-            SPLIT_T=dot_grad_b.split_b,
-            DOT_DTYPE_B=dot_grad_b.tl_dtype,
+
+def _both(chosen: Plan, sibling: UpGradients) -> Both:
+    grad_y, t, lora_b, scaling, _, _, wants_sum, activation = sibling
+    of, dot_u, dot_grad_b = chosen.both, chosen.dot_u, chosen.dot_grad_b
+    (M, N), r, device = grad_y.shape, lora_b.shape[1], grad_y.device
+
+    def prepare(config: dict[str, int]) -> Both:
+        arguments = {
+            "M": M,
+            "N": N,
+            "stride_g_m": grad_y.stride(0),
+            "stride_g_n": grad_y.stride(1),
+            "stride_b_n": lora_b.stride(0),
+            "stride_b_r": lora_b.stride(1),
+            "R": r,
+            "SCALING_IS_TENSOR": isinstance(scaling, Tensor),
+            "HAS_SUM": wants_sum,
+            "ACTIVATION": activation,
+            "SPLIT_G_U": dot_u.split_a,
+            "SPLIT_B": dot_u.split_b,
+            "DOT_DTYPE_U": dot_u.tl_dtype,
+            "SPLIT_G_B": dot_grad_b.split_a,
+            "SPLIT_T": dot_grad_b.split_b,
+            "DOT_DTYPE_B": dot_grad_b.tl_dtype,
             **config,
-        )
+        }
+        launch = Launch(both_kernel, (of.programs,), device, arguments)
+        sums = (of.grad_b_parts, N) if wants_sum else None
+        return Both(launch, (of.parts, M, r), (of.grad_b_parts, N, r), sums)
 
     key = ("both gradients of up", M.bit_length(), N, r, grad_y.dtype, t.dtype, lora_b.dtype, dot_u, wants_sum)
-    run(tuned((*key, activation, device, launch.config["STEPS"]), launch.config, run))
-    return UpResults(u_parts, grad_b_parts, sums)
+    key += (activation, device, of.config["STEPS"])
+    return prepare(tuned(key, of.config, lambda config: _run_both(prepare(config), sibling)))
 
 
-def _launch_product(
-    launch: Launch,
+def _run_product(
+    product: Product,
     g: Tensor,
     w: Tensor,
     scaling: float | Tensor,
-    dot: Operands,
-    wants_sum: bool = False,
-    epilogue: Epilogue | None = None,
+    p: Tensor | None = None,
+    activated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The parts of ``s g w``, ``[parts, Q, r]``, and of g's sum along J; g is ``[Q, J]``, w ``[J, r]``.
+    """The parts of ``s g w``, ``[parts, Q, r]``, and of g's sum along J; g's strides are the launch's.
 
-    With an epilogue one part, which it has been applied to.
+    Args:
+        p, activated: the pre-activation, and room for f(p), where the launch activates.
     """
-    (Q, J), r = g.shape, w.shape[1]
-    out = torch.empty((launch.parts, Q, r), dtype=torch.float32, device=g.device)
-    sums = torch.empty((launch.parts, Q), dtype=torch.float32, device=g.device) if wants_sum else None
-    p, activated, activation = epilogue if epilogue is not None and launch.parts == 1 else (None, None, None)
+    out = torch.empty(product.out, dtype=torch.float32, device=g.device)
+    sums = None if product.sums is None else torch.empty(product.sums, dtype=torch.float32, device=g.device)
+    product.launch(
+        p_g=g,
+        p_w=w,
+        p_out=out,
+        p_sum=sums,
+        p_pre_activation=p if product.activates else None,
+        p_activated=activated if product.activates else None,
+        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+    )
+    return out, sums
 
-    def run(config: dict[str, int]) -> None:
-        product_kernel[(launch.programs,)](
-            p_g=g,
-            p_w=w,
-            p_out=out,
-            p_sum=sums,
-            p_pre_activation=p,
-            p_activated=activated,
-            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
-            Q=Q,
-            J=J,
-            stride_g_q=g.stride(0),
-            stride_g_j=g.stride(1),
-            stride_w_j=w.stride(0),
-            stride_w_r=w.stride(1),
-            R=r,
-            SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-            HAS_SUM=wants_sum,
-            HAS_ACTIVATED=activated is not None,
-            ACTIVATION=activation,
-            SPLIT_G=dot.split_a,
-            SPLIT_W=dot.split_b,
-            DOT_DTYPE=dot.tl_dtype,
+
+def _product(
+    of: Pass,
+    dot: Operands,
+    g: Tensor,
+    w: Tensor,
+    scaling: float | Tensor,
+    wants_sum: bool = False,
+    activation: str | None = None,
+    p: Tensor | None = None,
+    activated: Tensor | None = None,
+) -> Product:
+    """One pass for ``s g w``; g is ``[Q, J]``, w ``[J, r]``, and p is looked at where there is an activation."""
+    (Q, J), r = g.shape, w.shape[1]
+    activation = activation if of.parts == 1 else None
+
+    def prepare(config: dict[str, int]) -> Product:
+        arguments = {
+            "Q": Q,
+            "J": J,
+            "stride_g_q": g.stride(0),
+            "stride_g_j": g.stride(1),
+            "stride_w_j": w.stride(0),
+            "stride_w_r": w.stride(1),
+            "R": r,
+            "SCALING_IS_TENSOR": isinstance(scaling, Tensor),
+            "HAS_SUM": wants_sum,
+            "HAS_ACTIVATED": activation is not None and activated is not None,
+            "ACTIVATION": activation,
+            "SPLIT_G": dot.split_a,
+            "SPLIT_W": dot.split_b,
+            "DOT_DTYPE": dot.tl_dtype,
             **config,
-        )
+        }
+        launch = Launch(product_kernel, (of.programs,), g.device, arguments)
+        return Product(launch, (of.parts, Q, r), (of.parts, Q) if wants_sum else None, activation is not None)
 
     key = ("a gradient of up", Q.bit_length(), J.bit_length(), r, g.dtype, w.dtype, dot, g.stride(1) == 1, wants_sum)
-    run(tuned((*key, activation, g.device, launch.config["STEPS"]), launch.config, run))
-    if epilogue is not None and activation is None:
-        p, activated, activation = epilogue
-        out = activation_gradient_of_parts(out, p, activation, activated)[None]
-    return out, sums
+    key += (activation, g.device, of.config["STEPS"])
+    return prepare(tuned(key, of.config, lambda config: _run_product(prepare(config), g, w, scaling, p, activated)))

@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 
+from .launching import Launch
 from .precision import Operands, operands
 from .targets import Target, cdiv
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel, and how it cuts its sums."""
+class Pass:
+    """One pass over dY, in one launch, and how it cuts its sums."""
 
     config: dict[str, int]  # tile sizes, STEPS, num_warps, num_stages
     programs: int
@@ -26,9 +28,9 @@ class Plan:
 
     dot_u: Operands  # of dY and B
     dot_grad_b: Operands  # of dY and t
-    both: Launch | None
-    u: Launch
-    grad_b: Launch
+    both: Pass | None
+    u: Pass
+    grad_b: Pass
 
 
 #: About how many programs a launch has for each multiprocessor, or up to twice as many, where there is work for them.
@@ -75,7 +77,7 @@ def plan(
 
 def launch_of_both(
     M: int, N: int, r: int, dot_u: Operands, dot_grad_b: Operands, itemsize: int, target: Target, more: bool = False
-) -> Launch | None:
+) -> Pass | None:
     """One pass over dY for u and dB; None where the two sums do not fit into registers.
 
     The wider a tile, the fewer the parts of u; its height costs nothing, as a program walks down a strip of rows.
@@ -100,12 +102,10 @@ def launch_of_both(
     u_parts = cdiv(N, BN)
     steps, grad_b_parts = _cut(cdiv(M, BM), u_parts, target)
     config = {"BM": BM, "BN": BN, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
-    return Launch(config, u_parts * grad_b_parts, u_parts, grad_b_parts)
+    return Pass(config, u_parts * grad_b_parts, u_parts, grad_b_parts)
 
 
-def launch_of_product(
-    Q: int, J: int, r: int, dot: Operands, itemsize: int, target: Target, sums: bool = False
-) -> Launch:
+def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, target: Target, sums: bool = False) -> Pass:
     """One pass over dY, ``[Q, J]`` or transposed, for one of the two, and its sum along J."""
     BR = max(16, triton.next_power_of_2(r))
     sm_120 = target.capability == 120
@@ -128,7 +128,7 @@ def launch_of_product(
     steps, parts = _cut(cdiv(J, BJ), tiles, target)
     num_stages = target.stages(2, BJ * (BQ * itemsize + BR * 4), PROGRAMS)
     config = {"BQ": BQ, "BJ": BJ, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
-    return Launch(config, tiles * parts, parts)
+    return Pass(config, tiles * parts, parts)
 
 
 def _cut(tiles: int, programs: int, target: Target) -> tuple[int, int]:
@@ -154,3 +154,29 @@ def bytes_moved(
 
     inputs = passes * M * N * grad_y_itemsize + N * r * lora_b_itemsize + M * r * 4
     return inputs + of_sum(u_parts, M * r) + of_sum(grad_b_parts, N * r)
+
+
+class Both(NamedTuple):
+    """One pass over dY for u and dB."""
+
+    launch: Launch
+    u: tuple[int, int, int]  # [parts, M, r]
+    grad_b: tuple[int, int, int]  # [parts, N, r]
+    sums: tuple[int, int] | None  # [parts, N]
+
+
+class Product(NamedTuple):
+    """One pass over dY for one of them."""
+
+    launch: Launch
+    out: tuple[int, int, int]  # [parts, Q, r]
+    sums: tuple[int, int] | None  # [parts, Q]
+    activates: bool  # the one part of u is multiplied by f'(p) at once
+
+
+class Prepared(NamedTuple):
+    """The passes over dY for a sibling: one for both, one for each that is wanted, or none where it is empty."""
+
+    both: Both | None = None
+    u: Product | None = None
+    grad_b: Product | None = None

@@ -4,7 +4,7 @@ Part of ``plain.py``. On a CPU a pass over memory costs as much as a product of 
 several times that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..dropout import ROUND_CONSTANTS, checked_seed, dropout_threshold, hash_key
 #: ones are no faster on one thread, and several meet more often: on a busy machine they then wait for one another.
 CPU_TILE = 2**19
 SMALL = 2**13  # words of a mask below which its passes are overhead
+LANES = 128  # rows and column pairs up to which a Python integer hashes them faster than NumPy
 DEVICE_TILE = 2**24  # where a launch costs more than memory does
 TILE_COLS = 4096  # at most; even, as two neighbours share a word of the mask
 
@@ -106,13 +107,47 @@ def _keep_in_numpy(rows: int, cols: int, keep_from: int, seed: int) -> Tensor:
     Its small operations take a third of torch's, and less where they write into what is there and scalars are arrays
     already: on a small layer the mask is most of the host time.
     """
-    row1, row2, col1, col2 = _hash_lines_in_numpy(rows, (cols + 1) // 2, seed)
+    words = (cols + 1) // 2
+    hash_lines = _hash_lines_in_one_number if rows + words <= LANES else _hash_lines_in_numpy
+    row1, row2, col1, col2 = hash_lines(rows, words, seed)
     word = row1[:, None] * col2
     np.add(word, row2[:, None], word)
     np.bitwise_xor(word, word >> _15, word)
     np.multiply(word, col1, word)
     keep = torch.from_numpy((word.view(np.int16) >= keep_from).view(np.int8))
     return keep[:, :cols] if cols % 2 else keep
+
+
+def _hash_lines_in_one_number(rows: int, words: int, seed: int) -> tuple[np.ndarray, ...]:
+    """As :func:`_hash_lines_in_numpy`, for few lines in a third of its time: a Python integer has 64 bits for each.
+
+    Of which the upper 32 are free, so that no product reaches the next line.
+    """
+    row_key1, row_key2, col_key1, col_key2 = _keys(seed)
+    index, is_row, is_col, ones, *masks = _lanes(rows, words)
+    hash1 = _mix32_lanes(index ^ is_row * row_key1 ^ is_col * col_key1, *masks)
+    hash2 = _mix32_lanes(hash1 ^ is_row * row_key2 ^ is_col * col_key2, *masks)
+    pairs = np.frombuffer((hash1 | ones | hash2 << 32).to_bytes(8 * (rows + words), "little"), np.uint32).reshape(-1, 2)
+    return pairs[:rows, 0], pairs[:rows, 1], pairs[rows:, 0], pairs[rows:, 1]
+
+
+@lru_cache(maxsize=64)
+def _lanes(rows: int, words: int) -> tuple[int, ...]:
+    """In 64 bits for each row, then each column pair: its index; 1 for rows, for pairs, for all; and the masks."""
+
+    def lanes(numbers: Iterable[int]) -> int:
+        return sum(number << 64 * i for i, number in enumerate(numbers))
+
+    is_row, is_col = lanes([1] * rows), lanes([0] * rows + [1] * words)
+    ones = is_row | is_col
+    return lanes([*range(rows), *range(words)]), is_row, is_col, ones, *(ones * (2**n - 1) for n in (32, 17, 16))
+
+
+def _mix32_lanes(h: int, low32: int, low17: int, low16: int) -> int:
+    """mix32 of the definition, of every line; the masks are of so many low bits of each."""
+    h = (h ^ h >> 16 & low16) * 0x7FEB352D & low32
+    h = (h ^ h >> 15 & low17) * 0x846CA68B & low32
+    return h ^ h >> 16 & low16
 
 
 def _hash_lines_in_numpy(rows: int, words: int, seed: int) -> tuple[np.ndarray, ...]:

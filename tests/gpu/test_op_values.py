@@ -17,6 +17,7 @@ from group_cases import GROUPS, assert_group_as_good_as_the_definition, make_gro
 from op_cases import CASES, WANTABLE, OpCase, assert_as_good_as_the_definition, make, name_of
 
 from sibo_triton import reference
+from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.precision import INTERPRETED
 from sibo_triton.ops import backend_for, lora_linear
 
@@ -31,9 +32,11 @@ MARGINS = {FP32: 3e-6, FP16: 3e-4, BF16: 4e-3 if INTERPRETED else 3e-4}
 def test_they_run_on_the_kernels(device, monkeypatch):
     """What the other tests here rely on."""
     assert backend_for(torch.device(device, 0 if device == "cuda" else None), [FP32]).name == "triton"
+    forget_launches()
     monkeypatch.setattr("sibo_triton.kernels.down.down_kernel", None)
     with pytest.raises(TypeError):
         lora_linear(**make(CASES[0], device))
+    forget_launches()
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

@@ -148,6 +148,22 @@ CASES = [
 CASES += [case for size in BOTTLENECKS for dtypes in DTYPES for case in _bottleneck(size, dtypes)]
 
 
+#: Every kernel, some with more of what they can do.
+OF_EACH_KERNEL: list[Launch] = [
+    Down(130, 200, (16, 3), BF16, FP32, 0.3, 0.1, difference=True, lambda_is_tensor=True, strides="padded"),
+    Up(130, 200, 16, BF16, BF16, adds=True, strides="transposed"),
+    LowRank(3, 800, 200, (16, 3), BF16, BF16, 0.3, 0.1, has_bias=True),
+    UpBackward(130, 200, (16,), BF16, FP32, scaling_is_tensor=True),
+    UpBackward(130, 200, (16, 3), BF16, BF16, grad_dtype=BF16),
+    UpBackward(130, 200, (64,), BF16, BF16, wants_sum=True, activation="gelu"),
+    Activated(130, 800, (24,), BF16, FP32, "silu", 0.3, 0.1),
+    WeightGradient(130, 200, (24,), BF16, BF16, 0.3, 0.1),
+    WeightGradient(130, 200, (24, 16), BF16, BF16, 0.3, grad_dtype=BF16),
+    InputGradient(130, 200, (16,), BF16, BF16, p=0.1, adds=True, strides="padded"),
+    InputGradient(130, 200, (16, 3), BF16, BF16, p=0.1, wants_dh=True, last_is_plain=True),
+]
+
+
 def check(case: Case, target: str) -> list[Row]:
     """A row for each kernel of the launch; what does not even compile is a row too."""
     gpu, _ = TARGETS[target]

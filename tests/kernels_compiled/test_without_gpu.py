@@ -7,9 +7,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 from ahead_of_time import TARGETS
-from cases import CASES, FP32, Case, Row, check, violation_of
-from gradient_launches import InputGradient, UpBackward, WeightGradient
-from kernel_launches import BF16, Activated, Down, LowRank, Up, name_of
+from cases import CASES, OF_EACH_KERNEL, Case, Row, check, violation_of
+from kernel_launches import BF16, Up, name_of
 from without_gpu import compiling_for
 
 from sibo_triton.kernels import up as up_module
@@ -20,22 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-LAUNCHES = [
-    Down(130, 200, (16, 3), BF16, FP32, 0.3, 0.1, difference=True, lambda_is_tensor=True, strides="padded"),
-    Up(130, 200, 16, BF16, BF16, adds=True, strides="transposed"),
-    LowRank(3, 800, 200, (16, 3), BF16, BF16, 0.3, 0.1, has_bias=True),
-    UpBackward(130, 200, (16,), BF16, FP32, scaling_is_tensor=True),
-    UpBackward(130, 200, (16, 3), BF16, BF16, grad_dtype=BF16),
-    UpBackward(130, 200, (64,), BF16, BF16, wants_sum=True, activation="gelu"),
-    Activated(130, 800, (24,), BF16, FP32, "silu", 0.3, 0.1),
-    WeightGradient(130, 200, (24,), BF16, BF16, 0.3, 0.1),
-    WeightGradient(130, 200, (24, 16), BF16, BF16, 0.3, grad_dtype=BF16),
-    InputGradient(130, 200, (16,), BF16, BF16, p=0.1, adds=True, strides="padded"),
-    InputGradient(130, 200, (16, 3), BF16, BF16, p=0.1, wants_dh=True, last_is_plain=True),
-]
-
-
-@pytest.mark.parametrize("launch", LAUNCHES, ids=name_of)
+@pytest.mark.parametrize("launch", OF_EACH_KERNEL, ids=name_of)
 def test_tensors_with_memory_find_what_was_compiled_without(launch, tmp_path, monkeypatch):
     """In Triton's cache, by its own key: source, types, divisibility, constants, options and target."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

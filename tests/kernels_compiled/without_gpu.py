@@ -6,18 +6,19 @@ the arguments. So there is no table of arguments to keep in step with the kernel
 cache are those that the launch on such a GPU looks for.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, compiler
 from triton.runtime import jit
 
 from sibo_triton.kernels import targets
+from sibo_triton.kernels.launching import forget_launches
 
 
 @dataclass
@@ -41,12 +42,13 @@ class _DriverOf:
 
     def __init__(self, target: GPUTarget):
         self.target = target
+        self._device = str(target)  # the key under which a kernel keeps what is compiled: one for each target
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # the key under which a kernel keeps what is compiled: one for each target
+        return self._device
 
     def get_current_stream(self, device: str) -> None:
         return None
@@ -81,11 +83,49 @@ def compiling_for(gpu: GPUTarget, plans_for: object | None = None) -> Iterator[l
 
 
 @contextmanager
+def launching_for(gpu: GPUTarget, launcher: Callable[..., None] = lambda *arguments: None) -> Iterator[None]:
+    """Launches go all the way but for the driver: what it would be given goes to ``launcher``, and no kernel runs.
+
+    Args:
+        gpu: as Triton's driver names it.
+        launcher: gets the grid, stream, function, metadata and hooks, and the kernel's arguments.
+    """
+
+    functions = set()
+
+    class Driver(_DriverOf):
+        utils = SimpleNamespace(
+            load_binary=lambda name, binary, *_: ("module", (name, hash(binary)), 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+        def launcher_cls(self, source: ASTSource, metadata: object) -> Callable[..., None]:
+            functions.add(source.fn)
+            return launcher
+
+    driver, patch = SimpleNamespace(active=Driver(gpu)), mock.patch.object
+    with ExitStack() as stack:
+        for module in (jit, compiler):
+            stack.enter_context(patch(module, "driver", driver))
+        stack.enter_context(patch(compiler, "max_shared_mem", lambda device: 2**18))
+        stack.enter_context(_launchers_find(gpu, None))
+        try:
+            yield
+        finally:
+            for function in functions:  # whose binaries would call this launcher
+                function.device_caches.pop(str(gpu), None)
+
+
+@contextmanager
 def _launchers_find(gpu: GPUTarget, plans_for: object | None) -> Iterator[None]:
     """What the launchers ask of the device, which is none of CUDA's here."""
     target = plans_for or targets.KNOWN[gpu.arch if gpu.backend == "hip" else f"sm_{gpu.arch}"]
-    with mock.patch.object(targets, "target_of", lambda device: target):
-        yield
+    forget_launches()  # as if no kernel had been replaced
+    try:
+        with mock.patch.object(targets, "target_of", lambda device: target):
+            yield
+    finally:
+        forget_launches()
 
 
 def target_of_device() -> object:

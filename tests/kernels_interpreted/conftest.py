@@ -29,3 +29,12 @@ def empty_is_nan(monkeypatch):
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", empty_of_nan)
+
+
+@pytest.fixture(autouse=True)
+def launches_are_planned_anew():
+    """What a test replaces, a plan or a kernel, is in no launcher's key."""
+    launching = pytest.importorskip("sibo_triton.kernels.launching")
+    launching.forget_launches()
+    yield
+    launching.forget_launches()
