@@ -72,7 +72,7 @@ test-interpreter test-oldest test-newest-triton:
 	@echo "== Triton kernels: not run, Triton exists on Linux only"
 endif
 
-compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (25 minutes on 2 cores)
+compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (40 minutes on 2 cores)
 	@$(BIN)/python benchmarks/compile_check.py --workers $(WORKERS)
 
 bench: $(READY) ## count and time what needs no GPU (4 minutes; writes benchmarks/ and the README's tables)
