@@ -134,6 +134,8 @@ def check_down(x: Tensor, siblings: Sequence[DownProjection], initial_residual: 
         check_dropout(sibling.dropout_p, sibling.dropout_seed)
         check_bias("bias", sibling.bias, sibling.lora_a.shape[0])
         check_activation(sibling.activation)
+        if sibling.bias is not None and sibling.activation is None:
+            raise ValueError("a bias without an activation: only a bottleneck adapter has one here")
     if any(sibling.mixes for sibling in siblings):
         check_matrix("initial_residual", initial_residual, M, K, "x")
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def rank_dtype(x_dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.dtype:
-    """Of t, d and a pre-activation: the 16 bits that x and the adapter share, to which what follows rounds anyway."""
+    """Of t, d and a pre-activation: the 16 bits that x and the adapter share, else float32.
+
+    As torch's modules have them: the next product rounds t to them anyway, and what overflows float16 there does here.
+    """
     if x_dtype == adapter_dtype:
         return adapter_dtype
     return torch.float64 if adapter_dtype == torch.float64 else torch.float32

@@ -156,9 +156,10 @@ def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
                 name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason, *speed, siblings
             )
     for name, bottleneck in adapter_layers(model):
-        siblings = _siblings_of(name, modules)
         for adapter, site in bottleneck.sibo_sites.items():
-            speed = _speed_of_bottleneck(bottleneck, adapter)
+            speed, options = _speed_of_bottleneck(bottleneck, adapter), bottleneck.sibo_adapter_options[adapter]
+            shares = speed[0] == "fused" or (options.in_front and speed[0] == "adapter")
+            siblings = _siblings_of(name, modules) if shares else ()
             if site.residual is None:
                 yield ModuleExplanation(
                     name, adapter, False, None, False, None, site.reason, *speed, siblings, "adapter"

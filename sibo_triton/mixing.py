@@ -105,6 +105,11 @@ class SiboLambda(Float32Module):
         """Return lambda: fp32, shape [1]."""
         return self.gate * torch.sigmoid(self.logit_bias) if self.learnable else self.weight
 
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """What lambda is computed from."""
+        return (self.logit_bias, self.gate) if self.learnable else (self.weight,)
+
     def problem_with(self, name: str, tensor: torch.Tensor) -> str | None:
         """Say what is wrong with a checkpoint's `tensor` for the entry `name`, or None."""
         if tuple(tensor.shape) != (1,):

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from adapter_models import base_model
+from adapter_models import base_model, hooks_on, residual_hooks_on
 from bottleneck_models import adapter, build
 from tiny_models import token_inputs
 
@@ -109,7 +109,36 @@ def test_a_linear_that_is_more_than_its_weight_runs_by_its_own_forward(monkeypat
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("changed", ["down.default.weight", "down.default.bias", "lambda.default.logit_bias"])
+def test_what_is_changed_between_siblings_counts(changed, placement):
+    """It was read when the first of them was called."""
+    model = model_with(**PLACEMENTS[placement], sibo_learnable=True)
+    alone = copy.deepcopy(model)
+    for module in alone.modules():
+        siblings.detach_siblings(module)
+    logits, inputs = [], token_inputs()
+    for each in (model, alone):
+        first = each.get_base_model().model.layers[0].mlp
+        parameter = first.up_proj.get_parameter(f"sibo_adapter_{changed}")
+
+        def write(*_, parameter=parameter):
+            parameter.add_(0.1)
+
+        first.gate_proj.register_forward_hook(write)
+        with torch.no_grad():
+            logits.append(each(**inputs).logits)
+    torch.testing.assert_close(*logits, atol=1e-10, rtol=0)
+
+
 def test_explain_names_them():
     assert "share passes over their input: gate_proj + up_proj." in str(explain(model_with()))
     behind = model_with(side="output", target_modules=["down_proj"])
     assert "share passes" not in str(explain(behind))
+    both_behind = model_with(value=0.0, side="output", target_modules=["gate_proj", "up_proj"])
+    assert "share passes" not in str(explain(both_behind)) and residual_hooks_on(both_behind) == hooks_on(both_behind)
+    hooked = model_with(placement="parallel")
+    for name, module in hooked.named_modules():
+        if name.endswith("proj.base_layer"):
+            module.register_forward_hook(lambda *_: None)
+    assert "share passes" not in str(explain(hooked))

@@ -53,6 +53,13 @@ def test_any_layers_in_any_order(data):
     assert_group_as_good_as_the_definition(cases, order=order)
 
 
+@pytest.mark.parametrize("first_mixes", [True, False])
+def test_h0_alone_gets_its_gradient_where_not_all_mix(first_mixes):
+    mixes = ("number", "no") if first_mixes else ("no", "number")
+    cases = [OpCase((70,), 130, 96, 4, FP64, mixes=of, wants=("initial_residual", "lora_b")) for of in mixes]
+    assert_group_as_good_as_the_definition(cases)
+
+
 def test_what_is_not_finite_in_h0_reaches_only_the_layers_that_mix():
     cases = GROUPS["plain and mixing"]
     layers = make_group(cases)

@@ -16,6 +16,7 @@ from op_cases import (
     Allocations,
     OpCase,
     assert_as_good_as_the_definition,
+    in_dtype,
     make,
     name_of,
     operations,
@@ -249,6 +250,14 @@ def test_functional_call_and_func_transforms():
         {name: p.detach() for name, p in parameters.items()}
     )
     torch.testing.assert_close(tuple(by_transform.values()), expected)
+
+
+def test_a_scaling_in_a_tensor_is_not_rounded_with_t():
+    """0.3 in bfloat16 is 0.3008: an error of one sign in every element."""
+    arguments = make(OpCase((70,), 256, 128, 4, BF16, mixes="no"))
+    arguments |= {"scaling": torch.tensor([0.3]), "weight": torch.zeros(128, 256, dtype=BF16), "bias": None}
+    found, exact = (lora_linear(**given).double() for given in (arguments, in_dtype(arguments, FP64)))
+    assert abs(float((found * exact).sum() / exact.square().sum()) - 1) < 5e-4
 
 
 # --- torch.compile

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from op_cases import BF16, FP32, FP64
 from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
@@ -438,6 +439,16 @@ def test_hooks_leave_with_the_last_adapter():
     assert any(siblings_below(module) for module in model.modules())
     base = model.unload()
     assert not any(siblings_below(module) for module in base.modules())
+
+
+def test_a_layer_that_accelerate_wrapped_gives_its_adapter_up_too():
+    """Its class stays ours until the wrap is off."""
+    model = model_with()
+    layers = [module for _, module in lora_layers(model)]
+    for layer in layers:
+        add_hook_to_module(layer, AlignDevicesHook("cpu"))
+    model.delete_adapter("default")
+    assert not any(siblings_below(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

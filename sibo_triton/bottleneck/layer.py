@@ -191,14 +191,19 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.sibo_adapter_options]
         return names[0] if len(names) == 1 else None
 
-    def weight_of_a(self, adapter_name: str) -> torch.Tensor:
-        """W_down."""
-        return parameter(self.modules_of(adapter_name)[0], "weight")
+    def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
+        """W_down and its bias, and lambda where it mixes."""
+        down = self.modules_of(adapter_name)[0]
+        tensors = [parameter(down, "weight"), parameter(down, "bias")]
+        if adapter_name in self.sibo_adapter_lambda:
+            share: Any = self.sibo_adapter_lambda[adapter_name]
+            tensors += share.stored
+        return [tensor for tensor in tensors if tensor is not None]
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:
         """The adapter, if it alone runs, in front of the frozen module or in parallel with a plain dense linear."""
         name = self.only_active()
-        if name is None or name not in self.sibo_sites or self.sibo_adapter_options[name].reads_output:
+        if name is None or self.sibo_adapter_options[name].reads_output:
             return None
         if obstacle_to_adapter(*self.modules_of(name), x) is not None:
             return None  # `_add_branch` looks again and says it
@@ -235,12 +240,12 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
             options = layer.sibo_adapter_options[name]
             scaling: Any = layer.sibo_adapter_scaling[name]() if name in layer.sibo_adapter_scaling else options.scaling
             arguments |= {
-                "down_weight": down.weight,
-                "up_weight": up.weight,
+                "down_weight": parameter(down, "weight"),
+                "up_weight": parameter(up, "weight"),
                 "scaling": scaling,
                 "activation": options.activation,
-                "down_bias": down.bias,
-                "up_bias": up.bias,
+                "down_bias": parameter(down, "bias"),
+                "up_bias": parameter(up, "bias"),
             }
         return all_arguments
 

@@ -81,7 +81,8 @@ class SiboAdapterModel(BaseTuner):
         train = adapter_name in self.active_adapters and not config.inference_mode
         for name, layer in layers.items():
             _install(layer, adapter_name, sites[name], config, train)
-        attach_siblings(model, find_siblings(adapter_layers(model), feeds))
+        reading_x = ((n, of) for n, of in adapter_layers(model) if not _reads_output(of))
+        attach_siblings(model, find_siblings(reading_x, feeds))
 
     def _prepare_adapter_config(self, peft_config: SiboAdapterConfig, model_config: dict) -> SiboAdapterConfig:
         return peft_config  # `_inject` has found the default of target_modules
@@ -181,6 +182,10 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, SiboAdapterLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, SiboAdapterLayer):
             yield name, module
+
+
+def _reads_output(layer: SiboAdapterLayer) -> bool:
+    return all(options.reads_output for options in layer.sibo_adapter_options.values())
 
 
 def _install(

@@ -36,8 +36,8 @@ class Shares(Protocol):
     def only_active(self) -> str | None:
         """The one adapter that is active, and that the layer has; None if several are, or none."""
 
-    def weight_of_a(self, adapter_name: str) -> torch.Tensor:
-        """A, or W_down, of which a change shows that what was computed is out of date."""
+    def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
+        """What is read when the first sibling is called: a change shows that what was computed is out of date."""
 
     @staticmethod
     def group_of(layers: Sequence[Any], adapter_name: str, x: torch.Tensor) -> Group | None:
@@ -59,8 +59,8 @@ class _Run:
         self._key = self._key_of(x, adapter_name)
         self._x = x
         self._group = group
-        # by the child's name: its place, and the version of its A
-        self.waiting = {name: (i, layer.weight_of_a(adapter_name)._version) for i, (name, layer) in enumerate(members)}
+        # by the child's name: its place, and the versions of what was read of it
+        self.waiting = {name: (i, _versions(layer, adapter_name)) for i, (name, layer) in enumerate(members)}
 
     @staticmethod
     def _key_of(x: torch.Tensor, adapter_name: str) -> tuple:
@@ -68,13 +68,21 @@ class _Run:
 
     def take(self, name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output, once; None where it is not the one that was computed."""
-        place, version = self.waiting.pop(name)
+        place, versions = self.waiting.pop(name)
         adapter_name = self._key[1]
         if x is not self._x or self._key_of(x, adapter_name) != self._key:
             return None
-        if layer.only_active() != adapter_name or layer.weight_of_a(adapter_name)._version != version:
+        if layer.only_active() != adapter_name or _versions(layer, adapter_name) != versions:
             return None
         return self._group.output(place)
+
+
+def _versions(layer: Any, adapter_name: str) -> list[int]:
+    return [tensor._version for tensor in layer.read_at_once(adapter_name)]
+
+
+def _is_inference(layer: Any, adapter_name: str) -> bool:
+    return any(tensor.is_inference() for tensor in layer.read_at_once(adapter_name))
 
 
 class _Scope:
@@ -110,14 +118,14 @@ class _Scope:
             return None
         layer: Any = self.parent._modules[first]
         adapter_name = layer.fused_adapter(x)
-        if adapter_name is None or layer.weight_of_a(adapter_name).is_inference():
+        if adapter_name is None or _is_inference(layer, adapter_name):
             return None
         members = [(first, layer)]
         for name in names:
             sibling: Any = self.parent._modules.get(name)
             if name == first or type(sibling) is not type(layer) or sibling.fused_adapter(x) != adapter_name:
                 continue
-            if not sibling.weight_of_a(adapter_name).is_inference():
+            if not _is_inference(sibling, adapter_name):
                 members.append((name, sibling))
         if len(members) < 2:
             return None
@@ -201,7 +209,7 @@ def siblings_below(module: nn.Module) -> Names:
 
 def _count(module: nn.Module, names: Iterable[str]) -> int:
     layers: list[Any] = [module._modules.get(name) for name in names]
-    return sum(hasattr(type(layer), "group_of") and bool(layer.sibo_sites) for layer in layers)
+    return sum(hasattr(type(layer), "group_of") and bool(getattr(layer, "sibo_sites", None)) for layer in layers)
 
 
 def detach_siblings(module: nn.Module) -> None:

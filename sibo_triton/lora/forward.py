@@ -54,9 +54,11 @@ class FusedLinear(LoraLinear):
         """The operation of these layers, which get the same x; None where they must run alone."""
         return lora_linear_group(x, FusedLinear.arguments_of(layers, adapter_name, x))
 
-    def weight_of_a(self, adapter_name: str) -> torch.Tensor:
-        """A."""
-        return parameter(adapter_modules(self, adapter_name)[0], "weight")
+    def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
+        """A, and lambda where it mixes."""
+        lora_a = parameter(adapter_modules(self, adapter_name)[0], "weight")
+        lambdas: Any = self._modules.get(LAMBDA_NAME)
+        return [lora_a, *lambdas[adapter_name].stored] if lambdas is not None and adapter_name in lambdas else [lora_a]
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:
         """The adapter, if it alone runs and nothing stands in the way."""

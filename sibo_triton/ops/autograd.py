@@ -262,7 +262,8 @@ def _up_backward(
             asked.append(UpGradients(g, kept.t, b, scaling, wants_u, grad_dtype, wants_sum, own.activation))
             places.append(i)
         elif wants_sum:
-            results[i] = _Up(sum=g.sum(0, dtype=torch.promote_types(own.adapter_dtype, torch.float32)))
+            wide = torch.promote_types(torch.promote_types(own.adapter_dtype, torch.float32), g.dtype)
+            results[i] = _Up(sum=g.sum(0, dtype=wide))
     if asked:
         for i, result in zip(places, ops.up_backward_siblings(asked), strict=True):
             results[i] = _Up(*result)

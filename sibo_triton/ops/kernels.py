@@ -45,5 +45,6 @@ def down_backward_siblings(
             raise ValueError("x is None, but dA is wanted: pass x, or grad_dtype=None")
         grads_a = down_weight_gradient(siblings, x, initial_residual)
     if dx_dtype is not None or residual_dtype is not None:
-        dx, dh0 = down_input_gradient(siblings, dtype=dx_dtype, residual_dtype=residual_dtype, base=base)
+        with_share = [sibling for sibling in siblings if sibling.lora_a is not None]
+        dx, dh0 = down_input_gradient(with_share, dtype=dx_dtype, residual_dtype=residual_dtype, base=base)
     return grads_a, dx, dh0

@@ -1,4 +1,4 @@
-"""SIBO-LoRA as two operations: a dense linear with its adapter, and an adapter on what any base layer returned.
+"""SIBO-LoRA as operations: a dense linear with its adapter, several that share x, and an adapter on any layer's output.
 
     x~ = (1 - lambda) x + lambda h0        t = drop(x~) A^T        y = (x W0^T + b, or base) + s (t B^T + b_B)
 
@@ -91,6 +91,8 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
 def group_of(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Group | None:
     """Layers of either kind of adapter as a group; None where they differ in what a group has once."""
     if len({(of.backend, of.dtype, of.activation) for of in settings}) > 1:
+        return None
+    if len({of.weight is None for of in inputs}) > 1:  # some in series
         return None
     if len({id(of.initial_residual) for of in inputs if of.initial_residual is not None}) > 1:
         return None

@@ -10,7 +10,8 @@ What makes them fast and small:
   cache. The mask is drawn again for every pass (:class:`~.tiles.KeepTiles`) and never exists as a whole;
 * products with 16-bit operands are taken in float32, tile by tile, unless the device multiplies that dtype faster.
 
-t, u and the gradients of A and B are float32, or float64 where the adapter is.
+t, u and the gradients of A and B are float32, or float64 where the adapter is; the backend keeps t as
+:func:`~sibo_triton.kernels.siblings.rank_dtype` says.
 """
 
 from functools import cache
@@ -97,7 +98,8 @@ def up(
         ValueError: a shape that does not fit.
     """
     check_shape("lora_b", lora_b, ("N", t.shape[1]))
-    if t.dtype == lora_b.dtype == dtype and lora_bias is None and base_bias is None:
+    # In 16 bits s, a tensor, would be rounded.
+    if t.dtype == lora_b.dtype == dtype and dtype.itemsize > 2 and lora_bias is None and base_bias is None:
         return torch.mm(t * _scalar(scaling, dtype), lora_b.t())
     y = torch.empty((t.shape[0], lora_b.shape[0]), dtype=dtype, device=t.device)
     product_dtype = _product_dtype(lora_b.dtype, y)

@@ -111,13 +111,14 @@ def up_backward_siblings(
     for s in siblings:
         t, p, wants_grad_b = s.t, s.t, s.grad_dtype is not None
         wide = torch.promote_types(s.lora_b.dtype, torch.float32)
+        sum_dtype = torch.promote_types(wide, s.grad_y.dtype)
         if s.activation is not None and p is not None:
             p = p.to(wide)
             t = ACTIVATIONS[s.activation](p)
         u, grad_b = plain.up_backward(s.grad_y, t, s.lora_b, s.scaling, s.wants_u, wants_grad_b)
         if s.activation is not None and u is not None and p is not None and t is not None:
             u = activation_gradient(s.activation, u, p, t)
-        results.append((u, _in(grad_b, s.grad_dtype), s.grad_y.sum(0, dtype=wide) if s.wants_sum else None))
+        results.append((u, _in(grad_b, s.grad_dtype), s.grad_y.sum(0, dtype=sum_dtype) if s.wants_sum else None))
     return results
 
 
@@ -142,7 +143,8 @@ def down_backward_siblings(
         dA, in the dtypes that they are asked in; dx; dh0. None for what is not wanted.
     """
     stack = _stack([s.dropout_p for s in siblings], [s.adapter_dtype for s in siblings])
-    if len(siblings) == 1 or not stack or len({s.grad_dtype is None for s in siblings}) > 1:
+    alike = len({(s.grad_dtype is None, s.lora_a is None) for s in siblings}) == 1
+    if len(siblings) == 1 or not stack or not alike:
         return _one_by_one(siblings, x, initial_residual, dx_dtype, residual_dtype, base)
     ranks = [s.u.shape[1] for s in siblings]
     first, u = siblings[0], torch.cat([s.u for s in siblings], 1)
