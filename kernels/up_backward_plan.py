@@ -98,6 +98,8 @@ def launch_of_both(
         BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), 1 if split else 2)
     if more and target.capability in (80, 120):
         BN //= 2  # tensor cores that multiply from registers, which more would overflow
+        if target.capability == 120 and dot_u.dtype != torch.float32 and not split and BR == 16:
+            num_warps = 4  # with 8, registers are spilled to make room for a second program
     BM = 64
     u_parts = cdiv(N, BN)
     steps, grad_b_parts = _cut(cdiv(M, BM), u_parts, target)

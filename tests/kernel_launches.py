@@ -167,10 +167,11 @@ class Activated:
     lambda_: float = 0.0
     p: float = 0.0
     has_bias: bool = True
+    difference: bool = False
 
     @property
     def down(self) -> Down:
-        return Down(self.m, self.k, self.ranks, self.x_dtype, self.a_dtype, self.lambda_, self.p)
+        return Down(self.m, self.k, self.ranks, self.x_dtype, self.a_dtype, self.lambda_, self.p, self.difference)
 
     def inputs(self, device: str) -> Inputs:
         tensors = self.down.inputs(device)
@@ -184,13 +185,16 @@ class Activated:
             for i, own in enumerate(self.down.siblings(tensors))
         ]
         named = {}
-        for i, (p, _, f) in enumerate(down_activated_siblings(tensors["x"], siblings, tensors.get("h0"))):
-            named |= {f"p{i}": p, f"activated{i}": f}
+        for i, (p, d, f) in enumerate(down_activated_siblings(tensors["x"], siblings, tensors.get("h0"))):
+            named |= {f"p{i}": p, f"activated{i}": f} | ({f"d{i}": d} if self.difference else {})
         return named
 
     def expected(self, tensors: Inputs) -> dict[str, Expected]:
         kept, f, named = rank_dtype(self.x_dtype, self.a_dtype), reference.ACTIVATIONS[self.activation], {}
-        for i, t in enumerate(self.down.expected(tensors).values()):
+        of_down = self.down.expected(tensors)
+        for i in range(len(self.ranks)):
+            t = of_down[f"t{i}"]
+            named |= {f"d{i}": of_down[f"d{i}"]} if self.difference else {}
             bias = tensors.get(f"bias{i}", tensors["x"].new_zeros(()))
             exact, terms = t.exact + bias.double(), t.terms + bias.double().abs()
             by_torch = (t.by_torch + bias.to(t.by_torch.dtype)).to(kept)

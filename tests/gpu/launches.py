@@ -61,7 +61,9 @@ def _values() -> list[Launch]:
         rest = {"wants_sum": True, "activation": activation, "scaling_is_tensor": n % 2 == 0}
         launches += [
             Activated(130, 257, (64, 24), x, adapter, activation, 0.3, RATES[n % len(RATES)]),
-            Activated(5, 1000, (24,), x, adapter, activation, has_bias=n % 2 == 0),
+            Activated(
+                5, 1000, (24,), x, adapter, activation, 0.3 * (n % 2), has_bias=n % 2 == 0, difference=n % 3 == 1
+            ),
             UpBackward(130, 256, (64 if n % 2 else 16,), x, adapter, **rest),
         ]
     # Gradients of siblings: few columns in one tile, a tile for each, several kinds.
