@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapter_models import base_model, close, different, output
+from adapter_models import base_model, close, different, output, residual_hooks_on
 from bottleneck_models import (
     ACTIVATIONS,
     LLAMA_DEFAULT,
@@ -63,7 +63,7 @@ def test_lambda_0_is_the_plain_adapter(equation):
     config = adapter(0, **EQUATIONS[equation])
     model = build(default=config)
     assert not any("lambda" in name for name in model.state_dict())
-    assert not any(len(module._forward_pre_hooks) for module in model.modules())
+    assert residual_hooks_on(model) == []
     assert_computes(model, Oracle(model, {"default": config}), token_inputs())
 
 
