@@ -57,7 +57,7 @@ def plan(
             BK, num_warps = 16, 4  # the parts of 32 columns of x would overflow sm_120's registers
         elif BR == 16 and not mixes and target.capability == 120:
             BK = 64  # with 32, registers are spilled to make room for another program
-        elif BR == 128 and siblings > 1 and mixes and activation and not difference and target.capability == 120:
+        elif BR == 128 and siblings > 1 and mixes and activation and not difference and target.capability >= 100:
             num_warps = 4  # with 8, likewise
         if target.hip:
             num_warps = 4  # of 64 threads; twice as many spill
