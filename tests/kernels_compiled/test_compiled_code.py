@@ -54,7 +54,7 @@ NEAR_THE_LIMIT = [
     ("sm_120", Activated(TOKENS, WIDTH, (1024,), BF16, FP32, "tanh", 0.3, 0.1)),
     ("sm_120", Activated(TOKENS, WIDTH, (256, 256), BF16, FP32, "tanh", 0.3, 0.1, difference=True)),
     ("sm_120", up_backward(16, BF16, BF16, activation="gelu_pytorch_tanh", wants_sum=True)),
-    ("sm_100", input_gradient((256, 256), BF16, BF16, adds=True)),  # in series, gate and up
+    ("sm_90", input_gradient((256, 256), BF16, BF16, adds=True)),  # in series, gate and up
     ("sm_80", Up(TOKENS, WIDTH, 256, BF16, FP32, adds=True)),
     ("gfx942", Up(TOKENS, WIDTH, 512, FP16, FP32, adds=True, has_bias=True)),
     ("sm_80", up_backward(32, BF16, BF16)),
