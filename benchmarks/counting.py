@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from benchmarks.launch_traffic import Traffic, recorded_launches
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.kernels import autotune, targets
-from sibo_triton.ops import bottleneck, low_rank
+from sibo_triton.ops import low_rank
 from sibo_triton.ops.dispatch import Choice
 
 aten = torch.ops.aten
@@ -176,8 +176,7 @@ def as_on_a_gpu(target: targets.Target) -> Iterator[None]:
     """The kernels' backend, planning for a target, and torch's operations as they would be there."""
     with ExitStack() as stack:
         patch = mock.patch.object
-        for operation in (low_rank, bottleneck):
-            stack.enter_context(patch(operation, "backend_for", lambda *_: Choice("triton", "counted")))
+        stack.enter_context(patch(low_rank, "backend_for", lambda *_: Choice("triton", "counted")))
         stack.enter_context(patch(targets, "target_of", lambda device: target))
         stack.enter_context(patch(autotune, "ENABLED", False))
         stack.enter_context(patch(F, "dropout", _dropout_of_gpu))

@@ -148,6 +148,12 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
             self.sibo_adapter_dropout[adapter_name],
         )
 
+    def scaling_of(self, adapter_name: str) -> Any:
+        """s of an adapter, a number, or fp32 of shape [1] where it is learnable."""
+        if adapter_name in self.sibo_adapter_scaling:
+            return self.sibo_adapter_scaling[adapter_name]()
+        return self.sibo_adapter_options[adapter_name].scaling
+
     def width_mixed(self, adapter_name: str) -> int:
         """Width of what an adapter reads, and h0 must have."""
         return self.out_features if self.sibo_adapter_options[adapter_name].reads_output else self.in_features
@@ -170,19 +176,18 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
 
     def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
         """The output where passes over x can be shared, with siblings or with the frozen linear; else None."""
+        name = self.only_active()
+        if name is None:
+            return None
+        in_front = self.sibo_adapter_options[name].in_front
         if not torch.compiler.is_compiling():
             y = shared_output(self, x)
             if y is not None:
-                return self.base_layer(y) if self._is_in_front() else y
-        name = self.fused_adapter(x)
-        if name is None or self.sibo_adapter_options[name].in_front:
+                return self.base_layer(y) if in_front else y
+        if in_front or self.fused_adapter(x) is None:
             return None
         (arguments,) = self._arguments_of([self], name, x)
         return bottleneck_linear(x, **self._frozen_arguments(), **arguments)
-
-    def _is_in_front(self) -> bool:
-        name = self.only_active()
-        return name is not None and self.sibo_adapter_options[name].in_front
 
     def only_active(self) -> str | None:
         """The one adapter that is active, and that the layer has; None if several are, or none."""
@@ -237,13 +242,11 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         all_arguments = mixing_arguments(layers, name, x, dropouts, BOTTLENECK_LAMBDA_NAME)
         for layer, arguments in zip(layers, all_arguments, strict=True):
             down, up, _ = layer.modules_of(name)
-            options = layer.sibo_adapter_options[name]
-            scaling: Any = layer.sibo_adapter_scaling[name]() if name in layer.sibo_adapter_scaling else options.scaling
             arguments |= {
                 "down_weight": parameter(down, "weight"),
                 "up_weight": parameter(up, "weight"),
-                "scaling": scaling,
-                "activation": options.activation,
+                "scaling": layer.scaling_of(name),
+                "activation": layer.sibo_adapter_options[name].activation,
                 "down_bias": parameter(down, "bias"),
                 "up_bias": parameter(up, "bias"),
             }
@@ -301,13 +304,13 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
             return add_bottleneck(base, v, **arguments)
         site = self.sibo_sites[name]
         site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
-        options, h0, lambda_ = self.sibo_adapter_options[name], None, 0.0
-        scaling: Any = self.sibo_adapter_scaling[name]() if name in self.sibo_adapter_scaling else options.scaling
+        h0, lambda_ = None, 0.0
         if name in self.sibo_adapter_lambda:
             h0, lambda_ = initial_residual_for(self, name, v), self.sibo_adapter_lambda[name]()
         v_mixed = reference.mix(v.to(down.weight.dtype), h0, lambda_)
-        hidden = reference.ACTIVATIONS[options.activation](down(dropped(dropout, v_mixed)))
-        return (base + up(hidden) * scaling).to(base.dtype)
+        activation = reference.ACTIVATIONS[self.sibo_adapter_options[name].activation]
+        hidden = activation(down(dropped(dropout, v_mixed)))
+        return (base + up(hidden) * self.scaling_of(name)).to(base.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         refuse_merge(", ".join(adapter_names or self.active_adapters))

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from sibo_triton import reference
-from sibo_triton.ops.autograd import Inputs, Settings, autocast_dtype
+from sibo_triton.ops.autograd import Inputs, Settings
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
-from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.low_rank import check_frozen, fused, group_of, shares_passes
+from sibo_triton.ops.low_rank import check_frozen, fused, group_of, shares_passes, with_backend
 from sibo_triton.reference import check_activation
 
 
@@ -170,22 +169,8 @@ def _prepared(
     if isinstance(scaling, Tensor) and scaling.numel() != 1:
         raise ValueError(f"scaling has shape {list(scaling.shape)}: pass a number or one floating point value")
     check_activation(activation)
-    autocast = None if torch.float64 in (x.dtype, down_weight.dtype) else autocast_dtype(x.device.type)
-    adapter_dtype = down_weight.dtype if autocast is None else autocast
-    residual_dtype = None if initial_residual is None else initial_residual.dtype
-    dtype = base.dtype if base is not None else x.dtype if autocast is None else autocast
-    choice = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
-    if choice.fell_off:
-        say_if_fell_off(choice)
-    number, lambda_tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
-    if lambda_tensor is None and number == 0:
-        initial_residual = None
-    s, scaling_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
     frozen = (None if base is x else base, x, weight, bias)
-    weights, rest = (down_weight, up_weight, up_bias, down_bias), (initial_residual, lambda_tensor, scaling_tensor)
-    inputs = Inputs(*frozen, *weights, *rest, dropout_seed)
-    dtypes = (dtype, x.dtype, residual_dtype, adapter_dtype)
-    return Settings(choice.name, s, number, dropout_p, *dtypes, activation), inputs
+    return with_backend(frozen, (down_weight, up_weight, up_bias, down_bias), scaling, mixing, activation)
 
 
 def _check_shapes(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sibo_triton.kernels.down import down, down_activated_siblings, down_siblings
+from sibo_triton.kernels.down import down_activated_siblings, down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
 from sibo_triton.kernels.low_rank import low_rank_siblings
@@ -15,7 +15,6 @@ from sibo_triton.kernels.up_backward import up_backward_siblings
 
 __all__ = [
     "add_up",
-    "down",
     "down_activated_siblings",
     "down_backward_siblings",
     "down_siblings",

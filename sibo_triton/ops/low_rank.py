@@ -176,24 +176,38 @@ def _prepared(
     check_dropout(dropout_p, dropout_seed)
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling requires grad, and gets no gradient here: detach it, or use sibo_triton.reference")
-    autocast = None if torch.float64 in (x.dtype, lora_a.dtype) else autocast_dtype(x.device.type)
-    frozen = base if weight is None else weight
-    assert frozen is not None
-    dtype = frozen.dtype if weight is None or autocast is None else autocast
-    adapter_dtype = lora_a.dtype if autocast is None else autocast
+    mixing = initial_residual, lambda_, dropout_p, dropout_seed
+    settings, inputs = with_backend((base, x, weight, bias), (lora_a, lora_b, lora_bias, None), scaling, mixing)
+    arguments = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
+    return Prepared(settings, inputs, arguments)
+
+
+def with_backend(
+    frozen: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None],  # base, x, weight and bias of `Inputs`
+    adapter: tuple[Tensor, Tensor, Tensor | None, Tensor | None],  # lora_a, lora_b, lora_bias and down_bias
+    scaling: float | Tensor,
+    mixing: tuple[Tensor | None, float | Tensor, float, Tensor | None],  # h0, lambda, the rate of dropout and its seed
+    activation: str | None = None,
+) -> tuple[Settings, Inputs]:
+    """What an adapter of either kind computes with, of arguments that were checked, and by which backend."""
+    (base, x, weight, _), (initial_residual, lambda_, dropout_p, seed) = frozen, mixing
+    adapter_dtype = adapter[0].dtype
+    autocast = None if torch.float64 in (x.dtype, adapter_dtype) else autocast_dtype(x.device.type)
+    adapter_dtype = adapter_dtype if autocast is None else autocast
+    added_to = x if weight is None and base is None else base if weight is None else weight
+    assert added_to is not None
+    dtype = added_to.dtype if weight is None or autocast is None else autocast
     residual_dtype = None if initial_residual is None else initial_residual.dtype
     choice = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
     if choice.fell_off:
         say_if_fell_off(choice)
-    arguments = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    number, tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
-    if tensor is None and number == 0:
+    number, lambda_tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
+    if lambda_tensor is None and number == 0:
         initial_residual = None
     s, scaling_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
-    frozen_inputs, adapter = (base, x, weight, bias), (lora_a, lora_b, lora_bias, None)
-    inputs = Inputs(*frozen_inputs, *adapter, initial_residual, tensor, scaling_tensor, dropout_seed)
-    settings = Settings(choice.name, s, number, dropout_p, dtype, x.dtype, residual_dtype, adapter_dtype)
-    return Prepared(settings, inputs, arguments)
+    dtypes = (dtype, x.dtype, residual_dtype, adapter_dtype)
+    settings = Settings(choice.name, s, number, dropout_p, *dtypes, activation)
+    return settings, Inputs(*frozen, *adapter, initial_residual, lambda_tensor, scaling_tensor, seed)
 
 
 def _low_rank(prepared: Prepared) -> Tensor:

@@ -19,7 +19,6 @@ from .plain import add_up, up
 
 __all__ = [
     "add_up",
-    "down",
     "down_activated_siblings",
     "down_backward_siblings",
     "down_siblings",
@@ -27,20 +26,6 @@ __all__ = [
     "up",
     "up_backward_siblings",
 ]
-
-
-def down(
-    x: Tensor,  # [M, K]
-    lora_a: Tensor,  # [r, K]
-    initial_residual: Tensor | None = None,  # [M, K]
-    lambda_: float | Tensor = 0.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    difference: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # [M, r] each
-    """t and, where wanted, d of one layer: see :func:`down_siblings`."""
-    one = DownProjection(lora_a, lambda_, dropout_p, dropout_seed, difference)
-    return down_siblings(x, [one], initial_residual)[0]
 
 
 def down_activated_siblings(
