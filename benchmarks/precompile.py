@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="of the rows that the benchmarks run with --quick")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name holds all of these")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.precompile: torch sees no CUDA device, so there is nothing to compile for")
@@ -127,7 +128,7 @@ def main() -> None:
     from without_gpu import target_of_device
 
     gpu, target = driver.active.get_current_target(), target_of_device()
-    jobs = [(job, gpu, target) for job in jobs_of(options.quick)]
+    jobs = [(job, gpu, target) for job in jobs_of(options.quick) if all(word in str(job) for word in options.only)]
     print(f"compiling the kernels of {len(jobs)} rows' linears in {options.workers} processes", flush=True)
     started = told = time.monotonic()
     with get_context("spawn").Pool(options.workers) as pool:

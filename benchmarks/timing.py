@@ -2,7 +2,8 @@
 
 * Providers run in turn, round by round, so that a GPU that warms up or slows down does so for all of them. Ratios are
   medians of the ratios of one round; times are medians with the 20th and 80th percentile.
-* A turn starts on an idle device and repeats its step until a turn takes some milliseconds.
+* A turn repeats its step until a turn takes some milliseconds. It begins with one step more that is not timed: as in
+  training, the host is then ahead of a GPU that has work enough, and is waited for where it has not.
 * Each repetition reads other inputs, which together are larger than the cache, and the data are random.
 """
 
@@ -68,9 +69,11 @@ def synchronize(device: str) -> None:
 
 
 def time_turn(step: Step, device: str, first: int, repeats: int) -> list[float]:
-    """Milliseconds of each phase, the mean of the repetitions, from an idle device on."""
+    """Milliseconds of each phase, the mean of the repetitions; a GPU is busy with one more when they begin."""
     synchronize(device)
     clocks = []
+    if device == "cuda":
+        step.run(first + repeats, lambda: None)
     for i in range(first, first + repeats):
         step.reset()
         clocks.append(Clock(device))

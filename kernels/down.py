@@ -118,7 +118,7 @@ def down_kernel(
             p_seed_own = tl.where(is_own, p_seed[i], p_seed_own)
             keep_from_own = tl.where(is_own, keep_from[i], keep_from_own)
             scale_own = tl.where(is_own, dropout_scale[i], scale_own)
-        row1, row2, col_key1, col_key2 = dropout_rows(p_seed_own, o_m)
+        row1, row2, col_key1, col_key2 = dropout_rows(p_seed_own, i_m.to(tl.int64) * BM, tl.arange(0, BM))
         MASKED_DTYPE: tl.constexpr = tl.float32 if SPLIT_X or MIX_FIRST else DOT_DTYPE
 
     b_t = tl.zeros([BM, BR], dtype=tl.float32)  # [BM, BR]
@@ -362,7 +362,8 @@ def _of_kind(places: list[int], kind: tuple, x: Tensor, siblings: Sequence[DownP
     rates = [drawn(sibling.dropout_p) for sibling in own]
 
     def prepare(config: dict[str, int]) -> Kind:
-        how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], target.multiprocessors)
+        wanted = chosen.programs * target.multiprocessors
+        how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], wanted)
         whole = how.splits == 1
         adds_bias = has_bias and whole
         arguments = {

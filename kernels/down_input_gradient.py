@@ -22,7 +22,7 @@ from torch import Tensor
 from . import targets
 from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_one_value
-from .dropout import drawn, dropout_rows, keep_tile
+from .dropout import column_hashes, drawn, keep_hashed, row_hashes, seed_keys
 from .launching import Launch, Launches, form, form_of_value
 from .precision import Operands, float32_is_exact, operands, split_dot
 from .siblings import DownGradients
@@ -47,6 +47,7 @@ def down_input_gradient_kernel(
     stride_base_m,
     stride_base_k,
     R: tl.constexpr,  # the ranks, a tuple: so that each loop's bound is constant
+    STEPS: tl.constexpr,  # tiles of rows to a program: constant, as every loop's bound
     SIBLINGS: tl.constexpr,
     MIXES: tl.constexpr,  # tuples, these four
     LAMBDA_IS_TENSOR: tl.constexpr,
@@ -63,54 +64,86 @@ def down_input_gradient_kernel(
     BR: tl.constexpr,
 ):
     k_tiles = tl.cdiv(K, BK)
-    i_m = tl.program_id(0) // k_tiles  # neighbouring programs share rows of u, which then come from the cache
+    i_strip = (tl.program_id(0) // k_tiles).to(tl.int64)  # neighbours share rows of u, which then come from the cache
     i_k = tl.program_id(0) % k_tiles
-    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     o_k = i_k * BK + tl.arange(0, BK)  # [BK]
     o_k64 = o_k.to(tl.int64)
-    m_m = o_m < M
     m_k = o_k < K
-    m_g = m_m[:, None] & m_k[None, :]  # [BM, BK]
 
-    b_dx = tl.zeros([BM, BK], dtype=tl.float32)  # [BM, BK]
-    b_dh = tl.zeros([BM, BK], dtype=tl.float32)  # [BM, BK]
+    # What a strip's tiles have in common, of all siblings in turn: above all the hashes of the columns.
+    lambdas, tiles, hashes = (), (), ()
     for i in tl.static_range(SIBLINGS):
         if not MIXES[i]:
-            b_lambda = 0.0
+            lambdas = lambdas + (0.0,)
         elif LAMBDA_IS_TENSOR[i]:
-            b_lambda = tl.load(lambda_[i]).to(tl.float32)
+            lambdas = lambdas + (tl.load(lambda_[i]).to(tl.float32),)
         else:
-            b_lambda = lambda_[i]
-        b_g = tl.zeros([BM, BK], dtype=tl.float32) if OWN_SUM[i] else b_dx  # [BM, BK]
-        for i_r in range(tl.cdiv(R[i], BR)):
-            o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-            m_r = o_r < R[i]
-            b_p_u = p_u[i] + o_m[:, None] * R[i] + o_r[None, :]
+            lambdas = lambdas + (lambda_[i],)
+        if R[i] <= BR:
+            o_r = tl.arange(0, BR)  # [BR]
             b_p_a = p_lora_a[i] + o_r.to(tl.int64)[:, None] * stride_a_r[i] + o_k64[None, :] * stride_a_k[i]
-            b_u = tl.load(b_p_u, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
-            b_a = tl.load(b_p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
-            if MIXES[i] and not OWN_SUM[i]:
-                b_u *= 1.0 - b_lambda  # and not the sum, which is larger
-            b_g = split_dot(b_u, b_a, b_g, SPLIT_U, SPLIT_A, DOT_DTYPE)
-        if HAS_DROPOUT[i]:
-            row1, row2, col_key1, col_key2 = dropout_rows(p_seed[i], o_m)
-            b_keep = keep_tile(row1, row2, col_key1, col_key2, o_k, keep_from[i])  # [BM, BK]
-            b_g *= b_keep.to(tl.float32) * dropout_scale[i]
-        if OWN_SUM[i]:
-            b_dx += (1.0 - b_lambda) * b_g
-            if MIXES[i]:
-                b_dh += b_lambda * b_g
+            tiles = tiles + (tl.load(b_p_a, mask=(o_r < R[i])[:, None] & m_k[None, :], other=0.0),)  # [BR, BK]
         else:
-            b_dx = b_g
+            tiles = tiles + (0,)
+        if HAS_DROPOUT[i]:
+            row_key1, row_key2, col_key1, col_key2 = seed_keys(p_seed[i])
+            col1, col2 = column_hashes(o_k, col_key1, col_key2)
+            hashes = hashes + ((row_key1, row_key2, col1, col2),)
+        else:
+            hashes = hashes + ((0, 0, 0, 0),)
 
-    if HAS_DX:
-        if HAS_BASE:
-            b_p_base = p_base + o_m[:, None] * stride_base_m + o_k64[None, :] * stride_base_k
-            b_dx += tl.load(b_p_base, mask=m_g, other=0.0).to(tl.float32)
-        tl.store(p_dx + o_m[:, None] * K + o_k64[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_g)
-    if HAS_DH:
-        b_p_dh = p_dh + o_m[:, None] * K + o_k64[None, :]
-        tl.store(b_p_dh, b_dh.to(p_dh.dtype.element_ty), mask=m_g)
+    for i_step in range(STEPS):
+        first_row = (i_strip * STEPS + i_step) * BM
+        o_m = first_row + tl.arange(0, BM)  # [BM]
+        m_m = o_m < M
+        m_g = m_m[:, None] & m_k[None, :]  # [BM, BK]
+        b_dx = tl.zeros([BM, BK], dtype=tl.float32)  # [BM, BK]
+        b_dh = tl.zeros([BM, BK], dtype=tl.float32)  # [BM, BK]
+        for i in tl.static_range(SIBLINGS):
+            # Numbers go onto u, where they can, and not onto the sum, which is larger.
+            b_scale = 1.0 if HAS_DH else 1.0 - lambdas[i]
+            if HAS_DROPOUT[i]:
+                b_scale *= dropout_scale[i]
+            b_g = tl.zeros([BM, BK], dtype=tl.float32) if OWN_SUM[i] else b_dx  # [BM, BK]
+            if R[i] <= BR:
+                o_r = tl.arange(0, BR)  # [BR]
+                b_p_u = p_u[i] + o_m[:, None] * R[i] + o_r[None, :]
+                b_u = tl.load(b_p_u, mask=m_m[:, None] & (o_r < R[i])[None, :], other=0.0)  # [BM, BR]
+                if MIXES[i] or HAS_DROPOUT[i]:
+                    b_u *= b_scale
+                b_g = split_dot(b_u, tiles[i], b_g, SPLIT_U, SPLIT_A, DOT_DTYPE)
+            else:
+                for i_r in range(tl.cdiv(R[i], BR)):
+                    o_r = i_r * BR + tl.arange(0, BR)  # [BR]
+                    m_r = o_r < R[i]
+                    b_p_u = p_u[i] + o_m[:, None] * R[i] + o_r[None, :]
+                    b_p_a = p_lora_a[i] + o_r.to(tl.int64)[:, None] * stride_a_r[i] + o_k64[None, :] * stride_a_k[i]
+                    b_u = tl.load(b_p_u, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
+                    b_a = tl.load(b_p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
+                    if MIXES[i] or HAS_DROPOUT[i]:
+                        b_u *= b_scale
+                    b_g = split_dot(b_u, b_a, b_g, SPLIT_U, SPLIT_A, DOT_DTYPE)
+            if HAS_DROPOUT[i]:
+                row_key1, row_key2, col1, col2 = hashes[i]
+                row1, row2 = row_hashes(first_row, tl.arange(0, BM), row_key1, row_key2)
+                b_g *= keep_hashed(row1, row2, col1, col2, o_k, keep_from[i]).to(tl.float32)
+            if not OWN_SUM[i]:
+                b_dx = b_g
+            elif HAS_DH:
+                b_dx += (1.0 - lambdas[i]) * b_g
+                if MIXES[i]:
+                    b_dh += lambdas[i] * b_g
+            else:
+                b_dx += b_g
+
+        if HAS_DX:
+            if HAS_BASE:
+                b_p_base = p_base + o_m[:, None] * stride_base_m + o_k64[None, :] * stride_base_k
+                b_dx += tl.load(b_p_base, mask=m_g, other=0.0).to(tl.float32)
+            tl.store(p_dx + o_m[:, None] * K + o_k64[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_g)
+        if HAS_DH:
+            b_p_dh = p_dh + o_m[:, None] * K + o_k64[None, :]
+            tl.store(b_p_dh, b_dh.to(p_dh.dtype.element_ty), mask=m_g)
 
 
 @dataclass(frozen=True)
@@ -119,6 +152,7 @@ class Plan:
 
     operands: Operands
     config: dict[str, int]  # BM, BK, BR, num_warps, num_stages
+    programs: int = 4  # with dropout about so many at least for each multiprocessor, where there is work for them
 
 
 @lru_cache(maxsize=1024)
@@ -266,7 +300,12 @@ def _prepared(
     rates = [drawn(sibling.dropout_p) for sibling in siblings]
 
     def prepare(config: dict[str, int]) -> Prepared:
-        grid = (cdiv(M, config["BM"]) * cdiv(K, config["BK"]),)
+        k_tiles, m_tiles = cdiv(K, config["BK"]), cdiv(M, config["BM"])
+        steps = 1
+        if any(drops):  # whose columns are then hashed once for several tiles of rows; a power of two
+            programs = chosen.programs * targets.target_of(device).multiprocessors
+            steps = 1 << max(0, (m_tiles * k_tiles // programs).bit_length() - 1)
+        grid = (cdiv(m_tiles, steps) * k_tiles,)
         arguments = {
             "keep_from": tuple(keep_from for keep_from, _ in rates),
             "dropout_scale": tuple(scale for _, scale in rates),
@@ -277,6 +316,7 @@ def _prepared(
             "stride_base_m": base.stride(0) if has_base else 0,
             "stride_base_k": base.stride(1) if has_base else 0,
             "R": ranks,
+            "STEPS": steps,
             "SIBLINGS": len(siblings),
             "MIXES": mixes,
             "LAMBDA_IS_TENSOR": tuple(isinstance(sibling.lambda_, Tensor) for sibling in siblings),

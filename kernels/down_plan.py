@@ -23,6 +23,7 @@ class Plan:
     operands: Operands
     mix_first: bool
     config: dict[str, int]  # BM, BK, BR, num_warps, num_stages
+    programs: float  # at least for each multiprocessor, or K is cut
 
 
 @lru_cache(maxsize=1024)
@@ -77,7 +78,10 @@ def plan(
     bytes_of_stage = BK * (BM * (x_dtype.itemsize + (h0_dtype.itemsize if mixes else 0)) + BR * a_dtype.itemsize)
     num_stages = target.stages(3, bytes_of_stage, programs=1)
     config = {"BM": BM, "BK": BK, "BR": BR, "num_warps": num_warps, "num_stages": num_stages}
-    return Plan(whole, mix_first, config)
+    # Where the mask is what takes the time, one program for a multiprocessor leaves it waiting for its arithmetic. Else
+    # a second launch to add the parts would take longer than a quarter of them stand idle: 8192 rows are 128 programs
+    # on 132 multiprocessors.
+    return Plan(whole, mix_first, config, 3 if drops and whole.dtype != torch.float32 else 0.75)
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,16 @@ class Cut:
 
 
 @lru_cache(maxsize=1024)
-def cut(M: int, K: int, ranks: tuple[int, ...], results: int, BM: int, BK: int, BR: int, multiprocessors: int) -> Cut:
-    """How a launch is cut for siblings of these ranks, each with so many results; there is something to sum."""
+def cut(M: int, K: int, ranks: tuple[int, ...], results: int, BM: int, BK: int, BR: int, wanted: float) -> Cut:
+    """How a launch is cut for siblings of these ranks, each with so many results; there is something to sum.
+
+    ``wanted``: programs, by cutting K where rows are fewer.
+    """
     tiles_of = [cdiv(r, BR) for r in ranks]
     first_tile = tuple(sum(tiles_of[:i]) for i in range(len(ranks)))
     programs = cdiv(M, BM) * sum(tiles_of)
     t_start, size = lay_out(M, ranks, results)
-    k_steps = steps_of_split(programs, cdiv(K, BK), multiprocessors)
+    k_steps = steps_of_split(programs, cdiv(K, BK), wanted)
     splits = cdiv(cdiv(K, BK), k_steps)
     return Cut(sum(tiles_of), first_tile, programs, k_steps, splits, t_start, size)
 
@@ -111,16 +118,15 @@ def lay_out(M: int, ranks: tuple[int, ...], results: int) -> tuple[tuple[int, ..
     return tuple(sum(sizes[:i]) for i in range(len(ranks))), sum(sizes)
 
 
-def steps_of_split(programs: int, steps: int, multiprocessors: int) -> int:
-    """Steps along K for each program: all, or fewer where rows are too few to fill the GPU.
+def steps_of_split(programs: int, steps: int, wanted: float) -> int:
+    """Steps along K for each program: all, or fewer where programs are fewer than wanted.
 
-    Then they are a power of two, as a kernel is compiled for each number of steps, and the programs one to two for each
-    multiprocessor; 4 steps are worth a program. Where all but a quarter of them have a program, a second launch to add
-    the parts would take longer than the rest stands idle: 8192 rows are 128 programs on 132 multiprocessors.
+    Then they are a power of two, as a kernel is compiled for each number of steps, and the programs up to 2.7 times as
+    many; 4 steps are worth a program.
     """
-    if 4 * programs >= 3 * multiprocessors:
+    if programs >= wanted:
         return steps
-    of_split = max(4, triton.next_power_of_2(cdiv(steps * programs, 2 * multiprocessors)))
+    of_split = max(4, triton.next_power_of_2(cdiv(steps * programs, max(1, round(wanted / 0.375)))))
     return min(steps, of_split)
 
 

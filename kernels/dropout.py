@@ -31,11 +31,12 @@ def drawn(p: float) -> tuple[int, float]:
 @triton.jit
 def dropout_rows(
     p_seed,  # int64, [1]
-    o_m,  # int64, [BM]: the rows
+    first_row,  # int64
+    o_m,  # int32, [BM]: an arange
 ):
     """What :func:`keep_tile` needs of the seed and the rows: two numbers for each row, [BM], and two column keys."""
     row_key1, row_key2, col_key1, col_key2 = seed_keys(p_seed)
-    row1, row2 = row_hashes(o_m, row_key1, row_key2)
+    row1, row2 = row_hashes(first_row, o_m, row_key1, row_key2)
     return row1, row2, col_key1, col_key2
 
 
@@ -57,9 +58,12 @@ def seed_keys(p_seed):
 
 
 @triton.jit
-def row_hashes(o_m, row_key1, row_key2):
-    """The two numbers that :func:`keep_tile` takes for each row, [BM]."""
-    row1, row2 = _line_hash(o_m, row_key1, row_key2)
+def row_hashes(first_row, o_m, row_key1, row_key2):
+    """The two numbers that :func:`keep_tile` takes for each row, [BM].
+
+    The upper halves of 64-bit rows are one number, hashed once: ``first_row`` is a multiple of BM, a power of two.
+    """
+    row1, row2 = _line_hash(first_row.to(tl.uint32) + o_m.to(tl.uint32), row_key1, row_key2 ^ _mix32(_upper(first_row)))
     return row1 | 1, row2
 
 
@@ -69,18 +73,38 @@ def keep_tile(
     row2,  # [BM]
     col_key1,
     col_key2,
-    o_k,  # int32 or int64, [BK]: the columns
+    o_k,  # int32, [BK]: the columns
     keep_from,  # see drawn
+):
+    """True where an element is kept, [BM, BK]."""
+    col1, col2 = column_hashes(o_k, col_key1, col_key2)
+    return keep_hashed(row1, row2, col1, col2, o_k, keep_from)
+
+
+@triton.jit
+def column_hashes(o_k, col_key1, col_key2):
+    """The two numbers of each column's pair, [BK], for :func:`keep_hashed`: for a kernel whose loop changes rows."""
+    col1, col2 = _line_hash((o_k >> 1).to(tl.uint32), col_key1, col_key2)
+    return col1 | 1, col2
+
+
+@triton.jit
+def keep_hashed(
+    row1,  # [BM]; these two from row_hashes
+    row2,
+    col1,  # [BK]; these two from column_hashes
+    col2,
+    o_k,  # int32, [BK]: the columns
+    keep_from,
 ):
     """True where an element is kept, [BM, BK].
 
     Both columns of a pair compute its word, and the compiler sees that it is the same one where a thread holds both:
     where ``o_k`` is an arange plus a multiple of a power of two.
     """
-    col1, col2 = _line_hash(o_k >> 1, col_key1, col_key2)
     b_word = tl.mul(row1[:, None], col2[None, :], sanitize_overflow=False)  # [BM, BK]
     b_word = tl.add(b_word, row2[:, None], sanitize_overflow=False)
-    b_word = tl.mul(b_word ^ (b_word >> 15), (col1 | 1)[None, :], sanitize_overflow=False)
+    b_word = tl.mul(b_word ^ (b_word >> 15), col1[None, :], sanitize_overflow=False)
     # The half that decides comes to the top; what lies below it cannot change the comparison.
     b_word = tl.where((o_k & 1)[None, :] != 0, b_word, b_word << 16)
     return b_word.to(tl.int32, bitcast=True) >= keep_from
@@ -88,11 +112,14 @@ def keep_tile(
 
 @triton.jit
 def _line_hash(index, key1, key2):
-    hash1 = _mix32(index.to(tl.uint32) ^ key1)
-    if index.dtype.primitive_bitwidth == 64:
-        return hash1, _mix32(hash1 ^ key2 ^ _mix32((index >> 32).to(tl.uint32)))
-    else:
-        return hash1, _mix32(hash1 ^ key2)  # _mix32(0) is 0
+    """Of a 32-bit index; that of a wider one's upper half is in key2."""
+    hash1 = _mix32(index ^ key1)
+    return hash1, _mix32(hash1 ^ key2)
+
+
+@triton.jit
+def _upper(index):
+    return (index >> 32).to(tl.uint32)
 
 
 @triton.jit

@@ -87,7 +87,7 @@ def launch_of_both(
     BR = max(16, triton.next_power_of_2(r))  # 16: the least that a dot takes
     if BR > (32 if dot_u.dtype != torch.float32 and not split else 16):
         return None
-    num_warps = 8
+    num_warps, programs = 8, PROGRAMS
     if dot_u.dtype == torch.float32:
         BN, num_stages = 64, 2
     elif dot_u.split_a or dot_grad_b.split_a:
@@ -95,14 +95,17 @@ def launch_of_both(
         BN, num_stages, num_warps = 128, 1, 4 if target.hip else 8
     else:
         # One stage ahead spills on gfx942; where B or t is split, registers leave room for one program.
-        BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), 1 if split else 2)
+        # On an H100 one program with longer strips is faster than two: fewer parts of dB.
+        programs = 1 if target.capability == 90 and not split else PROGRAMS
+        in_flight = 1 if split else programs
+        BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), in_flight)
     if more and target.capability in (80, 120):
         BN //= 2  # tensor cores that multiply from registers, which more would overflow
         if target.capability == 120 and dot_u.dtype != torch.float32 and not split and BR == 16:
             num_warps = 4  # with 8, registers are spilled to make room for a second program
     BM = 64
     u_parts = cdiv(N, BN)
-    steps, grad_b_parts = _cut(cdiv(M, BM), u_parts, target)
+    steps, grad_b_parts = _cut(cdiv(M, BM), u_parts, programs * target.multiprocessors)
     config = {"BM": BM, "BN": BN, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
     return Pass(config, u_parts * grad_b_parts, u_parts, grad_b_parts)
 
@@ -127,19 +130,18 @@ def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, targ
             num_warps = 4 if BR == 128 else 8  # the other spills
     BQ = 64
     tiles = cdiv(Q, BQ) * cdiv(r, BR)
-    steps, parts = _cut(cdiv(J, BJ), tiles, target)
+    steps, parts = _cut(cdiv(J, BJ), tiles, PROGRAMS * target.multiprocessors)
     num_stages = target.stages(2, BJ * (BQ * itemsize + BR * 4), PROGRAMS)
     config = {"BQ": BQ, "BJ": BJ, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
     return Pass(config, tiles * parts, parts)
 
 
-def _cut(tiles: int, programs: int, target: Target) -> tuple[int, int]:
+def _cut(tiles: int, programs: int, wanted: int) -> tuple[int, int]:
     """Steps, a power of two (a kernel is compiled for each), and parts of a sum that goes over so many tiles.
 
-    As many parts, if there are tiles for them, as make PROGRAMS for each multiprocessor of the programs for one part.
+    As many parts, if there are tiles for them, as make the wanted programs of the programs for one part.
     """
-    wanted = max(1, PROGRAMS * target.multiprocessors // programs)
-    steps = 1 << max(1, tiles // wanted).bit_length() - 1
+    steps = 1 << max(1, tiles // max(1, wanted // programs)).bit_length() - 1
     return steps, cdiv(tiles, steps)
 
 

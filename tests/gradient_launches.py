@@ -133,15 +133,15 @@ class WeightGradient:
             read = {x.dtype, self.a_dtype} | ({h0.dtype} if self.mixes and not is_plain(self, i) else set())
             dtype = self.a_dtype if len(read) == 1 else FP32
 
-            def gradient(dtype, absolute=False, i=i, lambda_=lambda_, p=p):
-                u, of_x, of_h = (of.to(dtype) for of in (tensors[f"u{i}"], x, h0))
+            def gradient(dtype, absolute=False, i=i, lambda_=lambda_, p=p, u_dtype=torch.float64):
+                u, of_x, of_h = (of.to(dtype) for of in (tensors[f"u{i}"].to(u_dtype), x, h0))
                 if absolute:
                     u, of_x, of_h = u.abs(), of_x.abs(), of_h.abs()
                 return u.T @ reference.dropout(reference.mix(of_x, of_h, lambda_), p, tensors[f"seed{i}"])
 
             operands = 0.0 if self.a_dtype == FP32 else 2 * ROUNDING[self.a_dtype]  # of u, above rank 64 of the mix too
             exact, terms = gradient(torch.float64), gradient(torch.float64, absolute=True)
-            by_torch = gradient(dtype).to(self.grad_dtype)
+            by_torch = gradient(dtype, u_dtype=self.a_dtype).to(self.grad_dtype)
             named[f"grad_a{i}"] = Expected(exact, terms, by_torch, operands, len(read) > 1, self.m)
         return named
 

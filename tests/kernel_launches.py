@@ -150,6 +150,7 @@ class Down:
                     by_torch = reference.down(x_one, a_one, h_one, lambda_, self.p, seed)
                 else:
                     by_torch = reference.down(h_one - x_one, a_one, None, 0.0, self.p, seed)
+                by_torch = by_torch.to(rank_dtype(self.x_dtype, self.a_dtype))
                 named[f"{name}{i}"] = Expected(exact, terms, by_torch, operands, len(read) > 1, self.k)
         return named
 

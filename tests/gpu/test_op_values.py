@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 #: In bfloat16 of the interpreter, which cuts off where a GPU rounds to nearest: twice the rounding.
-MARGINS = {FP32: 3e-6, FP16: 3e-4, BF16: 4e-3 if INTERPRETED else 3e-4}
+MARGINS = {FP32: 3e-6, FP16: 3e-4, BF16: 4e-3 if INTERPRETED else 5e-4}
 
 
 def test_they_run_on_the_kernels(device, monkeypatch):

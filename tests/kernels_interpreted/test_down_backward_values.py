@@ -123,7 +123,7 @@ def test_rows_in_any_number_of_parts(k, multiprocessors, parts, monkeypatch):
     target = dataclasses.replace(targets.STAND_IN, multiprocessors=multiprocessors)
     monkeypatch.setattr(targets, "target_of", lambda device: target)
     config = plan((8,), BF16, BF16, (BF16, True, True), target).config
-    assert cut(333, k, 8, config["BM"], config["BK"], config["BR"], multiprocessors)[1] == parts
+    assert cut(333, k, 8, config["BM"], config["BK"], config["BR"], 4 * multiprocessors)[1] == parts
     x, h0, lora_a = randn(333, k, BF16), randn(333, k, BF16), randn(8, k, BF16)
     check(torch.randn(333, 8), x, lora_a, h0, 0.3, 0.1)
 

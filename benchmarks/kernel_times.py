@@ -1,0 +1,136 @@
+"""Where a layer's time goes, kernel by kernel, on a GPU: `python -m benchmarks.kernel_times`.
+
+Forward and backward of a layer under torch's profiler, for some providers, one after another: every kernel that the
+device ran, how often and for how long; and for each launch of ours what it moves by count (`launch_traffic.py`), with
+the bandwidth that follows. Shares of the copy's bandwidth, measured in the same run, above 1 are the cache's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.autograd.profiler import DeviceType
+
+from benchmarks.harness import FLOOR
+from benchmarks.launch_traffic import KERNELS, Traffic, recorded_launches
+from benchmarks.layer import BF16, DEFAULTS, LayerRow, LayerStep
+from benchmarks.models import LLAMA_3_8B
+from benchmarks.peers import TIMED
+from benchmarks.results_file import RESULTS, ResultsFile, command_line, slug
+from benchmarks.timing import MIB, ceilings
+from sibo_triton.environment import provenance
+
+PROVIDERS = (FLOOR, "PEFT LoRA", "addmm_ scheme, siblings grouped", "ours, lambda = 0", "ours, SIBO")
+STEPS = 8
+
+
+def device_kernels(step: LayerStep) -> list[list[tuple[str, float]]]:
+    """Of each of some steps, what the device ran: names and microseconds, in order."""
+    steps = []
+    for i in range(STEPS + 2):
+        step.reset()
+        torch.cuda.synchronize()
+        if i < 2:  # warm
+            step.run(i, lambda: None)
+            continue
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step.run(i, lambda: None)
+            torch.cuda.synchronize()
+        events = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+        events.sort(key=lambda event: event.time_range.start)
+        steps.append([(event.name, event.time_range.elapsed_us()) for event in events])
+    step.reset()
+    return steps
+
+
+def traffic_of(step: LayerStep) -> list[Traffic]:
+    """Of each launch of ours, in order."""
+    launches: list[Traffic] = []
+    step.reset()
+    with recorded_launches(launches.append, run=True):
+        step.run(0, lambda: None)
+    step.reset()
+    return launches
+
+
+def totals(steps: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
+    """By kernel: how often a step runs it and its microseconds in all, the median step's; the longest first."""
+    by_name: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in steps])
+    for i, step in enumerate(steps):
+        for name, microseconds in step:
+            by_name[name][i].append(microseconds)
+    rows = [
+        {"kernel": name[:120], "count": median(map(len, times)), "us": round(median(map(sum, times)), 2)}
+        for name, times in by_name.items()
+    ]
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def ours(steps: list[list[tuple[str, float]]], launches: list[Traffic], copy_GB_per_s: float) -> list[dict[str, Any]]:
+    """Each launch of ours in order: its traffic, and the median of its times."""
+    of_steps = [[of for of in step if of[0] in KERNELS] for step in steps]
+    if any([name for name, _ in step] != [launch.name for launch in launches] for step in of_steps):
+        raise RuntimeError("what the profiler saw of our kernels is not what was launched")
+    rows = []
+    for i, launch in enumerate(launches):
+        microseconds = median(step[i][1] for step in of_steps)
+        moved = launch.read + launch.written
+        rows.append(
+            {
+                "kernel": launch.name,
+                "grid": list(launch.grid or ()),
+                "us": round(microseconds, 2),
+                "MiB": round(moved / MIB, 2),
+                "reread_MiB": round(launch.reread / MIB, 2),
+                "share_of_copy": round(moved / microseconds / 1e3 / copy_GB_per_s, 3),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--output", type=Path, help="default: a file of this GPU's in benchmarks/results/")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.kernel_times: torch sees no CUDA device")
+    gpu = torch.cuda.get_device_name(0)
+    ceiling = ceilings("cuda")
+    head = {
+        "command": command_line("kernel_times"),
+        "what": f"kernels of one layer, forward and backward, bfloat16: medians of {STEPS} steps, in microseconds",
+        **provenance(),
+        "gpu": gpu,
+        "ceilings": ceiling,
+    }
+    results = ResultsFile(options.output or RESULTS / f"kernel-times-{slug(gpu)}.json", head)
+    for setting in (BF16, DEFAULTS):
+        row = LayerRow(LLAMA_3_8B, options.tokens, setting)
+        comparison = row.open("cuda")
+        for provider in TIMED:
+            if provider.name not in PROVIDERS or provider.unavailable(setting):
+                continue
+            step = comparison.build(provider)
+            steps = device_kernels(step)
+            kernels, launches = totals(steps), traffic_of(step)
+            of_ours = ours(steps, launches, ceiling["copy_GB_per_s"])
+            in_all = round(median(sum(us for _, us in one) for one in steps), 1)
+            title = f"{row.title}, {provider.name}"
+            results.add({"title": title, "us": in_all, "kernels": kernels, "launches_of_ours": of_ours})
+            print(f"\n{title}: {in_all:,.0f} us in kernels", flush=True)
+            for of in kernels[:14]:
+                print(f"  {of['us']:9.1f} us  {of['count']:4g} x  {of['kernel'][:90]}", flush=True)
+            for of in of_ours:
+                moved = f"{of['MiB']:8.1f} MiB {of['reread_MiB']:8.1f} again"
+                print(f"  {of['us']:9.1f} us  {moved}  {of['share_of_copy']:5.2f} of copy  {of['kernel']} {of['grid']}")
+
+
+if __name__ == "__main__":
+    main()
