@@ -38,7 +38,9 @@ def main() -> int:
     for target in options.targets:
         rows = run([(i, target) for i in cases], options.workers)
         print_table(rows)
-        if options.only:
+        if options.merge:
+            write(merged(rows, target), target)
+        elif options.only:
             print("not all cases: nothing is written")
         else:
             write(rows, target)
@@ -55,7 +57,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose name holds all of these")
+    parser.add_argument("--merge", action="store_true", help="put the rows of --only in the place of the file's")
     return parser.parse_args()
+
+
+def merged(rows: list[Row], target: str) -> list[Row]:
+    """The file's rows in the order of the cases, with these in the place of what it has of their cases."""
+    of_file = [Row(*row) for row in json.loads((RESULTS / f"compile-check-{target}.json").read_text())["rows"]]
+    again = {row.case for row in rows}
+    by_case: dict[str, list[Row]] = {}
+    for row in [*(row for row in of_file if row.case not in again), *rows]:
+        by_case.setdefault(row.case, []).append(row)
+    missing = [case for case in map(str, CASES) if case not in by_case]
+    if missing:
+        sys.exit(f"{len(missing)} cases are in neither, {missing[0]!r} among them: run it without --only")
+    return [row for case in dict.fromkeys(map(str, CASES)) for row in by_case[case]]
 
 
 def run(jobs: list[tuple[int, str]], workers: int) -> list[Row]:

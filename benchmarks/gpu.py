@@ -5,12 +5,14 @@ tables. Tests that fail do not stop the benchmarks, which check every provider b
 status 1. With --quick each stage has its time, and what one does not use the next ones have; the tests leave out those
 of many tokens, of offsets past 2^31 and of the sanitizer, and benchmarks run their most important rows.
 
-Nothing is installed: the Python that runs this needs torch, triton, transformers, peft and pytest.
+Nothing is installed: the Python that runs this needs torch, triton, transformers, peft and pytest. With pytest-xdist
+the tests run in several processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -45,7 +47,7 @@ class Stage:
 def stages(quick: bool) -> list[Stage]:
     flag = ("--quick",) if quick else ()
     left_out = ("-k", "not many_tokens and not past_2_31 and not sanitizer") if quick else ()
-    tests = ("-m", "pytest", "-q" if quick else "-v", "-p", "no:cacheprovider", *left_out, "tests/gpu")
+    tests = ("-m", "pytest", "-q" if quick else "-v", "-p", "no:cacheprovider", *left_out, *_in_parallel(), "tests/gpu")
     return [
         Stage("the tests' kernels", ("tests/gpu/prepare.py",), 50, needed=True),
         Stage("the benchmarks' kernels", ("-m", "benchmarks.precompile", *flag), 60),
@@ -56,6 +58,12 @@ def stages(quick: bool) -> list[Stage]:
         Stage("plots", ("-m", "benchmarks.plots"), 10),
         Stage("the README's tables", ("-m", "benchmarks.readme_table"), 5),
     ]
+
+
+def _in_parallel() -> tuple[str, ...]:
+    """pytest's processes: most of the tests' time is the host's, and some compile what the stages before did not."""
+    processes = min(6, len(os.sched_getaffinity(0)) // 2)
+    return ("-n", str(processes)) if processes > 1 and importlib.util.find_spec("xdist") else ()
 
 
 def run_stages(

@@ -104,6 +104,52 @@ def gpu_tables(results: Path) -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
+#: Columns of the table of kernels, and what they add up.
+OF_OURS = {
+    "`down`": ("down_kernel",),
+    "`up`": ("up_kernel",),
+    "`up_backward`": ("both_kernel", "product_kernel"),
+    "dA": ("down_weight_gradient_kernel",),
+    "dx": ("down_input_gradient_kernel",),
+    "sums": ("sum_parts_kernel",),
+}
+
+
+def kernels_table(results: Path) -> str:
+    """Microseconds that a layer's kernels take on each GPU, ours one by one; a file "-before" beside its successor."""
+    heads = ["GPU", "layer", "", *OF_OURS, "all kernels", "over frozen"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for file in sorted(results.glob("kernel-times-*.json"), reverse=True):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        when = f"{content['gpu']}, before" if file.stem.endswith("-before") else content["gpu"]
+        frozen = 0.0
+        for row in content["rows"]:
+            layer, _, provider = row["title"].partition(" adapters, ")
+            dropout, _, provider = provider.partition(", ")
+            if provider == "frozen model":
+                frozen = row["us"]
+            own = [
+                sum(of["us"] for of in row["launches_of_ours"] if of["kernel"] in names) for names in OF_OURS.values()
+            ]
+            cells = [f"{us:,.0f}" if us else "" for us in own]
+            over = f"{100 * (row['us'] / frozen - 1):+.1f} %" if provider != "frozen model" else ""
+            name = f"{layer.rpartition(', ')[2]}, {dropout}"
+            lines.append(f"| {when} | {name} | {provider} | {' | '.join(cells)} | {row['us']:,.0f} | {over} |")
+    return "\n".join(lines)
+
+
+def tuning_table(results: Path) -> str:
+    """The fastest tiles of each case that was timed, beside those that the plans chose then."""
+    lines = ["| launcher, linears, adapters | the plan's, us | fastest, us | with |", "|---|---|---|---|"]
+    for file in sorted(results.glob("tune-*.json")):
+        for case, timed in json.loads(file.read_text(encoding="utf-8"))["cases"].items():
+            own = next(us for us, variant in timed if not variant)
+            us, variant = next((us, variant) for us, variant in timed if "torch" not in variant)
+            tiles = ", ".join(f"{name} {value}" for name, value in variant.items()) or "the plan's"
+            lines.append(f"| {case} | {own:.1f} | {us:.1f} | {tiles} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "demo": ("demo-cpu.json", demo_table),
     "traffic": ("traffic.json", traffic_table),
@@ -113,11 +159,18 @@ TABLES = {
 }
 
 
-def with_tables(text: str) -> str:
-    """A document's text with the tables that it has markers for made anew."""
+def with_tables(text: str, root: str = "") -> str:
+    """A document's text with the tables that it has markers for made anew; `root`: the way from it to the project's."""
     for name, (file, table) in TABLES.items():
         text = _between_markers(text, name, table(json.loads((RESULTS / file).read_text(encoding="utf-8"))))
-    return _between_markers(text, "gpu", gpu_tables(RESULTS))
+    for name, table in (("gpu", gpu_tables), ("kernels", kernels_table), ("tuning", tuning_table)):
+        text = _between_markers(text, name, table(RESULTS).replace("](benchmarks/", f"]({root}benchmarks/"))
+    return text
+
+
+def root_of(document: Path) -> str:
+    """The way from a document to the project's root, in links."""
+    return "../" * (len(document.relative_to(ROOT).parts) - 1)
 
 
 def _between_markers(text: str, name: str, made: str) -> str:
@@ -130,4 +183,4 @@ def _between_markers(text: str, name: str, made: str) -> str:
 
 if __name__ == "__main__":
     for document in DOCUMENTS:
-        document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
+        document.write_text(with_tables(document.read_text(encoding="utf-8"), root_of(document)), encoding="utf-8")

@@ -204,7 +204,7 @@ def plan(
     if product.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
         BM, BR = 16, min(BR, 64)
-        spills = target.capability in (80, 100) or target.capability == 90 and len(ranks) > 1
+        spills = target.capability in (80, 100) or target.capability == 90 and (len(ranks) > 1 or drops)
         spills |= target.capability == 120 and len(ranks) > 2 and not (mixes or drops)
         num_warps = 8 if BR == 64 and spills else 4
     elif any(of.split_a or of.split_b for of in (product, product_h)):
@@ -214,6 +214,8 @@ def plan(
             BM, num_warps = 16, 8 if len(ranks) == 2 and mixes and drops else 4
         elif target.capability == 120 and BR == 16 and len(ranks) == 1 and mixes:
             num_warps = 8  # with 4, registers are spilled to make room for another program
+        elif target.capability == 90 and BR == 16 and drops and mixes and not product.split_a:
+            BM = 64  # measured: a tenth to a seventh faster than 32
     elif BR <= 32:
         BM, num_warps = 64, 4
     else:

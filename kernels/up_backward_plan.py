@@ -87,6 +87,8 @@ def launch_of_both(
     BR = max(16, triton.next_power_of_2(r))  # 16: the least that a dot takes
     if BR > (32 if dot_u.dtype != torch.float32 and not split else 16):
         return None
+    if r == 1 and dot_u.split_a and dot_u.split_b:
+        return None  # ptxas 12.8 assembles it wrongly for sm_90: see tests/kernels_compiled/ahead_of_time.py
     num_warps, programs = 8, PROGRAMS
     if dot_u.dtype == torch.float32:
         BN, num_stages = 64, 2
@@ -95,9 +97,11 @@ def launch_of_both(
         BN, num_stages, num_warps = 128, 1, 4 if target.hip else 8
     else:
         # One stage ahead spills on gfx942; where B or t is split, registers leave room for one program.
-        # On an H100 one program with longer strips is faster than two: fewer parts of dB.
-        programs = 1 if target.capability == 90 and not split else PROGRAMS
-        in_flight = 1 if split else programs
+        in_flight = 1 if split else PROGRAMS
+        if target.capability == 90 and not more:
+            # On an H100 one program with longer strips is faster than two, and in parts 4 warps by a fifth: 8 would
+            # multiply the 64 rows of u twice.
+            programs, in_flight, num_warps = 1, 1, 4 if split else 8
         BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), in_flight)
     if more and target.capability in (80, 120):
         BN //= 2  # tensor cores that multiply from registers, which more would overflow

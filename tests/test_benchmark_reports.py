@@ -83,6 +83,32 @@ def test_without_results_of_a_gpu_the_readme_says_so(tmp_path, results, monkeypa
     assert "| Llama-3-8B |" in readme_table.with_tables(readme)
 
 
+def test_kernels_and_tiles_have_tables(tmp_path):
+    rows = [
+        {"title": "A layer, M=8, r=16, bf16 adapters, dropout 0, frozen model", "us": 100.0, "launches_of_ours": []},
+        {
+            "title": "A layer, M=8, r=16, bf16 adapters, dropout 0, ours, SIBO",
+            "us": 110.0,
+            "launches_of_ours": [{"kernel": "up_kernel", "us": 1.5}, {"kernel": "up_kernel", "us": 2.0}],
+        },
+    ]
+    for name in ("kernel-times-a-gpu", "kernel-times-a-gpu-before"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"gpu": "A GPU", "rows": rows}))
+    table = readme_table.kernels_table(tmp_path).splitlines()
+    assert table[2:4] == [
+        "| A GPU | bf16, dropout 0 | frozen model |  |  |  |  |  |  | 100 |  |",
+        "| A GPU | bf16, dropout 0 | ours, SIBO |  | 4 |  |  |  |  | 110 | +10.0 % |",
+    ]
+    assert [line.split("|")[1].strip() for line in table[4:]] == ["A GPU, before"] * 2
+
+    cases = {"up q_proj": [[1.0, {"torch": 1}], [2.0, {"BM": 32}], [3.0, {}]], "up k_proj": [[1.0, {}]]}
+    (tmp_path / "tune-a-gpu.json").write_text(json.dumps({"gpu": "A GPU", "cases": cases}))
+    assert readme_table.tuning_table(tmp_path).splitlines()[2:] == [
+        "| up q_proj | 3.0 | 2.0 | BM 32 |",
+        "| up k_proj | 1.0 | 1.0 | the plan's |",
+    ]
+
+
 def test_plots_are_drawn_from_the_files_alone(results, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     written = {path.name: path.read_bytes() for path in plots.draw(results, tmp_path / "plots")}
@@ -111,7 +137,9 @@ def test_the_committed_plot_is_of_the_committed_results():
 def test_the_tables_of_the_docs_are_of_the_committed_results():
     for document in readme_table.DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        assert readme_table.with_tables(text) == text, "run: python -m benchmarks.readme_table"
+        assert readme_table.with_tables(text, readme_table.root_of(document)) == text, (
+            "run: python -m benchmarks.readme_table"
+        )
     assert "| ours, SIBO adapter |" in text and "| BERT-large |" in text
 
 

@@ -34,6 +34,7 @@ class Binary:
     spilled: int  # bytes of registers spilled to memory
     registers: int
     code: str  # the disassembly
+    unset: list[str]  # instructions that read a uniform register which none before them set
 
 
 def read_binary(compiled: CompiledKernel, target: str) -> Binary:
@@ -49,7 +50,7 @@ def _read_amd(compiled: CompiledKernel) -> Binary:
 
     # Scalar registers are spilled to lanes of vector registers, never to memory unless these are spilled in turn.
     spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return Binary(compiled.metadata.shared, spilled, number("vgpr_count"), code)
+    return Binary(compiled.metadata.shared, spilled, number("vgpr_count"), code, [])
 
 
 def _read_nvidia(compiled: CompiledKernel) -> Binary:
@@ -60,4 +61,41 @@ def _read_nvidia(compiled: CompiledKernel) -> Binary:
         command = [tool, "-res-usage", "-sass", file]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", code).groups())
-    return Binary(compiled.metadata.shared, stack, registers, code)
+    return Binary(compiled.metadata.shared, stack, registers, code, unset_registers(code))
+
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)\s*([^;]*);")
+
+
+def unset_registers(code: str) -> list[str]:
+    """Instructions that read a uniform register before any instruction, in the order of the code, has set it.
+
+    ptxas 12.8, which Triton 3.6 and 3.7 bring, wrote such code for sm_90: the second of a row of matrix products took
+    the address of its operand from a register that held whatever was there. An H100 then read other shared memory, or
+    reported an illegal access.
+    """
+    written, wrong = set[int](), []
+    for opcode, rest in _INSTRUCTION.findall(code):
+        operands = [operand.strip() for operand in rest.split(",")]
+        names = opcode.split(".")
+        wide = "64" in names
+        results = []
+        if re.fullmatch(r"UR\d+", operands[0]):
+            first = int(operands.pop(0)[2:])
+            results = [first, first + 1] if wide or "WIDE" in names else [first]
+        read = []
+        for operand in operands:
+            for kind, number in re.findall(r"(g?desc)\[UR(\d+)\]", operand):
+                first = int(number)
+                if kind == "desc":
+                    read += [first, first + 1]
+                elif names[0] == "HGMMA":  # two addresses, of which the first is read unless that operand is a register
+                    read += range(first + (2 if re.match(r"R\d", operands[1]) else 0), first + 4)
+                else:
+                    read.append(first)
+            for number in re.findall(r"(?<!desc\[)\bUR(\d+)", operand):
+                read += [int(number), int(number) + 1] if wide and names[0] == "UIADD3" else [int(number)]
+        if not written.issuperset(read):
+            wrong.append(f"{opcode} {rest.strip()}")
+        written.update(results)
+    return wrong

@@ -25,6 +25,7 @@ DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (FP32, FP32))
 TOKENS, WIDTH = 8192, 4096
 SIBLINGS = 3  # q, k and v
 BOTTLENECKS = (64, 256, 1024)
+NARROW = "narrow"
 
 NVIDIA_LOAD, AMD_LOAD = r"LDG(STS)?\.E\S*", r"(buffer|global)_load_"
 LOAD_128 = {"sm": NVIDIA_LOAD + r"\.128\b", "gfx": AMD_LOAD + r"dwordx4\b"}
@@ -128,14 +129,35 @@ def _bottleneck(size: int, dtypes: tuple) -> Iterator[Case]:
         options = _of(("down", True), ("mixing", p > 0), ("dropout", p > 0), (f"{rows} rows", rows < TOKENS))
         launch = Activated(rows, WIDTH, (size,), *dtypes, "tanh", 0.3 if p else 0.0, p)
         yield Case(kind, size, dtypes, options, launch)
-    for p in (0.0, 0.1):
-        options = _of(("down, mixing, pair", True), ("dropout", p > 0))
-        yield Case(kind, size, dtypes, options, Activated(TOKENS, WIDTH, (size,) * 2, *dtypes, "tanh", 0.3, p))
+    for p, difference in product((0.0, 0.1), (False, True)):
+        options = _of(("down, mixing, pair", True), ("d", difference), ("dropout", p > 0))
+        launch = Activated(TOKENS, WIDTH, (size,) * 2, *dtypes, "tanh", 0.3, p, difference=difference)
+        yield Case(kind, size, dtypes, options, launch)
+    for activation in ("gelu", "silu", "relu"):
+        yield Case(
+            kind, size, dtypes, f"down, {activation}", Activated(TOKENS, WIDTH, (size,), *dtypes, activation, 0.3)
+        )
+    for siblings in (1, 2):  # in series dx is added to what the frozen layer's is, of the pair that shares it
+        launch = InputGradient(TOKENS, WIDTH, (size,) * siblings, *dtypes, 0.3, 0.0, adds=True)
+        yield Case(kind, size, dtypes, _of(("dx, added", True), ("pair", siblings > 1)), launch)
     yield Case(kind, size, dtypes, "up", Up(TOKENS, WIDTH, size, *dtypes, adds=True, has_bias=True))
     for rank, activation in ((size, "tanh"), (size, "gelu"), (16, "tanh")):
         if rank == size or size == min(BOTTLENECKS):
             launch = UpBackward(TOKENS, WIDTH, (rank,), *dtypes, wants_sum=True, activation=activation)
             yield Case(kind, rank, dtypes, f"up backward, {activation}", launch)
+
+
+def _narrow(rank: int, dtypes: tuple) -> Iterator[Case]:
+    """Ranks whose matrices are too narrow to be loaded 16 bytes at a time; at 1 their other side is contiguous."""
+    for name, launch in (
+        ("down", Down(TOKENS, WIDTH, (rank,) * SIBLINGS, *dtypes, 0.3, 0.1)),
+        ("up", Up(TOKENS, WIDTH, rank, *dtypes)),
+        ("up backward", UpBackward(TOKENS, WIDTH, (rank,), *dtypes)),
+        ("up backward of few rows", UpBackward(130, WIDTH, (rank,), *dtypes)),
+        ("dA", WeightGradient(TOKENS, WIDTH, (rank,) * SIBLINGS, *dtypes, 0.3)),
+        ("dx", InputGradient(TOKENS, WIDTH, (rank,), *dtypes, 0.3, 0.1)),
+    ):
+        yield Case(NARROW, rank, dtypes, name, launch)
 
 
 CASES = [
@@ -146,6 +168,7 @@ CASES = [
     for case in cases_of(rank, dtypes)
 ]
 CASES += [case for size in BOTTLENECKS for dtypes in DTYPES for case in _bottleneck(size, dtypes)]
+CASES += [case for rank in (1, 8) for dtypes in DTYPES for case in _narrow(rank, dtypes)]
 
 
 #: Every kernel, some with more of what they can do.
@@ -194,7 +217,9 @@ def check(case: Case, target: str) -> list[Row]:
         )
         has_dot = any(name.startswith("DOT_DTYPE") for name in kernel.constants)
         has_bias = isinstance(case.launch, Activated | Up | LowRank) and case.launch.has_bias
-        row.violation = violation_of(row, has_dot and case.dtypes != (FP32, FP32), reads_vector=has_bias)
+        row.violation = violation_of(row, has_dot and case.dtypes != (FP32, FP32), has_bias, case.kind == NARROW)
+        if binary.unset:
+            row.violation = "; ".join(filter(None, (row.violation, f"reads what nothing set: {binary.unset[0]}")))
         rows.append(row)
     return rows
 
@@ -209,14 +234,17 @@ def _read_once(kernel: CompiledKernel, target: str) -> Binary:
     return _binaries[kernel.hash]
 
 
-def violation_of(row: Row, multiplies_16_bit: bool, reads_vector: bool = False) -> str:
-    """What is wrong with a kernel, or nothing. A vector, which is short, may be read element by element."""
+def violation_of(row: Row, multiplies_16_bit: bool, reads_vector: bool = False, narrow: bool = False) -> str:
+    """What is wrong with a kernel, or nothing. A vector, which is short, may be read element by element.
+
+    So may a matrix of a narrow rank.
+    """
     limit = TARGETS[row.target][1]
     wrong = {
         f"spills {row.spilled} bytes of registers": row.spilled > 0,
         f"wants {row.shared} bytes of shared memory, {row.target} has {limit}": row.shared > limit,
         "multiplies without tensor cores": multiplies_16_bit and not row.tensor_cores,
-        "never loads 16 bytes at a time": not row.loads_128,
-        f"loads 2 bytes at a time in {row.loads_16} places": row.loads_16 > 0 and not reads_vector,
+        "never loads 16 bytes at a time": not row.loads_128 and not narrow,
+        f"loads 2 bytes at a time in {row.loads_16} places": row.loads_16 > 0 and not (reads_vector or narrow),
     }
     return "; ".join(text for text, is_wrong in wrong.items() if is_wrong)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from ahead_of_time import TARGETS, read_binary
+from ahead_of_time import TARGETS, read_binary, unset_registers
 from cases import TOKENS, WIDTH, Case, check
 from gradient_launches import InputGradient, UpBackward, WeightGradient
 from kernel_launches import BF16, FP16, FP32, Activated, Down, Up, name_of
@@ -92,6 +92,30 @@ def binaries_of(launch, target="sm_90"):
 def products(binary, rows_and_columns):
     """wgmma instructions of Hopper for so many rows, columns, and 16 of what is summed over."""
     return len(re.findall(rf"HGMMA\.{rows_and_columns}x16\.F32\.BF16", binary.code))
+
+
+@pytest.mark.parametrize("dtypes", [(FP16, FP32), (BF16, FP32)])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_assembler_sets_every_register_it_reads(rank, dtypes):
+    """It did not at rank 1 in one pass over dY, where both sides are in parts."""
+    for binary in binaries_of(UpBackward(130, 63, (rank,), *dtypes)).values():
+        assert not binary.unset
+
+
+def test_a_register_that_nothing_set_is_found():
+    """As an H100 met it: the second of the row takes its operand's address from UR6."""
+    wrong = """
+        /*42a0*/                   UMOV UR10, 0x5 ;  /* 0x */
+        /*42b0*/                   UMOV UR11, 0x40000040 ;
+        /*42d0*/                   HGMMA.64x16x16.F32.BF16 R24, R32, gdesc[UR8], RZ, !UPT ;
+        /*42e0*/                   UIADD3 UR4, UP0, UR6, 0x2, URZ ;
+        /*42f0*/              @!UP0 UIADD3.64 UR14, UR10, 0x2, URZ ;
+        /*4300*/                   STG.E.128 desc[UR10][R2.64+UR4], R4 ;
+    """
+    assert unset_registers(wrong) == ["UIADD3 UR4, UP0, UR6, 0x2, URZ"]
+    assert unset_registers(wrong.replace("UR6", "UR11")) == []
+    assert unset_registers(wrong.replace("R24, R32, gdesc", "R24, gdesc"))[0].startswith("HGMMA")  # UR8, too
+    assert unset_registers(wrong.replace("desc[UR10][R2", "desc[UR11][R2"))[-1].startswith("STG")  # UR12
 
 
 @pytest.mark.parametrize(
