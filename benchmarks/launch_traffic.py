@@ -194,22 +194,24 @@ def _down_weight_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) ->
 
 
 def _down_input_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
-    """A tile of dx and dh0, for all siblings: each u by every tile of columns, A by every tile of rows.
+    """STEPS tiles of dx and dh0, for all siblings: each u by every tile of columns, A by every tile of rows.
 
-    What dx is added to is loaded once. Every program loads every lambda and every seed.
+    Or, if a program keeps its tile of A, by every strip of STEPS. What dx is added to is loaded once. Every program
+    loads every lambda and every seed.
     """
     k_tiles = cdiv(a["K"], a["BK"])
     dots = 0
     for i, u in enumerate(a["p_u"]):
+        keeps = a["KEEPS_TILES"] and a["R"][i] <= a["BR"]
         loads.add(u, k_tiles)
-        loads.add(a["p_lora_a"][i], grid[0] // k_tiles)
+        loads.add(a["p_lora_a"][i], grid[0] // k_tiles * (1 if keeps else a["STEPS"]))
         if a["HAS_DROPOUT"][i]:
             loads.add(a["p_seed"][i], grid[0])
         if a["MIXES"][i]:
             loads.add(a["lambda_"][i], grid[0])
         dots += cdiv(a["R"][i], a["BR"]) * _dots(a["SPLIT_U"], a["SPLIT_A"])
     loads.add(a["p_base"], 1)
-    return _bytes_of_all(a["p_dx"], a["p_dh"]), grid[0] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
+    return _bytes_of_all(a["p_dx"], a["p_dh"]), grid[0] * a["STEPS"] * dots * 2 * a["BM"] * a["BK"] * a["BR"]
 
 
 def _activate_parts(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:

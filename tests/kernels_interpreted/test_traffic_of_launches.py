@@ -1,5 +1,6 @@
 """The traffic benchmark's count of each launch against what the interpreter launches, loads, stores and multiplies."""
 
+import dataclasses
 import sys
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
 from inputs import BF16, FP16, FP32
 from triton.runtime import interpreter
 
@@ -35,7 +37,8 @@ M, K, N = 130, 328, 300
 class Interpreted:
     """What the interpreter's programs do, summed for each launch."""
 
-    def __init__(self):
+    def __init__(self, target=SM_90):
+        self.target = target
         self.launches = []  # as modelled
         self.done = []  # [loaded, stored, flops]
         self.programs = []
@@ -75,7 +78,7 @@ class Interpreted:
             mock.patch.object(builder, "create_masked_store", counted_store),
             mock.patch.object(builder, "create_dot", counted_dot),
             mock.patch.object(builder, "set_grid_idx", counted_place),
-            mock.patch.object(targets, "target_of", lambda device: SM_90),
+            mock.patch.object(targets, "target_of", lambda device: self.target),
             recorded_launches(self.begin, run=True),
         ]
         for patch in self.patches:
@@ -183,3 +186,17 @@ def test_gradients_of_siblings(mixes, dropout_p, ranks):
         down_weight_gradient(siblings, x, h0)
         down_input_gradient(siblings, dtype=BF16, residual_dtype=BF16 if mixes else None)
     interpreted.assert_as_modelled()
+
+
+@pytest.mark.parametrize("ranks", [(16,), (8, 40), (16, 3, 24)])
+def test_a_program_that_goes_through_several_tiles_of_rows(ranks):
+    """Under dropout, where there are more tiles than a few multiprocessors want; of three siblings A is loaded anew."""
+    few = dataclasses.replace(SM_90, multiprocessors=1)
+    siblings = [
+        DownGradients(torch.randn(900, r), torch.randn(r, 70), FP32, 0.3, 0.1, torch.tensor([r]), None) for r in ranks
+    ]
+    with Interpreted(few) as interpreted:
+        down_input_gradient(siblings, dtype=BF16, residual_dtype=BF16)
+    interpreted.assert_as_modelled()
+    (launch,) = interpreted.launches
+    assert launch.grid[0] < triton.cdiv(900, 64)
