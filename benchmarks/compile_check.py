@@ -39,7 +39,7 @@ def main() -> int:
         rows = run([(i, target) for i in cases], options.workers)
         print_table(rows)
         if options.merge:
-            write(merged(rows, target), target)
+            write(merged(rows, target), target, options.only)
         elif options.only:
             print("not all cases: nothing is written")
         else:
@@ -121,10 +121,11 @@ def print_table(rows: list[Row]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def write(rows: list[Row], target: str) -> None:
+def write(rows: list[Row], target: str, merged_in: list[str] | None = None) -> None:
     """A line to a row, so that a change of one kernel is a change of its lines."""
     head = {
         "command": f"python benchmarks/compile_check.py --targets {target}",
+        **({"merged_in_last": f"--only {' '.join(merged_in)} --merge"} if merged_in else {}),
         **{key: value for key, value in provenance().items() if key != "devices"},
         "target": target,
         "shared_memory_limit": TARGETS[target][1],
