@@ -173,16 +173,21 @@ def plan(
     if product.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers.
         BM = 32 if (len(ranks) > 1 or drops and target.capability == 80) and not target.hip else 64
-        on_blackwell = target.capability == 100
-        num_warps = 8 if len(ranks) > 1 and on_blackwell else 4
-        num_stages = 1 if len(ranks) > 2 and on_blackwell else 2  # of three the operands of two stages spill
-        return Plan(product, {"BM": BM, "BK": 64, "BR": 16, "num_warps": num_warps, "num_stages": num_stages})
+        config = {"BM": BM, "BK": 64, "BR": 16, "num_warps": 4, "num_stages": 2}
+        if target.capability == 100 and len(ranks) > 1:
+            # Of three the operands of two stages spill, and of wider tiles one or the other number of warps.
+            config |= {"BK": 32, "num_stages": 1} if len(ranks) > 2 else {"num_warps": 8}
+        elif target.capability == 80 and len(ranks) > 2 and max(ranks) <= 16:
+            config["num_warps"] = 8
+        return Plan(product, config)
     split = product.split_a or product.split_b
     # On AMD's GPUs, whose warps are wider, 4 spill only at rank 128, with operands in parts.
     num_warps = 8 if (split and BR > 16 if target.hip else sums > 1) else 4
     # Tensor cores that multiply from registers, which the sums of three siblings' own tiles would overflow.
     crowded = target.capability in (80, 120) and len(ranks) > 2 and sums > 1 and BR == 64 and not split
     BM, BK = 32 if crowded else 64, 128
+    if target.capability == 80 and split and BR > 16 and len(ranks) == 1:
+        num_warps = 8  # of a number lambda 4 spill
     if drops:
         # Smaller, as the hashes of the columns take registers too. Measured on an H100: twice as fast with 4 warps as
         # with 8, of which half multiply what the others do.
@@ -193,7 +198,7 @@ def plan(
             num_warps = 8
         elif not target.hip:
             BM = 32
-            BK = 32 if target.capability == 80 and len(ranks) > 2 and split and BR > 16 else 64
+            BK = 32 if target.capability == 80 and len(ranks) > 2 and split and 32 < max(ranks) <= 64 else 64
     config = {"BM": BM, "BK": BK, "BR": min(BR, 32 if split else 64), "num_warps": num_warps, "num_stages": 2}
     return Plan(product, config)
 

@@ -205,13 +205,13 @@ def plan(
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
         BM, BR = 16, min(BR, 64)
         spills = target.capability in (80, 100) or target.capability == 90 and (len(ranks) > 1 or drops)
-        spills |= target.capability == 120 and len(ranks) > 2 and not (mixes or drops)
+        spills |= target.capability == 120 and len(ranks) > 2 and not drops
         num_warps = 8 if BR == 64 and spills else 4
     elif any(of.split_a or of.split_b for of in (product, product_h)):
         BM, BR, num_warps = 32, min(BR, 64), 4 if BR <= 32 else 8
         if target.capability == 120 and BR == 64 and product.split_a and product.split_b:
-            # The parts of more rows would overflow registers; of a pair's masked tiles 4 warps spill.
-            BM, num_warps = 16, 8 if len(ranks) == 2 and mixes and drops else 4
+            # The parts of more rows would overflow registers; of siblings' masked tiles 4 warps spill.
+            BM, num_warps = 16, 8 if len(ranks) >= 2 and mixes and drops else 4
         elif target.capability == 120 and BR == 16 and len(ranks) == 1 and mixes:
             num_warps = 8  # with 4, registers are spilled to make room for another program
         elif target.capability == 90 and BR == 16 and drops and mixes and not product.split_a:
@@ -222,10 +222,9 @@ def plan(
         BM, BR, num_warps = 32, min(BR, 128), 4
         if target.capability == 120 and BR == 128 and len(ranks) == 2 and not (mixes or drops):
             num_warps = 8  # with 4, likewise
-    if shares_tiles and BM >= 32 and target.capability in (80, 120):
-        num_warps = (
-            8  # a pointer for each column takes registers, of which tensor cores that multiply from them have few
-        )
+    if shares_tiles and BM >= 32 and (target.capability in (80, 120) or target.capability == 100 and mixes):
+        # A pointer for each column takes registers, of which tensor cores that multiply from them have few.
+        num_warps = 8
     BK, programs = 64, 4
     if target.capability == 90 and BR <= 64 and max(ranks) <= 32 and product.dtype.itemsize == 2 and not drops:
         BM, BK, programs = 32, 128, 2  # measured: a quarter faster than half as wide tiles, for q, k and v

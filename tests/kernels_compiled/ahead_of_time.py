@@ -34,12 +34,17 @@ class Binary:
     spilled: int  # bytes of registers spilled to memory
     registers: int
     code: str  # the disassembly
-    unset: list[str]  # instructions that read a uniform register which none before them set
+    unset: list[str]  # instructions that read a uniform register which none before them set; of sm_90
 
 
 def read_binary(compiled: CompiledKernel, target: str) -> Binary:
     """What a kernel that was compiled for a target in TARGETS uses, and its disassembly."""
-    return _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(compiled)
+    if target.startswith("gfx"):
+        return _read_amd(compiled)
+    binary = _read_nvidia(compiled)
+    if target == "sm_90":  # where the assembler was seen to err; others have instructions that are not known here
+        binary.unset = unset_registers(binary.code)
+    return binary
 
 
 def _read_amd(compiled: CompiledKernel) -> Binary:
@@ -61,7 +66,7 @@ def _read_nvidia(compiled: CompiledKernel) -> Binary:
         command = [tool, "-res-usage", "-sass", file]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", code).groups())
-    return Binary(compiled.metadata.shared, stack, registers, code, unset_registers(code))
+    return Binary(compiled.metadata.shared, stack, registers, code, [])
 
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_.]+)\s*([^;]*);")
@@ -82,7 +87,7 @@ def unset_registers(code: str) -> list[str]:
         results = []
         if re.fullmatch(r"UR\d+", operands[0]):
             first = int(operands.pop(0)[2:])
-            results = [first, first + 1] if wide or "WIDE" in names else [first]
+            results = list(range(first, first + (4 if "128" in names else 2 if wide or "WIDE" in names else 1)))
         read = []
         for operand in operands:
             for kind, number in re.findall(r"(g?desc)\[UR(\d+)\]", operand):

@@ -122,6 +122,18 @@ def _down_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
             yield Case("down_input_gradient", rank, dtypes, _of((wants, True), (group, group != "")), launch)
 
 
+def _fixed_lambda(rank: int, dtypes: tuple) -> Iterator[Case]:
+    """As lambda is by default: a number, where the cases above have a tensor."""
+    for siblings, p in product((1, SIBLINGS), (0.0, 0.1)):
+        ranks, group = (rank,) * siblings, _of(("triple", siblings > 1), ("dropout", p > 0))
+        for name, launch in (
+            ("down", Down(TOKENS, WIDTH, ranks, *dtypes, 0.3, p)),
+            ("dA", WeightGradient(TOKENS, WIDTH, ranks, *dtypes, 0.3, p)),
+            ("dx", InputGradient(TOKENS, WIDTH, ranks, *dtypes, 0.3, p)),
+        ):
+            yield Case("fixed lambda", rank, dtypes, _of((name, True), (group, group != "")), launch)
+
+
 def _bottleneck(size: int, dtypes: tuple) -> Iterator[Case]:
     """What the bottleneck adapter asks of kernels beyond LoRA, in training and of few rows."""
     kind = "bottleneck"
@@ -168,6 +180,7 @@ CASES = [
     for case in cases_of(rank, dtypes)
 ]
 CASES += [case for size in BOTTLENECKS for dtypes in DTYPES for case in _bottleneck(size, dtypes)]
+CASES += [case for rank in (16, 64) for dtypes in DTYPES for case in _fixed_lambda(rank, dtypes)]
 CASES += [case for rank in (1, 8) for dtypes in DTYPES for case in _narrow(rank, dtypes)]
 
 
