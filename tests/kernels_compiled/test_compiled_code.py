@@ -123,7 +123,7 @@ def test_a_register_that_nothing_set_is_found():
     [
         (BF16, False, 4),  # of 16 columns in a tile
         (BF16, True, 2 * 4),  # x and h0
-        (FP32, True, 2 * 2 * 2),  # by A's high and low part, in smaller tiles
+        (FP32, True, 2 * 2 * 4),  # by A's high and low part
     ],
 )
 def test_products_of_a_step(a_dtype, mixes, count):
