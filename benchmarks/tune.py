@@ -169,7 +169,7 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
 
         def other(*arguments: Any, **keywords: Any) -> Any:
             chosen = plan(*arguments, **keywords)
-            programs = {"programs": variant["PROGRAMS"]} if "PROGRAMS" in variant else {}
+            programs = {"programs": variant["PROGRAMS"]} if "PROGRAMS" in variant and job != "down" else {}
             return replace(chosen, config=chosen.config | own, **programs)
 
         return patch(module, "plan", other)
@@ -195,6 +195,9 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
         else:
             module = {"down": down, "up": up, "weight_gradient": down_weight_gradient}.get(job, down_input_gradient)
             stack.enter_context(changed(module))
+            if job == "down" and "PROGRAMS" in variant:  # K is cut below three quarters of a program a multiprocessor
+                cut, share = down.cut, variant["PROGRAMS"] / 0.75
+                stack.enter_context(patch(down, "cut", lambda *of: cut(*of[:-1], round(of[-1] * share))))
         yield
     up_backward_plan.plan.cache_clear()
     forget_launches()

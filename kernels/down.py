@@ -362,8 +362,7 @@ def _of_kind(places: list[int], kind: tuple, x: Tensor, siblings: Sequence[DownP
     rates = [drawn(sibling.dropout_p) for sibling in own]
 
     def prepare(config: dict[str, int]) -> Kind:
-        wanted = chosen.programs * target.multiprocessors
-        how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], wanted)
+        how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], target.multiprocessors)
         whole = how.splits == 1
         adds_bias = has_bias and whole
         arguments = {

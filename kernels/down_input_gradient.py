@@ -106,24 +106,19 @@ def down_input_gradient_kernel(
             if HAS_DROPOUT[i]:
                 b_scale *= dropout_scale[i]
             b_g = tl.zeros([BM, BK], dtype=tl.float32) if OWN_SUM[i] else b_dx  # [BM, BK]
-            if KEEPS_TILES and R[i] <= BR:
-                o_r = tl.arange(0, BR)  # [BR]
+            for i_r in range(tl.cdiv(R[i], BR)):
+                o_r = i_r * BR + tl.arange(0, BR)  # [BR]
+                m_r = o_r < R[i]
                 b_p_u = p_u[i] + o_m[:, None] * R[i] + o_r[None, :]
-                b_u = tl.load(b_p_u, mask=m_m[:, None] & (o_r < R[i])[None, :], other=0.0)  # [BM, BR]
+                b_p_a = p_lora_a[i] + o_r.to(tl.int64)[:, None] * stride_a_r[i] + o_k64[None, :] * stride_a_k[i]
+                b_u = tl.load(b_p_u, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
+                if KEEPS_TILES and R[i] <= BR:
+                    b_a = tiles[i]  # [BR, BK]
+                else:
+                    b_a = tl.load(b_p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
                 if MIXES[i] or HAS_DROPOUT[i]:
                     b_u *= b_scale
-                b_g = split_dot(b_u, tiles[i], b_g, SPLIT_U, SPLIT_A, DOT_DTYPE)
-            else:
-                for i_r in range(tl.cdiv(R[i], BR)):
-                    o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-                    m_r = o_r < R[i]
-                    b_p_u = p_u[i] + o_m[:, None] * R[i] + o_r[None, :]
-                    b_p_a = p_lora_a[i] + o_r.to(tl.int64)[:, None] * stride_a_r[i] + o_k64[None, :] * stride_a_k[i]
-                    b_u = tl.load(b_p_u, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
-                    b_a = tl.load(b_p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
-                    if MIXES[i] or HAS_DROPOUT[i]:
-                        b_u *= b_scale
-                    b_g = split_dot(b_u, b_a, b_g, SPLIT_U, SPLIT_A, DOT_DTYPE)
+                b_g = split_dot(b_u, b_a, b_g, SPLIT_U, SPLIT_A, DOT_DTYPE)
             if HAS_DROPOUT[i]:
                 row_key1, row_key2, col1, col2 = hashes[i]
                 row1, row2 = row_hashes(first_row, tl.arange(0, BM), row_key1, row_key2)

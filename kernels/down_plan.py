@@ -23,9 +23,6 @@ class Plan:
     operands: Operands
     mix_first: bool
     config: dict[str, int]  # BM, BK, BR, num_warps, num_stages
-    #: At least so many for each multiprocessor, or K is cut: a second launch to add the parts would take longer than a
-    #: quarter of them stand idle, and 8192 rows are 128 programs on 132 multiprocessors.
-    programs: float = 0.75
 
 
 @lru_cache(maxsize=1024)
@@ -99,16 +96,13 @@ class Cut:
 
 
 @lru_cache(maxsize=1024)
-def cut(M: int, K: int, ranks: tuple[int, ...], results: int, BM: int, BK: int, BR: int, wanted: float) -> Cut:
-    """How a launch is cut for siblings of these ranks, each with so many results; there is something to sum.
-
-    ``wanted``: programs, by cutting K where rows are fewer.
-    """
+def cut(M: int, K: int, ranks: tuple[int, ...], results: int, BM: int, BK: int, BR: int, multiprocessors: int) -> Cut:
+    """How a launch is cut for siblings of these ranks, each with so many results; there is something to sum."""
     tiles_of = [cdiv(r, BR) for r in ranks]
     first_tile = tuple(sum(tiles_of[:i]) for i in range(len(ranks)))
     programs = cdiv(M, BM) * sum(tiles_of)
     t_start, size = lay_out(M, ranks, results)
-    k_steps = steps_of_split(programs, cdiv(K, BK), wanted)
+    k_steps = steps_of_split(programs, cdiv(K, BK), multiprocessors)
     splits = cdiv(cdiv(K, BK), k_steps)
     return Cut(sum(tiles_of), first_tile, programs, k_steps, splits, t_start, size)
 
@@ -119,15 +113,16 @@ def lay_out(M: int, ranks: tuple[int, ...], results: int) -> tuple[tuple[int, ..
     return tuple(sum(sizes[:i]) for i in range(len(ranks))), sum(sizes)
 
 
-def steps_of_split(programs: int, steps: int, wanted: float) -> int:
-    """Steps along K for each program: all, or fewer where programs are fewer than wanted.
+def steps_of_split(programs: int, steps: int, multiprocessors: int) -> int:
+    """Steps along K for each program: all, or fewer where rows are too few to fill the GPU.
 
-    Then they are a power of two, as a kernel is compiled for each number of steps, and the programs up to 2.7 times as
-    many; 4 steps are worth a program.
+    Then they are a power of two, as a kernel is compiled for each number of steps, and the programs one to two for each
+    multiprocessor; 4 steps are worth a program. Where all but a quarter of them have a program, a second launch to add
+    the parts would take longer than the rest stands idle: 8192 rows are 128 programs on 132 multiprocessors.
     """
-    if programs >= wanted:
+    if 4 * programs >= 3 * multiprocessors:
         return steps
-    of_split = max(4, triton.next_power_of_2(cdiv(steps * programs, max(1, round(wanted / 0.375)))))
+    of_split = max(4, triton.next_power_of_2(cdiv(steps * programs, 2 * multiprocessors)))
     return min(steps, of_split)
 
 

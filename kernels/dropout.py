@@ -63,7 +63,8 @@ def row_hashes(first_row, o_m, row_key1, row_key2):
 
     The upper halves of 64-bit rows are one number, hashed once: ``first_row`` is a multiple of BM, a power of two.
     """
-    row1, row2 = _line_hash(first_row.to(tl.uint32) + o_m.to(tl.uint32), row_key1, row_key2 ^ _mix32(_upper(first_row)))
+    lower = first_row.to(tl.uint32) + o_m.to(tl.uint32)
+    row1, row2 = _line_hash(lower, row_key1, row_key2 ^ _mix32((first_row >> 32).to(tl.uint32)))
     return row1 | 1, row2
 
 
@@ -115,11 +116,6 @@ def _line_hash(index, key1, key2):
     """Of a 32-bit index; that of a wider one's upper half is in key2."""
     hash1 = _mix32(index ^ key1)
     return hash1, _mix32(hash1 ^ key2)
-
-
-@triton.jit
-def _upper(index):
-    return (index >> 32).to(tl.uint32)
 
 
 @triton.jit

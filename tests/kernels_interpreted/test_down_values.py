@@ -178,11 +178,11 @@ def test_few_rows_are_split_along_k(k, dtype, dropout_p, monkeypatch):
 
 
 def test_steps_of_split():
-    assert steps_of_split(132, 64, 99) == steps_of_split(99, 64, 99) == 64  # enough rows, or nearly
-    assert steps_of_split(1000, 63, 99) == 63
-    assert steps_of_split(1, 3, 99) == 3  # too short
+    assert steps_of_split(132, 64, 132) == steps_of_split(99, 64, 132) == 64  # enough rows, or nearly
+    assert steps_of_split(1000, 63, 132) == 63
+    assert steps_of_split(1, 3, 132) == 3  # too short
     for steps in (7, 64, 65, 230):
-        of_rows = {programs: steps_of_split(programs, steps, 99) for programs in range(1, 99)}
+        of_rows = {programs: steps_of_split(programs, steps, 132) for programs in range(1, 99)}
         assert set(of_rows.values()) <= {4, 8, 16, 32, 64, 128, steps}, "few kernels to compile"
         for programs, of_split in of_rows.items():
             last = steps % of_split > 0  # a split that has less to do
