@@ -42,6 +42,7 @@ FREE = {
     aten.new_empty,
     aten.new_empty_strided,
     aten._unsafe_view,
+    aten.resize_,  # ours: of a fresh tensor to as many elements
     aten.detach,
     aten.alias,
     aten.lift_fresh,

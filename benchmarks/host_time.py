@@ -1,11 +1,15 @@
 """Python and dispatch time of LoRA modules on tiny tensors: `python -m benchmarks.host_time`.
 
-Forward + backward, and forward without gradients, of one linear and of three that share x, on the CPU, where tensors
-this small cost next to nothing themselves. What is printed is what a provider adds to the frozen linears, divided by
-their number: medians over runs in turn, in microseconds. h0's hooks count for those that mix.
+Forward + backward, and forward without gradients, of one linear and of three that share x. What is printed is what a
+provider adds to the frozen linears, divided by their number: medians over runs in turn, in microseconds. h0's hooks
+count for those that mix.
 
-"kernels' path" is what the host does on a GPU, but for what torch's CUDA allocator and operations take more than its
-CPU ones, and for the driver: kernels are compiled and bound, and not launched. Its tensors hold nothing.
+On the CPU, where tensors this small cost next to nothing themselves, it is the process's time. "kernels' path" is then
+what the host does on a GPU, but for what torch's CUDA allocator and operations take more than its CPU ones, and for the
+driver: kernels are compiled and bound, and not launched. Its tensors hold nothing.
+
+With --device cuda it is the time that passes until the GPU has done all of some repeats. It waits for the host, as
+launches of this size take the host longer than the GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from torch import nn
 from benchmarks.checks import without_known_warnings
 from benchmarks.models import LLAMA_3_8B, Part, part_linears
 from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider
+from benchmarks.results_file import RESULTS, command_line, slug
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
 from sibo_triton.ops import low_rank
@@ -37,7 +42,6 @@ from sibo_triton.ops.dispatch import Choice
 
 TINY = replace(LLAMA_3_8B, hidden=16, ffn=16, heads=1, kv_heads=1, head=16)
 TOKENS, REPEATS = 2, 20
-RESULTS = Path(__file__).parent / "results/host-time.json"
 GROUPS = {"one linear": ("o_proj",), "three that share x": ("q_proj", "k_proj", "v_proj")}
 
 
@@ -52,46 +56,61 @@ def h100_that_is_not_there() -> AbstractContextManager[None]:
 class Run:
     """A provider on linears that share x."""
 
-    def __init__(self, provider: Provider, names: tuple[str, ...], dtype: torch.dtype, setting: Setting) -> None:
+    def __init__(
+        self, provider: Provider, names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device: str
+    ) -> None:
         torch.manual_seed(0)
         with without_known_warnings():
             own = replace(setting, linears=part_linears(TINY, names))
-            self.model: nn.Module = provider.wrap(Part(TINY, names, "cpu", dtype), own)
+            self.model: nn.Module = provider.wrap(Part(TINY, names, device, dtype), own)
         self.choice: AbstractContextManager[Any] = nullcontext()
+        self._now = now_on_gpu if device == "cuda" else time.process_time
 
     def microseconds(self, h0: torch.Tensor, x: torch.Tensor, grads: list[torch.Tensor]) -> tuple[float, float]:
         """Of a forward + backward, and of a forward without gradients: the mean of some."""
         with self.choice:
-            start = time.process_time()
+            start = self._now()
             for _ in range(REPEATS):
                 torch.autograd.backward(self.model(h0, x), grads)
-            middle = time.process_time()
+            middle = self._now()
             with torch.no_grad():
                 for _ in range(REPEATS):
                     self.model(h0, x)
-            return 1e6 * (middle - start) / REPEATS, 1e6 * (time.process_time() - middle) / REPEATS
+            return 1e6 * (middle - start) / REPEATS, 1e6 * (self._now() - middle) / REPEATS
 
 
-def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting) -> dict[str, Run]:
+def now_on_gpu() -> float:
+    """The time when the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device: str) -> dict[str, Run]:
     """By name, the frozen linears first."""
     providers = (Provider(), Peft(), OursLora(), PeftMixed(), OursSibo())
-    runs = {of.name: Run(of, names, dtype, setting) for of in providers if not (of.mixes and names == ("o_proj",))}
+    runs = {
+        of.name: Run(of, names, dtype, setting, device) for of in providers if not (of.mixes and names == ("o_proj",))
+    }
+    if device == "cuda":
+        return runs
     for provider in (of for of in providers if of.name.startswith("ours") and of.name in runs):
         name = f"{provider.name}, kernels' path"
-        runs[name] = Run(provider, names, dtype, setting)
+        runs[name] = Run(provider, names, dtype, setting, device)
         runs[name].choice = mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "timed"))
     return runs
 
 
-def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int) -> list[dict[str, Any]]:
+def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int, device: str) -> list[dict[str, Any]]:
     """A row for each provider, printed as well."""
     names = GROUPS[title]
-    runs = runs_of(names, dtype, setting)
-    h0, x = (torch.randn(1, TOKENS, TINY.hidden, dtype=dtype) for _ in range(2))
-    grads = [torch.randn(1, TOKENS, TINY.shapes()[name][1], dtype=dtype) for name in names]
+    runs = runs_of(names, dtype, setting, device)
+    h0, x = (torch.randn(1, TOKENS, TINY.hidden, dtype=dtype, device=device) for _ in range(2))
+    grads = [torch.randn(1, TOKENS, TINY.shapes()[name][1], dtype=dtype, device=device) for name in names]
     x.requires_grad_()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    with h100_that_is_not_there():
+    with h100_that_is_not_there() if device == "cpu" else nullcontext():
+        for run in runs.values():
+            run.microseconds(h0, x, grads)  # compiles
         for _ in range(rounds):
             for name, run in runs.items():
                 times[name].append(run.microseconds(h0, x, grads))
@@ -113,19 +132,26 @@ def main() -> None:
     """Print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, help="default: a file of this device's in benchmarks/results/")
     options = parser.parse_args()
+    gpu = torch.cuda.get_device_name(0) if options.device == "cuda" else None
+    output = options.output or RESULTS / ("host-time.json" if gpu is None else f"host-time-{slug(gpu)}.json")
     torch.set_num_threads(1)
     rows = []
     for title, dtype, dropout in product(GROUPS, (torch.float32, torch.bfloat16), (0.0, 0.05)):
-        rows += measured(title, dtype, Setting(fp32_adapters=True, dropout=dropout), options.rounds)
+        if gpu is None or dtype == torch.bfloat16:
+            setting = Setting(fp32_adapters=True, dropout=dropout)
+            rows += measured(title, dtype, setting, options.rounds, options.device)
     head = {
-        "command": "python -m benchmarks.host_time",
-        **{key: value for key, value in provenance().items() if key != "devices"},
-        "what": "microseconds of process time that a module adds to its frozen linear; tiny tensors, float32 adapters",
+        "command": command_line("host_time"),
+        **{key: value for key, value in provenance().items() if gpu is not None or key != "devices"},
+        **({} if gpu is None else {"gpu": gpu}),
+        "what": f"microseconds of {'process time' if gpu is None else 'time'} that a module adds to its frozen linear; "
+        "tiny tensors, float32 adapters",
     }
-    options.output.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {options.output}")
+    output.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {output}")
 
 
 if __name__ == "__main__":

@@ -292,7 +292,8 @@ def groups_of(of: Architecture) -> list[tuple[str, ...]]:
 def plan(quick: bool) -> list[LayerRow]:
     """The rows, the most important first."""
     both = (BF16, DEFAULTS)
-    rows = [LayerRow(LLAMA_3_8B, 8192, setting, compiles=True) for setting in both]
+    # to compile takes as long as several rows
+    rows = [LayerRow(LLAMA_3_8B, 8192, setting, compiles=not quick) for setting in both]
     sweep = (2048, 512, 32768) if quick else (2048, 512, 32768, 1024, 4096, 16384)
     rows += [LayerRow(LLAMA_3_8B, M, setting, compiles=not quick) for M in sweep for setting in both]
     rows += _parts(LLAMA_3_8B, groups_of(LLAMA_3_8B), (8192,), both)

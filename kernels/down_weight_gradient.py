@@ -212,6 +212,8 @@ def plan(
         if target.capability == 120 and BR == 64 and product.split_a and product.split_b:
             # The parts of more rows would overflow registers; of siblings' masked tiles 4 warps spill.
             BM, num_warps = 16, 8 if len(ranks) >= 2 and mixes and drops else 4
+        elif target.capability == 80 and BR == 64 and max(ranks) < 16 and product.split_a:
+            BM = 16  # what is no 16 bytes wide is loaded by more pointers, for which registers have no room
         elif target.capability == 120 and BR == 16 and len(ranks) == 1 and mixes:
             num_warps = 8  # with 4, registers are spilled to make room for another program
         elif target.capability == 90 and BR == 16 and drops and mixes and not product.split_a:

@@ -9,7 +9,8 @@ Triton a multiple of what all the rest of a launch takes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class Launch:
 
     def __call__(self, **tensors: Any) -> None:
         """Launch. The tensors, tuples of them, numbers that might be one, and None: the kernel's first parameters."""
+        if _recording.launches is not None:
+            _recording.launches.append((self, tensors))
         if self._device is None or self._device == torch.cuda.current_device():
             self._launch(tensors)
         else:
@@ -94,16 +97,30 @@ class Launch:
         if self._found and _binary_is_all(self._kernel):
             driver = jit.driver.active
             device = driver.get_current_device()
-            found = self._found.get((device, _alignment(tensors.values())))
+            values, alignment = _addresses(tensors.values())
+            found = self._found.get((device, alignment))
             if found is not None:
                 _, run, function, metadata = found
                 stream = driver.get_current_stream(device)
                 # None: what hooks, of which there are none, would get
-                run(*self._programs, stream, function, metadata, None, None, None, *tensors.values(), *self._rest)
+                run(*self._programs, stream, function, metadata, None, None, None, *values, *self._rest)
                 return
         kernel = self._kernel[self._grid](**tensors, **self._arguments)
         if _DIRECT and type(kernel) is CompiledKernel:
             self._keep(kernel, tensors)
+
+    def direct(self, tensors: dict[str, Any]) -> tuple | None:
+        """How it is launched directly, on the current device, with tensors that it was launched with; None: not at all.
+
+        Triton's function, the programs, the binary's function and metadata, and the arguments that are no tensors.
+        """
+        found = self._found.get((jit.driver.active.get_current_device(), _addresses(tensors.values())[1]))
+        return None if found is None else (found[1], self._programs, *found[2:], self._rest)
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the kernel has hooks of its own."""
+        return bool(self._kernel.pre_run_hooks)
 
     def _keep(self, kernel: CompiledKernel, tensors: dict[str, Any]) -> None:
         """Keep the binary for launches that differ in nothing that Triton would look at.
@@ -119,26 +136,59 @@ class Launch:
         if first != list(tensors) or function.used_global_vals or not _binary_is_all(function):
             return
         self._rest = tuple(self._arguments[name] for name in function.arg_names[len(tensors) :])
-        key = jit.driver.active.get_current_device(), _alignment(tensors.values())
+        key = jit.driver.active.get_current_device(), _addresses(tensors.values())[1]
         # with the kernel itself, whose binary Triton may unload with it
         self._found[key] = kernel, kernel.run, kernel.function, kernel.packed_metadata
+
+
+class _Recording(threading.local):
+    launches: list[tuple[Launch, dict[str, Any]]] | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Launch, dict[str, Any]]]]:
+    """The launches of this thread inside, with their tensors, which it keeps, so that no two have one address."""
+    launches: list[tuple[Launch, dict[str, Any]]] = []
+    _recording.launches = launches
+    try:
+        yield launches
+    finally:
+        _recording.launches = None
 
 
 def no_launch(**tensors: Any) -> None:
     """The launch where there is nothing to compute."""
 
 
-def _alignment(values: Any) -> int:
-    """A bit for each pointer: whether it is a multiple of 16, which is all that Triton compiles for."""
+def _addresses(values: Iterable[Any]) -> tuple[list[Any], int]:
+    """The values with addresses in place of tensors, and a bit for each: whether it is a multiple of 16.
+
+    Which is all that Triton compiles for. It takes an address as it takes a tensor, but asks the driver no questions
+    about it.
+    """
+    found: list[Any] = []
     bits = 1
     for value in values:
-        if type(value) is tuple:
+        if value is None or type(value) is float:
+            found.append(value)
+        elif type(value) is tuple:
+            own: list[Any] = []
             for one in value:
-                if one is not None and type(one) is not float:
-                    bits = bits << 1 | (one.data_ptr() & 15 == 0)
-        elif value is not None and type(value) is not float:
-            bits = bits << 1 | (value.data_ptr() & 15 == 0)
-    return bits
+                if one is None or type(one) is float:
+                    own.append(one)
+                else:
+                    address = one.data_ptr()
+                    own.append(address)
+                    bits = bits << 1 | (address & 15 == 0)
+            found.append(tuple(own))
+        else:
+            address = value.data_ptr()
+            found.append(address)
+            bits = bits << 1 | (address & 15 == 0)
+    return found, bits
 
 
 #: The versions whose `JITFunction.run` was read: it ends in the very call that `Launch` makes. With others, and where
@@ -155,6 +205,11 @@ _DIRECT = (
 
 def _binary_is_all(kernel: Any) -> bool:
     """Whether nobody watches launches, or asks for other binaries than usual: profilers, sanitizers, debuggers."""
+    return not kernel.pre_run_hooks and type(kernel).run is _RUN and _nobody_watches()
+
+
+def _nobody_watches() -> bool:
+    """Likewise, of all kernels."""
     runtime, compilation = knobs.runtime, knobs.compilation
     return not (
         getattr(runtime.launch_enter_hook, "calls", True)
@@ -163,6 +218,9 @@ def _binary_is_all(kernel: Any) -> bool:
         or compilation.instrumentation_mode
         or getattr(runtime, "add_stages_inspection_hook", None) is not None  # of 3.7
         or getattr(compilation, "fpsan_homomorphic_casts", False)  # of 3.9
-        or kernel.pre_run_hooks
-        or type(kernel).run is not _RUN
     )
+
+
+def direct() -> bool:
+    """Whether launches are handed to the driver directly, but for kernels that have hooks of their own."""
+    return _DIRECT and jit.JITFunction.run is _RUN and _nobody_watches()

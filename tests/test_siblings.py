@@ -226,6 +226,21 @@ def an_adapter_is_written_to(self, x):
     return (q.detach(), self.k_proj(x), self.v_proj(x).detach())
 
 
+def a_frozen_weight_is_written_to(self, x):
+    q = self.q_proj(x)
+    with torch.no_grad():
+        self.k_proj.base_layer.weight.mul_(1.5)
+    return (q.detach(), self.k_proj(x), self.v_proj(x).detach())
+
+
+def a_weight_is_replaced(self, x):
+    q = self.q_proj(x)
+    self.k_proj.base_layer.weight = torch.nn.Parameter(1.5 * self.k_proj.base_layer.weight.detach(), False)
+    lora_b = self.v_proj.lora_B["default"]
+    lora_b.weight = torch.nn.Parameter(1.5 * lora_b.weight.detach())
+    return q, self.k_proj(x), self.v_proj(x).detach()
+
+
 def disabled_between(self, x):
     q = self.q_proj(x)
     self.k_proj.enable_adapters(False)
@@ -248,6 +263,8 @@ BODIES = [
     output_is_written_to,
     switched_off_between,
     an_adapter_is_written_to,
+    a_frozen_weight_is_written_to,
+    a_weight_is_replaced,
     disabled_between,
 ]
 

@@ -197,12 +197,15 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         return names[0] if len(names) == 1 else None
 
     def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
-        """W_down and its bias, and lambda where it mixes."""
-        down = self.modules_of(adapter_name)[0]
-        tensors = [parameter(down, "weight"), parameter(down, "bias")]
+        """The weights and biases, lambda where it mixes, and a learnable scaling."""
+        down, up, _ = self.modules_of(adapter_name)
+        modules = (down, up) if self.sibo_adapter_options[adapter_name].in_front else (down, up, self.base_layer)
+        tensors = [parameter(module, name) for module in modules for name in ("weight", "bias")]
         if adapter_name in self.sibo_adapter_lambda:
             share: Any = self.sibo_adapter_lambda[adapter_name]
             tensors += share.stored
+        if adapter_name in self.sibo_adapter_scaling:
+            tensors += self.sibo_adapter_scaling[adapter_name].parameters()
         return [tensor for tensor in tensors if tensor is not None]
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:

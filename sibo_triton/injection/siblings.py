@@ -37,7 +37,7 @@ class Shares(Protocol):
         """The one adapter that is active, and that the layer has; None if several are, or none."""
 
     def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
-        """What is read when the first sibling is called: a change shows that what was computed is out of date."""
+        """What may be read when the first sibling is called: a change shows that what was computed is out of date."""
 
     @staticmethod
     def group_of(layers: Sequence[Any], adapter_name: str, x: torch.Tensor) -> Group | None:
@@ -55,12 +55,12 @@ _scopes = _Scopes()
 class _Run:
     """What was computed for siblings, until each of them has taken its own."""
 
-    def __init__(self, x: torch.Tensor, adapter_name: str, group: Group, members: list[tuple[str, Any]]) -> None:
+    def __init__(self, x: torch.Tensor, adapter_name: str, group: Group, read: dict[str, list[torch.Tensor]]) -> None:
         self._key = self._key_of(x, adapter_name)
         self._x = x
         self._group = group
         # by the child's name: its place, and the versions of what was read of it
-        self.waiting = {name: (i, _versions(layer, adapter_name)) for i, (name, layer) in enumerate(members)}
+        self.waiting = {name: (i, _versions(of)) for i, (name, of) in enumerate(read.items())}
 
     @staticmethod
     def _key_of(x: torch.Tensor, adapter_name: str) -> tuple:
@@ -72,17 +72,17 @@ class _Run:
         adapter_name = self._key[1]
         if x is not self._x or self._key_of(x, adapter_name) != self._key:
             return None
-        if layer.only_active() != adapter_name or _versions(layer, adapter_name) != versions:
+        if layer.only_active() != adapter_name or _versions(layer.read_at_once(adapter_name)) != versions:
             return None
         return self._group.output(place)
 
 
-def _versions(layer: Any, adapter_name: str) -> list[int]:
-    return [tensor._version for tensor in layer.read_at_once(adapter_name)]
+def _versions(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+    return [(id(tensor), tensor._version) for tensor in tensors]
 
 
-def _is_inference(layer: Any, adapter_name: str) -> bool:
-    return any(tensor.is_inference() for tensor in layer.read_at_once(adapter_name))
+def _have_versions(tensors: list[torch.Tensor]) -> bool:
+    return not any([tensor.is_inference() for tensor in tensors])  # noqa: C419 (a list is faster)
 
 
 class _Scope:
@@ -118,19 +118,24 @@ class _Scope:
             return None
         layer: Any = self.parent._modules[first]
         adapter_name = layer.fused_adapter(x)
-        if adapter_name is None or _is_inference(layer, adapter_name):
+        if adapter_name is None:
             return None
-        members = [(first, layer)]
+        read = {first: layer.read_at_once(adapter_name)}
+        if not _have_versions(read[first]):
+            return None
+        members = [layer]
         for name in names:
             sibling: Any = self.parent._modules.get(name)
             if name == first or type(sibling) is not type(layer) or sibling.fused_adapter(x) != adapter_name:
                 continue
-            if not _is_inference(sibling, adapter_name):
-                members.append((name, sibling))
+            of_sibling = sibling.read_at_once(adapter_name)
+            if _have_versions(of_sibling):
+                read[name] = of_sibling
+                members.append(sibling)
         if len(members) < 2:
             return None
-        group = type(layer).group_of([sibling for _, sibling in members], adapter_name, x)
-        return None if group is None else _Run(x, adapter_name, group, members)
+        group = type(layer).group_of(members, adapter_name, x)
+        return None if group is None else _Run(x, adapter_name, group, read)
 
 
 def shared_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:

@@ -55,10 +55,16 @@ class FusedLinear(LoraLinear):
         return lora_linear_group(x, FusedLinear.arguments_of(layers, adapter_name, x))
 
     def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
-        """A, and lambda where it mixes."""
-        lora_a = parameter(adapter_modules(self, adapter_name)[0], "weight")
+        """The weights and biases, and lambda where it mixes."""
+        base: Any = self._modules["base_layer"]
+        tensors: list[torch.Tensor] = []
+        for module in (base, *adapter_modules(self, adapter_name)[:2]):
+            bias = parameter(module, "bias")
+            tensors += (parameter(module, "weight"),) if bias is None else (parameter(module, "weight"), bias)
         lambdas: Any = self._modules.get(LAMBDA_NAME)
-        return [lora_a, *lambdas[adapter_name].stored] if lambdas is not None and adapter_name in lambdas else [lora_a]
+        if lambdas is not None and adapter_name in lambdas:
+            tensors += lambdas[adapter_name].stored
+        return tensors
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:
         """The adapter, if it alone runs and nothing stands in the way."""

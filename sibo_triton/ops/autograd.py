@@ -14,7 +14,6 @@ and the seed of the mask: nothing of the size of x that was not there before, no
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -91,28 +90,47 @@ class Saved(NamedTuple):
 class Down(NamedTuple):
     """Of one layer, ``[M, r]`` each."""
 
-    t: Tensor  # or p
-    difference: Tensor | None
-    activated: Tensor  # f(p), or t where there is no f
+    t: Any  # or p, of a bottleneck adapter
+    difference: Any
+    activated: Any  # f(p), or t where there is no f
 
 
 def down(settings: Sequence[Settings], inputs: Sequence[Inputs], wants_differences: Sequence[bool]) -> list[Down]:
     """The down-projections of layers that share x and h0, and either all have an activation or none."""
-    ops = implementation(settings[0].backend)
     with without_autocast(inputs[0].x.device.type):
-        x, siblings, h0 = down_arguments(settings, inputs, wants_differences)
-        if settings[0].activation is None:
-            return [Down(t, difference, t) for t, difference in ops.down_siblings(x, siblings, h0)]
-        return [Down(*result) for result in ops.down_activated_siblings(x, siblings, h0)]
+        x, h0, matrices = read_by_down(settings, inputs)
+        return _down(settings, x, down_projections(settings, inputs, matrices, wants_differences), h0)
 
 
-def down_arguments(
-    settings: Sequence[Settings], inputs: Sequence[Inputs], wants_differences: Sequence[bool]
-) -> tuple[Tensor, list[DownProjection], Tensor | None]:
-    """x, each layer's part and h0, as the backends take them."""
-    siblings = [
+def _down(settings: Sequence[Settings], x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None) -> list[Down]:
+    ops = implementation(settings[0].backend)
+    if settings[0].activation is None:
+        return [Down(t, difference, t) for t, difference in ops.down_siblings(x, siblings, h0)]
+    return [Down(*result) for result in ops.down_activated_siblings(x, siblings, h0)]
+
+
+def read_by_down(
+    settings: Sequence[Settings], inputs: Sequence[Inputs]
+) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """x and h0, ``[M, K]``, and each layer's A and B in its adapter's dtype."""
+    h0 = next((as_matrix(of.initial_residual) for of in inputs if of.initial_residual is not None), None)
+    matrices = [
+        (cast(of.lora_a, own.adapter_dtype), cast(of.lora_b, own.adapter_dtype))
+        for own, of in zip(settings, inputs, strict=True)
+    ]
+    return as_matrix(inputs[0].x), h0, matrices
+
+
+def down_projections(
+    settings: Sequence[Settings],
+    inputs: Sequence[Inputs],
+    matrices: Sequence[tuple[Tensor, Tensor]],
+    wants_differences: Sequence[bool],
+) -> list[DownProjection]:
+    """Each layer's part of the pass over x, as the backends take it."""
+    return [
         DownProjection(
-            of.lora_a.to(own.adapter_dtype),
+            a,
             own.lambda_ if of.lambda_ is None else of.lambda_,
             own.dropout_p,
             of.seed,
@@ -120,28 +138,55 @@ def down_arguments(
             of.down_bias,
             own.activation,
         )
-        for own, of, wants in zip(settings, inputs, wants_differences, strict=True)
+        for own, of, (a, _), wants in zip(settings, inputs, matrices, wants_differences, strict=True)
     ]
-    h0 = next((as_matrix(of.initial_residual) for of in inputs if of.initial_residual is not None), None)
-    return as_matrix(inputs[0].x), siblings, h0
 
 
-def forward(settings: Settings, inputs: Inputs, wants_difference: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, ``[..., N]``, t (or p) and, if wanted, d, ``[M, r]``."""
-    (own,) = down([settings], [inputs], [wants_difference])
-    return output(settings, inputs, own.activated), own.t, own.difference
+def forward(
+    settings: Sequence[Settings], inputs: Sequence[Inputs], wants_differences: Sequence[bool]
+) -> tuple[list[Tensor], list[Down]]:
+    """y, ``[..., N]``, and what it is made of, of layers that share x and h0."""
+    with without_autocast(inputs[0].x.device.type):
+        x, h0, matrices = read_by_down(settings, inputs)
+        tensors, bases = [x, h0], []
+        for of, (a, b) in zip(inputs, matrices, strict=True):
+            base = None if of.base is None else as_matrix(of.base)
+            bases.append(base)
+            tensors += (base, a, b, of.lora_bias, of.down_bias, of.bias, of.lambda_, of.scaling, of.seed)
+
+        def compute() -> list[Tensor | None]:
+            siblings = down_projections(settings, inputs, matrices, wants_differences)
+            found: list[Tensor | None] = []
+            for i, own in enumerate(_down(settings, x, siblings, h0)):
+                f = None if settings[i].activation is None else own.activated
+                y = _up(settings[i], inputs[i], x, bases[i], own.activated, matrices[i][1])
+                found += (own.t, own.difference, f, y)
+            return found
+
+        key = tuple(settings), tuple(wants_differences), inputs[0].weight is None
+        found = implementation(settings[0].backend).replayed(key, tensors, compute)
+        ys, downs = [], []
+        for i, (own, of) in enumerate(zip(settings, inputs, strict=True)):
+            t, difference, f, y = found[4 * i : 4 * i + 4]
+            downs.append(Down(t, difference, t if f is None else f))
+            ys.append(fresh_like(of.x, y) if of.weight is None else with_frozen(own, of, x, y))
+        return ys, downs
 
 
-def output(settings: Settings, inputs: Inputs, t: Tensor) -> Tensor:
-    """y, ``[..., N]``, of t (or f(p)): the low-rank product and what it is added to."""
-    ops = implementation(settings.backend)
-    with without_autocast(inputs.x.device.type):
-        b, scaling = inputs.lora_b.to(settings.adapter_dtype), scaling_of(settings, inputs)
-        if inputs.weight is None:
-            base = as_matrix(inputs.x if inputs.base is None else inputs.base)
-            return shaped_like(inputs.x, ops.add_up(base, t, b, scaling, inputs.lora_bias))
-        y = ops.up(t, b, scaling, settings.dtype, inputs.lora_bias, inputs.bias)
-        return with_frozen(settings, inputs, y)
+def output(settings: Settings, inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
+    """y, ``[..., N]``, of x, ``[M, K]``, and t (or f(p)): the low-rank product and what it is added to."""
+    with without_autocast(x.device.type):
+        base = None if inputs.base is None else as_matrix(inputs.base)
+        y = _up(settings, inputs, x, base, t, cast(inputs.lora_b, settings.adapter_dtype))
+        return fresh_like(inputs.x, y) if inputs.weight is None else with_frozen(settings, inputs, x, y)
+
+
+def _up(settings: Settings, inputs: Inputs, x: Tensor, base: Tensor | None, t: Tensor, b: Tensor) -> Tensor:
+    """The low-rank product, ``[M, N]``, plus the base output, or x in series; plus the frozen bias else."""
+    ops, scaling = implementation(settings.backend), scaling_of(settings, inputs)
+    if inputs.weight is None:
+        return ops.add_up(x if base is None else base, t, b, scaling, inputs.lora_bias)
+    return ops.up(t, b, scaling, settings.dtype, inputs.lora_bias, inputs.bias)
 
 
 def scaling_of(settings: Settings, tensors: Inputs | Saved) -> float | Tensor:
@@ -149,15 +194,15 @@ def scaling_of(settings: Settings, tensors: Inputs | Saved) -> float | Tensor:
     return settings.scaling if tensors.scaling is None else tensors.scaling
 
 
-def with_frozen(settings: Settings, inputs: Inputs, y: Tensor) -> Tensor:
-    """y, ``[..., N]``, of the low-rank product, ``[M, N]``, onto which the frozen layer's accumulates."""
-    with without_autocast(inputs.x.device.type):
-        x, weight = as_matrix(inputs.x).to(settings.dtype), inputs.weight.to(settings.dtype).t()
+def with_frozen(settings: Settings, inputs: Inputs, x: Tensor, y: Tensor) -> Tensor:
+    """y, ``[..., N]``: the low-rank product, ``[M, N]``, and onto it that of x, ``[M, K]``, and the frozen weight."""
+    with without_autocast(x.device.type):
+        matrix, weight = cast(x, settings.dtype), cast(inputs.weight, settings.dtype).t()
         if torch._C._len_torch_dispatch_stack() > 0:  # selective checkpointing keeps what an operator returned
-            y = torch.addmm(y, x, weight)
+            y = torch.addmm(y, matrix, weight)
         else:
-            y.addmm_(x, weight)
-    return shaped_like(inputs.x, y)
+            y.addmm_(matrix, weight)
+    return fresh_like(inputs.x, y)
 
 
 def _through_t(wants: Inputs) -> tuple[bool, bool]:
@@ -205,16 +250,15 @@ def backward(
     """
     with without_autocast(grads_y[0].device.type):
         gs = [as_matrix(grad_y) for grad_y in grads_y]  # [M, N]
-        ups = _up_backward(settings, saved, gs, wants)
-        grads_a, dx, dh = _down_backward(settings, saved, ups, wants, gs[0] if in_series and wants[0].x else None)
+        ups, grads_a, dx, dh = _low_rank_backward(settings, saved, gs, wants, in_series)
         leading = grads_y[0].shape[:-1]
         if dx is not None:
             for i, (own, kept, g) in enumerate(zip(settings, saved, gs, strict=True)):
                 if kept.weight is not None:
-                    dx.addmm_(g, kept.weight.to(own.dtype))
+                    dx.addmm_(g, cast(kept.weight, own.dtype))
                 elif in_series and i > 0:
                     dx.add_(g)
-            dx = dx.to(settings[0].x_dtype).view(*leading, dx.shape[1])
+            dx = cast(dx, settings[0].x_dtype).view(*leading, dx.shape[1])
         dh = None if dh is None else dh.view(*leading, dh.shape[1])
         gradients = []
         for i, (own, kept, wanted, g, up) in enumerate(zip(settings, saved, wants, gs, ups, strict=True)):
@@ -223,7 +267,7 @@ def backward(
                 Inputs(
                     base=grads_y[i] if wanted.base else None,
                     x=of_x,
-                    weight=g.t() @ as_matrix(kept.x).to(own.dtype) if wanted.weight else None,
+                    weight=g.t() @ cast(as_matrix(kept.x), own.dtype) if wanted.weight else None,
                     bias=up.sum if wanted.bias else None,
                     lora_a=grads_a[i],
                     lora_b=up.grad_b,
@@ -238,6 +282,36 @@ def backward(
     return gradients
 
 
+def _low_rank_backward(
+    settings: Sequence[Settings], saved: Sequence[Saved], gs: list[Tensor], wants: Sequence[Inputs], in_series: bool
+) -> tuple[list[_Up], Sequence[Any], Tensor | None, Tensor | None]:
+    """What comes of each dY, ``[M, N]``, dA of each layer, and the low-rank parts of dx and dh0, ``[M, K]``."""
+    skip = gs[0] if in_series and wants[0].x else None
+    x = next((as_matrix(kept.x) for kept in saved if kept.x is not None), None)
+    h0 = next((as_matrix(kept.initial_residual) for kept in saved if kept.initial_residual is not None), None)
+    tensors, matrices = [*gs, x, h0], []
+    for own, kept in zip(settings, saved, strict=True):
+        a = None if kept.lora_a is None else cast(kept.lora_a, own.adapter_dtype)
+        b = None if kept.lora_b is None else cast(kept.lora_b, own.adapter_dtype)
+        matrices.append((a, b))
+        tensors += (a, b, kept.t, kept.lora_bias, kept.lambda_, kept.scaling, kept.seed)
+    dtypes = [None if kept.lora_b is None else kept.lora_b.dtype for kept in saved]
+
+    def compute() -> list[Tensor | None]:
+        ups = _up_backward(settings, saved, gs, wants, matrices)
+        grads_a, dx, dh = _down_backward(settings, saved, ups, wants, matrices, (x, h0, skip))
+        found = [dx, dh, *grads_a]
+        for up, wanted in zip(ups, wants, strict=True):
+            u = up.u if wanted.lambda_ or wanted.down_bias else None
+            found += (u, up.grad_b, up.sum, up.scaling)
+        return found
+
+    key = tuple(settings), tuple(wants), in_series, tuple(dtypes)
+    dx, dh, *rest = implementation(settings[0].backend).replayed(key, tensors, compute)
+    count = len(gs)
+    return [_Up(*rest[i : i + 4]) for i in range(count, 5 * count, 4)], rest[:count], dx, dh
+
+
 class _Up(NamedTuple):
     """What comes of one layer's dY, where it is wanted."""
 
@@ -248,16 +322,19 @@ class _Up(NamedTuple):
 
 
 def _up_backward(
-    settings: Sequence[Settings], saved: Sequence[Saved], gs: list[Tensor], wants: Sequence[Inputs]
+    settings: Sequence[Settings],
+    saved: Sequence[Saved],
+    gs: list[Tensor],
+    wants: Sequence[Inputs],
+    matrices: Sequence[tuple[Any, Any]],  # A and B of each, in its adapter's dtype
 ) -> list[_Up]:
     ops, results, asked, places = implementation(settings[0].backend), [_Up()] * len(gs), [], []
-    for i, (own, kept, g, wanted) in enumerate(zip(settings, saved, gs, wants, strict=True)):
+    for i, (own, kept, g, wanted, (_, b)) in enumerate(zip(settings, saved, gs, wants, matrices, strict=True)):
         wants_u, wants_sum = _through_t(wanted)[1], wanted.bias or wanted.lora_bias
         if wanted.scaling:
-            results[i] = _with_scaling(own, kept, g, wanted)
+            results[i] = _with_scaling(own, kept, g, wanted, b)
         elif wants_u or wanted.lora_b:
             grad_dtype = kept.lora_b.dtype if wanted.lora_b else None
-            b = kept.lora_b.to(own.adapter_dtype)
             scaling = scaling_of(own, kept)
             asked.append(UpGradients(g, kept.t, b, scaling, wants_u, grad_dtype, wants_sum, own.activation))
             places.append(i)
@@ -270,12 +347,12 @@ def _up_backward(
     return results
 
 
-def _with_scaling(own: Settings, kept: Saved, g: Tensor, wanted: Inputs) -> _Up:
+def _with_scaling(own: Settings, kept: Saved, g: Tensor, wanted: Inputs, b: Tensor) -> _Up:
     """With ``ds = <dY, t B^T + b_B>``, taken in the rank, from u without its s, which may be 0, and f'(p)."""
     wide = torch.promote_types(own.adapter_dtype, torch.float32)
     t = kept.t.to(wide)
     activated = t if own.activation is None else ACTIVATIONS[own.activation](t)
-    b, grad_dtype = kept.lora_b.to(own.adapter_dtype), wide if wanted.lora_b else None
+    grad_dtype = wide if wanted.lora_b else None
     wants_sum = wanted.bias or wanted.lora_bias or kept.lora_bias is not None
     asked = UpGradients(g, activated, b, 1.0, True, grad_dtype, wants_sum)
     ((u, grad_b, grad_sum),) = implementation(own.backend).up_backward_siblings([asked])
@@ -294,15 +371,14 @@ def _down_backward(
     saved: Sequence[Saved],
     ups: Sequence[_Up],
     wants: Sequence[Inputs],
-    skip: Tensor | None,
+    matrices: Sequence[tuple[Any, Any]],
+    shared: tuple[Tensor | None, Tensor | None, Tensor | None],  # x, h0 and what is added to dx
 ) -> tuple[list[Any], Tensor | None, Tensor | None]:
     """dA of each layer, and the low-rank part of dx, plus the skip's, and of dh0, where wanted."""
     grads_a: list[Any] = [None] * len(ups)
     asked, places = [], []
-    for i, (own, kept, up, wanted) in enumerate(zip(settings, saved, ups, wants, strict=True)):
-        wants_input = _through_t(wanted)[0]
-        if wanted.lora_a or wants_input:
-            a = kept.lora_a.to(own.adapter_dtype) if wants_input else None
+    for i, (own, kept, up, wanted, (a, _)) in enumerate(zip(settings, saved, ups, wants, matrices, strict=True)):
+        if wanted.lora_a or _through_t(wanted)[0]:
             lambda_ = own.lambda_ if kept.lambda_ is None else kept.lambda_
             mixing = (lambda_, own.dropout_p, kept.seed)
             grad_dtype = kept.lora_b.dtype if wanted.lora_a else None
@@ -310,9 +386,7 @@ def _down_backward(
             places.append(i)
     if not asked:
         return grads_a, None, None
-    own = settings[0]
-    x = next((as_matrix(kept.x) for kept, wanted in zip(saved, wants, strict=True) if wanted.lora_a), None)
-    h0 = next((as_matrix(kept.initial_residual) for kept in saved if kept.initial_residual is not None), None)
+    own, (x, h0, skip) = settings[0], shared
     has_frozen = any(kept.weight is not None for kept in saved)
     dx_dtype = None if not wants[0].x else own.dtype if has_frozen else own.x_dtype
     residual_dtype = next(
@@ -324,15 +398,23 @@ def _down_backward(
     return grads_a, dx, dh
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply`` where no transform of `torch.func` is active, which `dispatch.py` has made sure of.
+
+    Without a look at every argument for a tensor that outlived one, which takes as long as the call.
+    """
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 class LowRank(torch.autograd.Function):
     """The operation in eager mode: an `autograd.Function` takes half of the host time of a registered operator."""
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, *tensors: Tensor | None) -> Tensor:
         inputs, wants = Inputs(*tensors), Inputs(*ctx.needs_input_grad[1:])
-        y, t, difference = forward(settings, inputs, wants_difference=wants.lambda_)
+        (y,), (own,) = forward([settings], [inputs], [wants.lambda_])
         ctx.settings, ctx.in_series = settings, inputs.base is None and inputs.weight is None
-        ctx.save_for_backward(*saved_for(settings, inputs, wants, t, difference))
+        ctx.save_for_backward(*saved_for(settings, inputs, wants, own.t, own.difference))
         return y
 
     @staticmethod
@@ -377,7 +459,15 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """``[M, K]``, a view where strides allow; also where a size is 0."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    dims = tensor.dim()
+    if dims == 2:
+        return tensor
+    return tensor.flatten(0, -2) if dims > 2 else tensor.reshape(1, tensor.shape[0])
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype; ``to`` takes its time also where there is nothing to do, and there nearly always is."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def shaped_like(x: Tensor, y: Tensor) -> Tensor:
@@ -387,6 +477,15 @@ def shaped_like(x: Tensor, y: Tensor) -> Tensor:
     gradients: q.mul_(...) is common.
     """
     return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+
+
+def fresh_like(x: Tensor, y: Tensor) -> Tensor:
+    """Likewise, of a y without a history that nobody else has: by resizing it, which takes the host a tenth."""
+    if x.dim() == 2:
+        return y
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return shaped_like(x, y)
+    return y.resize_(*x.shape[:-1], y.shape[1])
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -1,33 +1,32 @@
 """Layers that get the same x: their down-projections are one pass over it, and so is their backward.
 
-Autograd sees one node that holds all their inputs, and one small node for each layer that is asked for its output:
-
-    x, h0, and each layer's tensors  ->  Siblings  ->  a token for each layer  ->  SiblingOutput  ->  y
-
-A token has the shape of y and no memory: every stride is 0. The gradient that comes back to it is dY itself, so that
-the first node has every dY in hand: it sums dx in place, and reads x once. A layer that is never asked for its output
-has no dY, and its tensors get no gradients.
+Autograd sees one node, whose inputs are all their tensors and whose outputs are all their y: one for each layer would
+take longer on the host than all that the layer launches. So it has every dY in hand: it sums dx in place, and reads x
+once. A layer whose output is not used has no dY, and its tensors get no gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sibo_triton.kernels.siblings import UpProjection
 from sibo_triton.ops.autograd import (
-    Down,
     Inputs,
     Saved,
     Settings,
+    apply,
+    as_matrix,
     backward,
     down,
-    down_arguments,
+    down_projections,
+    forward,
     name_of,
     output,
+    read_by_down,
     refuse_second_derivative,
     saved_for,
     scaling_of,
@@ -40,36 +39,11 @@ from sibo_triton.ops.dispatch import implementation
 FEW_ROWS = 64
 
 
-class _Own(NamedTuple):
-    """The tensors of one layer, in the order in which autograd gets them."""
-
-    weight: Any
-    bias: Any
-    lora_a: Any
-    lora_b: Any
-    lora_bias: Any
-    down_bias: Any
-    lambda_: Any
-    scaling: Any
-    seed: Any
-
-
-class _Kept(NamedTuple):
-    """What is kept of one layer beside x and h0."""
-
-    weight: Any
-    lora_a: Any
-    lora_b: Any
-    lora_bias: Any
-    lambda_: Any
-    scaling: Any
-    seed: Any
-    t: Any
-    difference: Any
-
-
 class Group:
     """The outputs of layers that share x, each to be asked for once, in any order.
+
+    With gradients, and for few rows, all are computed here; else, as memory is then what lasts no longer than it is
+    used, each when it is asked for.
 
     Args:
         settings, inputs: of each layer, as `low_rank` prepares them: with one backend, x, h0 (or None, where a
@@ -78,19 +52,21 @@ class Group:
     """
 
     def __init__(self, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
-        self._settings, self._inputs = list(settings), list(inputs)
+        self._settings, self._inputs = settings, inputs
+        self._x = as_matrix(inputs[0].x)
         self._ts: list[Tensor | None] = []
-        self._ys: list[Tensor | None] = []  # the low-rank products, where they are made at once
-        self._tokens: tuple[Tensor, ...] | None = None
+        self._ys: list[Tensor | None] = []  # the outputs, or the low-rank products, where they are made at once
+        self._are_whole = False
         x, h0 = inputs[0].x, next((of.initial_residual for of in inputs if of.initial_residual is not None), None)
         tensors = [tensor for of in inputs for tensor in _own_of(of)]
         wanted = torch.is_grad_enabled()
         if wanted and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, *tensors)):
-            self._tokens = Siblings.apply(self, x, h0, *tensors)
+            self._ys = list(apply(Siblings, settings, inputs, x, h0, *tensors))
+            self._are_whole = True
         elif x.shape[:-1].numel() <= FEW_ROWS and settings[0].activation is None and inputs[0].weight is not None:
             self._low_rank()
         else:
-            self._down(self._inputs, [False] * len(inputs))
+            self._ts = [result.activated for result in down(settings, inputs, [False] * len(inputs))]
 
     def output(self, i: int) -> Tensor:
         """y of layer i, ``[..., N]``."""
@@ -98,112 +74,107 @@ class Group:
         if self._ys:
             y, self._ys[i] = self._ys[i], None
             assert y is not None
-            return with_frozen(settings, inputs, y)
+            return y if self._are_whole else with_frozen(settings, inputs, self._x, y)
         t, self._ts[i] = self._ts[i], None
         assert t is not None
-        if self._tokens is None:
-            return output(settings, inputs, t)
-        return SiblingOutput.apply(settings, inputs, t, self._tokens[i])
-
-    def _down(self, inputs: Sequence[Inputs], wants_differences: Sequence[bool]) -> list[Down]:
-        """Of each layer; what its output needs stays here until it is asked for."""
-        results = down(self._settings, inputs, wants_differences)
-        self._ts = [result.activated for result in results]
-        return results
+        return output(settings, inputs, self._x, t)
 
     def _low_rank(self) -> None:
         """The low-rank product of each layer, at once: for few rows, whose launches take longer than what they do."""
-        settings = self._settings[0]
-        with without_autocast(self._inputs[0].x.device.type):
-            x, siblings, h0 = down_arguments(self._settings, self._inputs, [False] * len(self._inputs))
-            ups = [
-                UpProjection(of.lora_b.to(own.adapter_dtype), scaling_of(own, of), of.lora_bias, of.bias)
-                for own, of in zip(self._settings, self._inputs, strict=True)
-            ]
-            ops = implementation(settings.backend)
-            self._ys = ops.low_rank_siblings(x, siblings, ups, h0, settings.dtype)
+        settings, inputs = self._settings, self._inputs
+        ops, dtype = implementation(settings[0].backend), settings[0].dtype
+        with without_autocast(self._x.device.type):
+            x, h0, matrices = read_by_down(settings, inputs)
+            tensors = [x, h0]
+            for of, (a, b) in zip(inputs, matrices, strict=True):
+                tensors += (a, b, of.lora_bias, of.bias, of.lambda_, of.scaling, of.seed)
+
+            def compute() -> list[Tensor]:
+                siblings = down_projections(settings, inputs, matrices, [False] * len(inputs))
+                ups = [
+                    UpProjection(b, scaling_of(own, of), of.lora_bias, of.bias)
+                    for own, of, (_, b) in zip(settings, inputs, matrices, strict=True)
+                ]
+                return ops.low_rank_siblings(x, siblings, ups, h0, dtype)
+
+            self._ys = list(ops.replayed(("few rows", tuple(settings)), tensors, compute))
+
+
+def _own_of(inputs: Inputs) -> tuple:
+    """What a layer does not share, in the order in which autograd gets it; without the seed, which has no gradient."""
+    return (*inputs[2:8], *inputs[9:11])  # weight, bias, lora_a, lora_b, lora_bias, down_bias; lambda_, scaling
+
+
+_OWN = 8
+_FIRST = 4  # settings, inputs, x and h0 come before
+
+
+def _wanted(own: Sequence[bool], x: bool, h0: bool) -> Inputs:
+    """Which gradients of one layer are wanted; the inverse of `_own_of`."""
+    return Inputs._make((False, x, *own[:6], h0, *own[6:], False))
+
+
+def _kept_of(saved: Saved) -> tuple:
+    """What is kept of one layer beside x and h0."""
+    return (*saved[1:5], *saved[6:])
+
+
+_KEPT = len(Saved._fields) - 2
+
+
+def _saved(kept: Sequence[Any], x: Any, h0: Any) -> Saved:
+    """The inverse of `_kept_of`."""
+    return Saved._make((x, *kept[:4], h0, *kept[4:]))
 
 
 class Siblings(torch.autograd.Function):
-    """The shared node: down-projections forward, every gradient backward."""
+    """The node."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, x: Tensor, h0: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        _, wants_x, wants_h0, *wants_own = ctx.needs_input_grad
-        layers = _layers(_Own, tensors)
-        mixing = [of.lambda_ is not None or own.lambda_ != 0 for own, of in zip(group._settings, layers, strict=True)]
-        inputs = [_inputs(x, h0 if mixes else None, of) for mixes, of in zip(mixing, layers, strict=True)]
+    def forward(
+        ctx: Any, settings: Sequence[Settings], inputs: Sequence[Inputs], x: Tensor, h0: Tensor | None, *_: Any
+    ) -> tuple[Tensor, ...]:
+        wants_x, wants_h0, *wants_own = ctx.needs_input_grad[2:]
+        mixing = [of.initial_residual is not None for of in inputs]
+        starts = range(0, len(wants_own), _OWN)
         wants = [
-            _inputs(wants_x, wants_h0 and mixes, of) for mixes, of in zip(mixing, _layers(_Own, wants_own), strict=True)
+            _wanted(wants_own[start : start + _OWN], wants_x, wants_h0 and mixes)
+            for start, mixes in zip(starts, mixing, strict=True)
         ]
-        results = group._down(inputs, [wanted.lambda_ for wanted in wants])
+        ys, results = forward(settings, inputs, [wanted.lambda_ for wanted in wants])
         kept_x = kept_h0 = None
         flat: list[Tensor | None] = []
-        for own, of, wanted, result in zip(group._settings, inputs, wants, results, strict=True):
+        for own, of, wanted, result in zip(settings, inputs, wants, results, strict=True):
             saved = saved_for(own, of, wanted, result.t, result.difference)
             kept_x = saved.x if kept_x is None else kept_x
             kept_h0 = saved.initial_residual if kept_h0 is None else kept_h0
-            flat += [getattr(saved, name) for name in _Kept._fields]
-        ctx.settings, ctx.wants, ctx.mixing = group._settings, wants, mixing
-        ctx.in_series = group._inputs[0].weight is None
+            flat += _kept_of(saved)
+        ctx.settings, ctx.wants, ctx.mixing, ctx.in_series = settings, wants, mixing, inputs[0].weight is None
         ctx.save_for_backward(kept_x, kept_h0, *flat)
         ctx.set_materialize_grads(False)
-        return tuple(
-            # not expanded, which would be a view
-            torch.empty_strided((*x.shape[:-1], n), (0,) * x.dim(), dtype=own.dtype, device=x.device)
-            for own, n in zip(group._settings, (of.lora_b.shape[0] for of in inputs), strict=True)
-        )
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads_y: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h0, *flat = ctx.saved_tensors
-        kept = _layers(_Kept, flat)
-        called = [i for i, grad_y in enumerate(grads_y) if grad_y is not None]
-        nothing = (None,) * (3 + len(_Own._fields) * len(grads_y))
+        settings, saved, wanted, dys, called = [], [], [], [], []
+        for i, grad_y in enumerate(grads_y):
+            if grad_y is not None:
+                own_h0 = h0 if ctx.mixing[i] else None
+                saved.append(_saved(flat[_KEPT * i : _KEPT * (i + 1)], x, own_h0))
+                settings.append(ctx.settings[i])
+                wanted.append(ctx.wants[i])
+                dys.append(grad_y)
+                called.append(i)
+        result: list[Tensor | None] = [None] * (_FIRST + _OWN * len(grads_y))
         if not called:
-            return nothing
-        settings, saved = [], []
-        for i in called:
-            of = kept[i]
-            settings.append(ctx.settings[i])
-            own_h0 = h0 if ctx.mixing[i] else None
-            own = {name: getattr(of, name) for name in _Kept._fields}
-            saved.append(Saved(x=x, initial_residual=own_h0, **own))
-        dys = [grad_y for grad_y in grads_y if grad_y is not None]
-        wanted = [ctx.wants[i] for i in called]
+            return tuple(result)
         with torch.no_grad():  # also under create_graph=True
             gradients = backward(settings, saved, dys, wanted, ctx.in_series)
-        result: list[Tensor | None] = list(nothing)
-        result[1], result[2] = gradients[0].x, gradients[0].initial_residual
+        result[2], result[3] = gradients[0].x, gradients[0].initial_residual
         for i, of_layer in zip(called, gradients, strict=True):
-            start = 3 + i * len(_Own._fields)
-            result[start : start + len(_Own._fields)] = _own_of(of_layer)
+            start = _FIRST + i * _OWN
+            result[start : start + _OWN] = _own_of(of_layer)
         if torch.is_grad_enabled():
             return refuse_second_derivative(result, (x, h0, *flat, *dys), name_of(settings[0]))
         return tuple(result)
-
-
-class SiblingOutput(torch.autograd.Function):
-    """y of one layer; the gradient of its token is dY."""
-
-    @staticmethod
-    def forward(ctx: Any, settings: Settings, inputs: Inputs, t: Tensor, token: Tensor) -> Tensor:
-        return output(settings, inputs, t)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, None, None, Tensor]:
-        return None, None, None, grad_y
-
-
-def _own_of(inputs: Inputs) -> _Own:
-    return _Own(*(getattr(inputs, name) for name in _Own._fields))
-
-
-def _layers(kind: Any, flat: Sequence[Any]) -> list[Any]:
-    """What stands in one row, layer by layer: `_Own` or `_Kept` of each."""
-    size = len(kind._fields)
-    return [kind(*flat[start : start + size]) for start in range(0, len(flat), size)]
-
-
-def _inputs(x: Any, h0: Any, own: _Own) -> Inputs:
-    return Inputs(base=None, x=x, initial_residual=h0, **own._asdict())

@@ -1,14 +1,17 @@
 """The Triton backend: what ``ops/plain_siblings.py`` does in PyTorch, as launches of the kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+from sibo_triton.kernels import replay, targets
 from sibo_triton.kernels.down import down_activated_siblings, down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+from sibo_triton.kernels.launching import Launches
 from sibo_triton.kernels.low_rank import low_rank_siblings
+from sibo_triton.kernels.precision import float32_is_exact
 from sibo_triton.kernels.siblings import DownGradients
 from sibo_triton.kernels.up import add_up, up
 from sibo_triton.kernels.up_backward import up_backward_siblings
@@ -19,6 +22,7 @@ __all__ = [
     "down_backward_siblings",
     "down_siblings",
     "low_rank_siblings",
+    "replayed",
     "up",
     "up_backward_siblings",
 ]
@@ -47,3 +51,26 @@ def down_backward_siblings(
         with_share = [sibling for sibling in siblings if sibling.lora_a is not None]
         dx, dh0 = down_input_gradient(with_share, dtype=dx_dtype, residual_dtype=residual_dtype, base=base)
     return grads_a, dx, dh0
+
+
+def replayed(
+    key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Sequence[Tensor | None]]
+) -> Sequence[Tensor | None]:
+    """What ``compute`` returns; from the second call on by its launches alone, without what leads to them.
+
+    Args:
+        key: beside the tensors' forms, all that ``compute`` depends on.
+        tensors: all that it reads; the first is one.
+        compute: calls the launchers, and returns fresh tensors, or None in their places.
+    """
+    first = tensors[0]
+    assert first is not None
+    device = first.device
+    # `form` of each, without the calls
+    forms = tuple([None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors])
+    return replay.replayed(
+        _tapes, (key, forms, device, targets.target_of(device), float32_is_exact()), tensors, compute
+    )
+
+
+_tapes = Launches()

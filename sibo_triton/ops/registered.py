@@ -62,7 +62,7 @@ def _forward(
     adapter = (lora_a, lora_b, lora_bias, down_bias)
     inputs = Inputs(base, x, weight, bias, *adapter, initial_residual, lambda_, scaling, seed)
     settings = _unpack(x.device, numbers, activation, dtype, x_dtype, residual_dtype, adapter_dtype)
-    y, t, difference = autograd.forward(settings, inputs, lambda_learns)
+    (y,), ((t, difference, _),) = autograd.forward([settings], [inputs], [lambda_learns])
     # an operator returns a tensor, not None, and no two of one buffer
     return y, t, t.new_empty(0) if difference is None else difference.clone()
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 GPU, _ = TARGETS["sm_90"]
+SMALLEST_ADDRESS = 2**32  # no number here is as large
 UP = Up(130, 200, 16, BF16, FP32, scaling_is_tensor=True)
 
 
@@ -55,7 +56,7 @@ class Driver:
         self.handed_hooks.append((launch_metadata, enter_hook, exit_hook))
 
     def run(self, launch, tensors):
-        """What the launcher's launches hand over, tensors described, and how many of them were Triton's own."""
+        """What the launcher's launches hand over, addresses described, and how many of them were Triton's own."""
         self.launches, self.by_triton = [], 0
         launch.launch(tensors)
         names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
@@ -63,10 +64,10 @@ class Driver:
         def described(value):
             if isinstance(value, tuple):
                 return tuple(map(described, value))
-            if not isinstance(value, torch.Tensor):
-                return type(value), value
-            form = value.dtype, value.shape, value.stride(), value.data_ptr() % 16
-            return names.get(value.data_ptr(), "made by the launcher"), *form
+            address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if type(address) is int and address >= SMALLEST_ADDRESS:
+                return names.get(address, "made by the launcher"), address % 16
+            return type(value), value
 
         return [(*rest, described(arguments)) for *rest, arguments in self.launches], self.by_triton
 

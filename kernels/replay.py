@@ -1,0 +1,250 @@
+"""What launches the same again, launched without asking the launchers: host time is what small models wait for.
+
+A forward or a backward is some launches on tensors that it is given, that it returns, and that live in between. When it
+first runs with arguments of some form, its launches are recorded: of each argument whether it is a given tensor, a part
+of a returned one, or scratch. From then on it allocates what it returns, all scratch at once, and hands the driver
+addresses. Neither plans, nor checks, nor keys of single launches are looked at again, as all of them follow from the
+form.
+
+Only where every launch is direct (`launching.py`), and where nothing but launches computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import jit
+
+from . import autotune, launching
+from .launching import Launch, Launches
+from .targets import cdiv
+
+aten = torch.ops.aten
+
+#: torch's operations that compute nothing: those that allocate, and those that make views.
+_ALLOCATE = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+}
+_VIEW = {
+    aten.alias.default,
+    aten.as_strided.default,
+    aten.detach.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
+
+_SCRATCH_ALIGNED = 256  # as torch's allocator aligns what has a buffer of its own, and more than any kernel asks for
+_SCRATCH = -1  # its buffer is the last
+_UNKNOWN: Any = object()
+
+
+def replayed(
+    tapes: Launches, key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Sequence[Tensor | None]]
+) -> Sequence[Tensor | None]:
+    """What ``compute`` returns: by its launches alone, once they are recorded.
+
+    Args:
+        tapes: where they are kept.
+        key: all that the launches depend on, which is also the form of each tensor (`launching.form`).
+        tensors: all that ``compute`` reads, each by its address.
+        compute: returns fresh tensors, or None in their places; the same ones for the same key.
+    """
+    if not launching.direct() or autotune.ENABLED or torch._C._len_torch_dispatch_stack() > 0:
+        return compute()
+    tape = tapes.get(key, _UNKNOWN)
+    if tape is _UNKNOWN:
+        return _recorded(tapes, key, tensors, compute)
+    found = None if tape is None else tape(tensors)
+    return compute() if found is None else found
+
+
+def _recorded(
+    tapes: Launches, key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Sequence[Tensor | None]]
+) -> Sequence[Tensor | None]:
+    """What ``compute`` returns. Keeps its tape, or None if there is none; nothing where another call may tell more."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    index = given[0].device.index
+    if index is not None and index != torch.cuda.current_device():
+        return compute()
+    addresses = {tensor.data_ptr() for tensor in given}
+    if len(addresses) < len(given) or 0 in addresses:
+        return compute()  # two that are one here (h0 and the first layer's x) need not be one elsewhere
+    with _Watch() as watch, launching.recorded() as launches:
+        outputs = compute()
+    tapes.keep(key, None if watch.computed else _Taping(tensors, watch.allocated).tape(launches, outputs))
+    return outputs
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what is allocated, by the addresses of storages, and whether anything but launches computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: set[int] = set()
+        self.computed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATE:
+            self.allocated.add(result.untyped_storage().data_ptr())
+        elif func not in _VIEW:
+            self.computed = True
+        return result
+
+
+class Tape:
+    """Launches, and where their arguments come from.
+
+    Addresses are numbered: the given tensors', then those of returned tensors and of parts of scratch.
+
+    Args:
+        launches: of each: itself, how it is launched directly, and the arguments, with numbers in place of addresses.
+        alignment: of the given tensors, as :func:`_alignment` has it.
+        buffers: shape and dtype of what is allocated, scratch the last.
+        addresses: of each number behind the given tensors': its buffer, and how many bytes from its start.
+        outputs: of what is returned: its buffer and, unless it is all of it, shape, strides and offset.
+    """
+
+    __slots__ = ("_addresses", "_alignment", "_buffers", "_device", "_launches", "_outputs")
+
+    def __init__(
+        self,
+        launches: list[tuple[Launch, tuple, list[Any]]],
+        alignment: list[bool],
+        buffers: list[tuple[tuple[int, ...], torch.dtype]],
+        addresses: list[tuple[int, int]],
+        outputs: list[tuple[int, tuple | None] | None],
+    ) -> None:
+        self._device = jit.driver.active.get_current_device()
+        self._launches, self._alignment = launches, alignment
+        self._buffers, self._addresses, self._outputs = buffers, addresses, outputs
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """What is returned for given tensors of the recorded form; None where these launches are not for them."""
+        driver = jit.driver.active
+        device = driver.get_current_device()
+        numbered = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if device != self._device or _alignment(numbered) != self._alignment:
+            return None
+        for launch, _, _ in self._launches:
+            if launch.has_hooks:
+                return None
+        first: Any = tensors[0]
+        buffers = [first.new_empty(shape, dtype=dtype) for shape, dtype in self._buffers]
+        starts = [buffer.data_ptr() for buffer in buffers]
+        numbered += [starts[i] + offset for i, offset in self._addresses]
+        stream = driver.get_current_stream(device)
+        for _, (run, programs, function, metadata, rest), arguments in self._launches:
+            values = [
+                numbered[of]
+                if type(of) is int
+                else of
+                if type(of) is not tuple
+                else tuple([numbered[one] if type(one) is int else one for one in of])
+                for of in arguments
+            ]
+            run(*programs, stream, function, metadata, None, None, None, *values, *rest)
+        return [
+            None if of is None else buffers[of[0]] if of[1] is None else buffers[of[0]].as_strided(*of[1])
+            for of in self._outputs
+        ]
+
+
+def _alignment(addresses: list[int]) -> list[bool]:
+    """Of each: whether it is a multiple of 16, which is what binaries depend on."""
+    return [address & 15 == 0 for address in addresses]
+
+
+class _Taping:
+    """Makes a tape: who is who among the addresses.
+
+    Args:
+        tensors: those that are given.
+        allocated: the storages that are not.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], allocated: set[int]) -> None:
+        self._allocated = allocated
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        self._alignment = _alignment(addresses)
+        self._numbers = {address: i for i, address in enumerate(addresses) if address != 0}
+        self._given = len(addresses)
+        self._buffers: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._returned: dict[int, int] = {}  # which buffer a storage is
+        self._scratch: dict[int, int] = {}  # where a storage starts in the buffer of scratch
+        self._room = 0
+        self._places: list[tuple[int, int]] = []
+
+    def tape(self, launches: list[tuple[Launch, dict[str, Any]]], outputs: Sequence[Tensor | None]) -> Tape | None:
+        """None where it cannot be told where an argument comes from, or where Triton must launch by itself."""
+        try:
+            made = [None if output is None else self._output(output) for output in outputs]
+            taped = [(launch, self._direct(launch, of), self._arguments(of)) for launch, of in launches]
+        except _CannotTell:
+            return None
+        if self._room:
+            self._buffers.append(((self._room,), torch.uint8))
+        return Tape(taped, self._alignment, self._buffers, self._places, made)
+
+    def _output(self, output: Tensor) -> tuple[int, tuple | None]:
+        storage, size = output.untyped_storage(), output.element_size()
+        start = storage.data_ptr()
+        if start not in self._allocated or storage.nbytes() == 0:
+            raise _CannotTell
+        whole = output.is_contiguous() and storage.nbytes() == output.numel() * size
+        if start not in self._returned:
+            self._returned[start] = len(self._buffers)
+            self._buffers.append((tuple(output.shape) if whole else (storage.nbytes() // size,), output.dtype))
+        elif self._buffers[self._returned[start]][1] != output.dtype or whole:
+            raise _CannotTell
+        view = None if whole else (tuple(output.shape), output.stride(), output.storage_offset())
+        return self._returned[start], view
+
+    @staticmethod
+    def _direct(launch: Launch, arguments: dict[str, Any]) -> tuple:
+        found = launch.direct(arguments)
+        if found is None:
+            raise _CannotTell
+        return found
+
+    def _arguments(self, arguments: dict[str, Any]) -> list[Any]:
+        return [
+            tuple([self._numbered(one) for one in value]) if type(value) is tuple else self._numbered(value)
+            for value in arguments.values()
+        ]
+
+    def _numbered(self, value: Any) -> Any:
+        """A number for a tensor; what is none stays."""
+        if value is None or type(value) is float:
+            return value
+        address = value.data_ptr()
+        if address not in self._numbers:
+            storage = value.untyped_storage()
+            start = storage.data_ptr()
+            if start not in self._allocated:
+                raise _CannotTell
+            if start in self._returned:
+                place = self._returned[start], address - start
+            else:
+                if start not in self._scratch:
+                    self._scratch[start] = self._room
+                    self._room += cdiv(storage.nbytes(), _SCRATCH_ALIGNED) * _SCRATCH_ALIGNED
+                place = _SCRATCH, self._scratch[start] + address - start
+            self._numbers[address] = self._given + len(self._places)
+            self._places.append(place)
+        return self._numbers[address]
+
+
+class _CannotTell(Exception):
+    """There is no tape."""

@@ -1,0 +1,104 @@
+"""The operations by their recorded launches give the bits that they give through every launcher."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from bottleneck_cases import BOTTLENECK_CASES
+from bottleneck_cases import make as make_bottleneck
+from bottleneck_cases import name_of as name_of_bottleneck
+from bottleneck_cases import run as run_bottleneck
+from group_cases import GROUPS, make_group, outputs_of_group, results_of
+from op_cases import CASES, OpCase, make, name_of, operations, output_and_gradients
+
+from sibo_triton.kernels import launching, replay
+from sibo_triton.kernels.launching import forget_launches
+from sibo_triton.kernels.precision import INTERPRETED
+from sibo_triton.ops import add_bottleneck, lora_linear
+
+pytestmark = [pytest.mark.gpu, pytest.mark.as_allocated]
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """How many times recorded launches ran."""
+    count, run = [], replay.Tape.__call__
+
+    def counted(self, tensors):
+        result = run(self, tensors)
+        if result is not None:
+            count.append(1)
+        return result
+
+    monkeypatch.setattr(replay.Tape, "__call__", counted)
+    return count
+
+
+def check(run, replays, monkeypatch):
+    """``run``, of a seed for its data, returns results by name."""
+    forget_launches()
+    found = [run(seed) for seed in (0, 1, 2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(launching, "_DIRECT", False)
+        forget_launches()
+        expected = [run(seed) for seed in (0, 1, 2)]
+    forget_launches()
+    for these, those in zip(found, expected, strict=True):
+        assert these.keys() == those.keys()
+        for name in those:
+            assert torch.equal(these[name], those[name]), name
+    # which are: test_replayed_launches.py
+    assert INTERPRETED or replays or not any(of.numel() for of in expected[0].values())
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_one_layer(case, device, replays, monkeypatch):
+    operation, _ = operations(case)
+
+    def run(seed):
+        grad_y = torch.randn(*case.tokens, case.out_features, generator=torch.Generator().manual_seed(seed))
+        return output_and_gradients(operation, make(case, device, seed), grad_y.to(device))
+
+    check(run, replays, monkeypatch)
+
+
+@pytest.mark.parametrize("case", BOTTLENECK_CASES, ids=name_of_bottleneck)
+def test_bottleneck_adapter(case, device, replays, monkeypatch):
+    def run(seed):
+        arguments = make_bottleneck(case, device, seed)
+        shape = *arguments["x"].shape[:-1], case.out_features or case.in_features
+        grad_y = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, arguments["x"].dtype)
+        return run_bottleneck(add_bottleneck, arguments, grad_y)
+
+    check(run, replays, monkeypatch)
+
+
+@pytest.mark.parametrize("name", sorted(set(GROUPS) - {"nothing"}))
+def test_layers_that_share_x(name, device, replays, monkeypatch):
+    cases = GROUPS[name]
+    layers = make_group(cases, device)
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for value in (value for layer in layers for value in layer.values() if isinstance(value, torch.Tensor)):
+                if value.is_floating_point() and value.numel() > 1:
+                    value.copy_(torch.randn(value.shape, generator=generator))
+        grads_y = [torch.randn(*case.tokens, case.out_features, generator=generator).to(case.dtype) for case in cases]
+        return results_of(outputs_of_group, layers, grads_y)
+
+    check(run, replays, monkeypatch)
+
+
+def test_two_tensors_that_are_one_here_are_not_taken_for_one_elsewhere(device, replays):
+    arguments = make(OpCase((70,), 48, 40, 4, mixes="number", wants=()), device)
+    as_one = arguments | {"initial_residual": arguments["x"]}
+    forget_launches()
+    with torch.no_grad():
+        first = [lora_linear(**of) for of in (as_one, as_one, arguments)]
+        assert not replays
+        second = [lora_linear(**of) for of in (as_one, as_one, arguments)]
+    assert INTERPRETED or len(replays) == 3
+    assert all(map(torch.equal, first, second)) and not torch.equal(first[0], first[2])
+    forget_launches()

@@ -1,0 +1,231 @@
+"""Recorded launches hand the driver what the launchers do, address for address, and only where they may."""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+from ahead_of_time import TARGETS
+from bottleneck_cases import BOTTLENECK_CASES
+from bottleneck_cases import make as make_bottleneck
+from bottleneck_cases import name_of as name_of_bottleneck
+from bottleneck_cases import run as run_bottleneck
+from group_cases import GROUPS, make_group, outputs_of_group, results_of
+from op_cases import CASES, OpCase, make, name_of, operations, output_and_gradients
+from triton import knobs
+from without_gpu import launching_for
+
+from sibo_triton.kernels import launching, replay
+from sibo_triton.kernels.down import down_siblings
+from sibo_triton.kernels.launching import forget_launches
+from sibo_triton.kernels.siblings import DownProjection
+from sibo_triton.kernels.up import up_kernel
+from sibo_triton.ops import add_bottleneck, autograd, low_rank
+from sibo_triton.ops.dispatch import Choice
+from sibo_triton.ops.group import FEW_ROWS
+
+pytestmark = pytest.mark.skipif(
+    not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
+)
+
+GPU, _ = TARGETS["sm_90"]
+_HOOKS = 3  # stand before the arguments
+SMALLEST_ADDRESS = 2**32  # no number here is as large
+
+
+class Driver:
+    """Notes what reaches the driver, with a name for each address: a given tensor's, or which new one it is."""
+
+    def __init__(self):
+        self.launches, self.tapes, self._names, self._kept = [], 0, {}, []
+
+    def __enter__(self):
+        self._stack = launching_for(GPU, self._launch)
+        self._stack.__enter__()
+        self._patches = [
+            mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "tested")),
+            mock.patch.object(replay.Tape, "__call__", self._counted(replay.Tape.__call__)),
+            mock.patch.object(torch.Tensor, "new_empty", self._keeping(torch.Tensor.new_empty)),
+            mock.patch.object(torch, "empty", self._keeping(torch.empty)),
+            mock.patch.object(torch, "empty_like", self._keeping(torch.empty_like)),
+        ]
+        for patch in self._patches:
+            patch.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        for patch in self._patches:
+            patch.__exit__(*error)
+        self._stack.__exit__(*error)
+
+    def _counted(self, call):
+        def counted(tape, tensors):
+            result = call(tape, tensors)
+            self.tapes += result is not None
+            return result
+
+        return counted
+
+    def _keeping(self, allocate):
+        """So that no two have one address."""
+
+        def keeping(*arguments, **options):
+            self._kept.append(allocate(*arguments, **options))
+            return self._kept[-1]
+
+        return keeping
+
+    def _launch(self, x, y, z, stream, function, metadata, *rest):
+        self.launches.append(((x, y, z), function, metadata, tuple(map(self._named, rest[_HOOKS:]))))
+
+    def _named(self, value):
+        if isinstance(value, tuple):
+            return tuple(map(self._named, value))
+        if isinstance(value, torch.Tensor):
+            self._kept.append(value)
+            value = value.data_ptr()
+        if type(value) is int and value >= SMALLEST_ADDRESS:
+            return self._names.setdefault(value, f"new {len(self._names)}"), value % 16
+        return type(value), value
+
+    def run(self, step, tensors):
+        """What reaches the driver of ``step()``, by how many tapes, and the names of what it returns."""
+        self.launches, self.tapes, self._kept = [], 0, []
+        self._names = {tensor.data_ptr(): name for name, tensor in tensors.items() if tensor.numel()}
+        results = step()
+        of_results = {name: self._names.get(result.data_ptr()) for name, result in results.items()}
+        return (self.launches, of_results, {name: of.shape for name, of in results.items()}), self.tapes
+
+
+def tensors_of(*all_arguments):
+    return {
+        f"{name} {i}": value
+        for i, arguments in enumerate(all_arguments)
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def check(step, tensors, taped=2):
+    """Through the launchers, recorded, and replayed: the same reaches the driver. By so many tapes; None: any."""
+    with Driver() as driver, mock.patch.object(autograd, "with_frozen", lambda *arguments: low_rank_alone(*arguments)):
+        with mock.patch.object(launching, "_DIRECT", False):
+            expected, by_tape = driver.run(step, tensors)
+            assert by_tape == 0
+        forget_launches()
+        for wanted_tapes in (0, taped, taped):
+            found, by_tape = driver.run(step, tensors)
+            assert found == expected
+            assert taped is None or by_tape == wanted_tapes
+
+
+def low_rank_alone(settings, inputs, x, y):
+    """The frozen product waits for what a GPU would have computed: here numbers that nobody wrote."""
+    return autograd.fresh_like(inputs.x, y)
+
+
+def tapes_of(*cases):
+    """Of a forward and, where anything is wanted, of the backward; none for what has no elements."""
+    if 0 in (*cases[0].tokens, cases[0].in_features):
+        return 0
+    if any(case.wants or case.mixes == "learnable" for case in cases):
+        return 2
+    # without gradients layers that share x make their outputs one by one, but for few rows
+    return int(len(cases) == 1 or math.prod(cases[0].tokens) <= FEW_ROWS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_one_layer(case):
+    if case.dtype == torch.float64:
+        pytest.skip("the kernels do not take it")
+    operation, _ = operations(case)
+    arguments = make(case)
+    grad_y = torch.randn(*case.tokens, case.out_features)
+    check(lambda: output_and_gradients(operation, arguments, grad_y), tensors_of(arguments), tapes_of(case))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_layers_that_share_x(name):
+    cases = GROUPS[name]
+    layers = make_group(cases)
+    grads_y = [torch.randn(*case.tokens, case.out_features).to(case.dtype) for case in cases]
+    tensors = tensors_of(*layers, {str(i): grad_y for i, grad_y in enumerate(grads_y)})
+    check(lambda: results_of(outputs_of_group, layers, grads_y), tensors, tapes_of(*cases))
+
+
+@pytest.mark.parametrize("case", BOTTLENECK_CASES, ids=name_of_bottleneck)
+def test_bottleneck_adapter(case):
+    if case.dtype == torch.float64:
+        pytest.skip("the kernels do not take it")
+    arguments = make_bottleneck(case)
+    width = case.out_features or case.in_features
+    grad_y = torch.randn(*arguments["x"].shape[:-1], width).to(arguments["x"].dtype)
+    check(lambda: run_bottleneck(add_bottleneck, arguments, grad_y), tensors_of(arguments), None)
+
+
+def forward_of(arguments):
+    def step():
+        with torch.no_grad():
+            return {"y": low_rank.lora_linear(**arguments)}
+
+    return step
+
+
+MIXING = OpCase((70,), 48, 40, 4, mixes="number", wants=())
+
+
+def test_two_tensors_that_are_one_here_are_not_taken_for_one_elsewhere():
+    """h0 is the first layer's x, and of no other layer."""
+    arguments = make(MIXING)
+    as_one = arguments | {"initial_residual": arguments["x"]}
+    with Driver() as driver:
+        for tapes in (0, 0, 0):
+            assert driver.run(forward_of(as_one), tensors_of(as_one))[1] == tapes
+    check(forward_of(arguments), tensors_of(arguments), 1)
+    with Driver() as driver:
+        forget_launches()
+        runs = [driver.run(forward_of(of), tensors_of(of)) for of in (arguments, arguments, as_one, arguments)]
+    assert [tapes for _, tapes in runs] == [0, 1, 1, 1]
+    names = [[name for name, _ in launches[0][3][:2]] for (launches, *_), _ in runs]
+    assert names == [["x 0", "initial_residual 0"]] * 2 + [["initial_residual 0"] * 2] + names[:1]
+
+
+def test_another_alignment_and_hooks_are_left_to_the_launchers(monkeypatch):
+    arguments = make(MIXING)
+    x = arguments["x"]
+    shifted = arguments | {"x": torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)}
+    with Driver() as driver:
+        for of, tapes in ((arguments, 0), (arguments, 1), (shifted, 0), (shifted, 0), (arguments, 1)):
+            assert driver.run(forward_of(of), tensors_of(of))[1] == tapes
+        monkeypatch.setattr(launching.Launch, "has_hooks", True)
+        assert driver.run(forward_of(arguments), tensors_of(arguments))[1] == 0
+        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs.runtime, "debug", True)
+            assert driver.run(forward_of(arguments), tensors_of(arguments))[1] == 0
+        assert driver.run(forward_of(arguments), tensors_of(arguments))[1] == 1
+        forget_launches()
+        assert driver.run(forward_of(arguments), tensors_of(arguments))[1] == 0
+
+
+def test_what_torch_computes_too_is_not_replayed():
+    """As the tape would leave it out; nor is what reads a tensor that nobody named."""
+    with Driver():
+        x, other = torch.randn(64, 64), torch.randn(64, 64)
+        lora_a = torch.randn(16, 64)
+
+        def launched(of):
+            return down_siblings(of, [DownProjection(lora_a)])[0][0]
+
+        tapes = launching.Launches()
+        for compute in (lambda: [launched(x), x * 2], lambda: [launched(other)]):
+            for key in (1, 1):
+                replay.replayed(tapes, key, [x, lora_a], compute)
+            assert tapes.get(1) is None and 1 in tapes._kept
+            tapes._kept.clear()
+        replay.replayed(tapes, 1, [x, lora_a], lambda: [launched(x)])
+        assert isinstance(tapes.get(1), replay.Tape)
