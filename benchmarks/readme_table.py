@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,18 @@ def compiled_table(results: dict[str, Any]) -> str:
 
 #: What the table of a GPU shows: how much longer than the frozen layer.
 SHOWN = ("PEFT LoRA", "addmm_ scheme, siblings grouped", "ours, lambda = 0", "PEFT LoRA + eager mix", "ours, SIBO")
+SHOWN_ADAPTERS = ("eager adapter", "ours, adapter, lambda = 0", "eager adapter + eager mix", "ours, SIBO adapter")
 NOT_MEASURED = "Speed on a GPU: not measured yet."
 
 
-def layer_table(results: dict[str, Any]) -> str:
-    """Time over the frozen layer of each whole layer at rank 16 and 8,192 tokens, forward and backward."""
-    rows = [row for row in results["rows"] if (row["part"], row.get("rank"), row["tokens"]) == ("layer", 16, 8192)]
-    lines = [f"| layer | adapters | {' | '.join(SHOWN)} |", "|---|---|" + "---|" * len(SHOWN)]
+def layer_table(rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> str:
+    """Time over the frozen layer, forward and backward, of each row."""
+    lines = [f"| layer | tokens | adapters | {' | '.join(shown)} |", "|---|---|---|" + "---|" * len(shown)]
     for row in rows:
-        cells = [_over_frozen(row["providers"].get(name, {})) for name in SHOWN]
-        adapters = f"{row['adapters']}, dropout {row['dropout']:g}"
-        lines.append(f"| {row['model']} | {adapters} | {' | '.join(cells)} |")
+        cells = [_over_frozen(row["providers"].get(name, {})) for name in shown]
+        kind = f"r = {row['rank']}" if "rank" in row else row["title"].split(", ")[3]
+        adapters = f"{kind}, {row['adapters']}, dropout {row['dropout']:g}"
+        lines.append(f"| {row['model']} | {row['tokens']:,} | {adapters} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -92,15 +94,38 @@ def _over_frozen(facts: dict[str, Any]) -> str:
     return "not run"
 
 
-def gpu_tables(results: Path) -> str:
-    """A table for each GPU whose layers were timed, or that there is none."""
-    parts = []
-    for file in sorted(results.glob("layer-*.json")):
+def _layers(results: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """For each GPU: where its whole layers were measured, with a link, and their rows."""
+    for file in sorted(results.glob("layer-*.json"), reverse=True):
         content = json.loads(file.read_text(encoding="utf-8"))
-        if any(row["part"] == "layer" and row["tokens"] == 8192 for row in content["rows"]):
+        rows = [row for row in content["rows"] if row["part"] == "layer"]
+        if rows:
             link = f"[benchmarks/results/{file.name}](benchmarks/results/{file.name})"
-            head = f"Time over the frozen layer, measured on {content['gpu']}, 8,192 tokens, r = 16 ({link}):"
-            parts.append(f"{head}\n\n{layer_table(content)}")
+            yield f"measured on {content['gpu']} ({link})", rows
+
+
+def _is_first(row: dict[str, Any]) -> bool:
+    return (row["model"], row.get("rank"), row["tokens"]) == ("Llama-3-8B", 16, 8192)
+
+
+def gpu_tables(results: Path) -> str:
+    """For each GPU that timed it the layer that README is about, or that there is none."""
+    parts = []
+    for where, rows in _layers(results):
+        first = [row for row in rows if _is_first(row)]
+        if first:
+            parts.append(f"Time over the frozen layer, {where}:\n\n{layer_table(first, SHOWN)}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def other_layers(results: Path) -> str:
+    """All other layers that were timed, on each GPU: of LoRA, and of bottleneck adapters."""
+    parts = []
+    for where, rows in _layers(results):
+        for shown in (SHOWN, SHOWN_ADAPTERS):
+            own = [row for row in rows if ("rank" in row) == (shown is SHOWN) and not _is_first(row)]
+            if own:
+                parts.append(f"Time over the frozen layer, {where}:\n\n{layer_table(own, shown)}")
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -133,7 +158,8 @@ def kernels_table(results: Path) -> str:
             ]
             cells = [f"{us:,.0f}" if us else "" for us in own]
             over = f"{100 * (row['us'] / frozen - 1):+.1f} %" if provider != "frozen model" else ""
-            name = f"{layer.rpartition(', ')[2]}, {dropout}"
+            _, tokens, _, adapters = layer.split(", ")
+            name = f"{int(tokens.removeprefix('M=')):,} tokens, {adapters}, {dropout}"
             lines.append(f"| {when} | {name} | {provider} | {' | '.join(cells)} | {row['us']:,.0f} | {over} |")
     return "\n".join(lines)
 
@@ -159,11 +185,15 @@ TABLES = {
 }
 
 
+#: Those that are made of several files.
+OF_RESULTS = {"gpu": gpu_tables, "layers": other_layers, "kernels": kernels_table, "tuning": tuning_table}
+
+
 def with_tables(text: str, root: str = "") -> str:
     """A document's text with the tables that it has markers for made anew; `root`: the way from it to the project's."""
     for name, (file, table) in TABLES.items():
         text = _between_markers(text, name, table(json.loads((RESULTS / file).read_text(encoding="utf-8"))))
-    for name, table in (("gpu", gpu_tables), ("kernels", kernels_table), ("tuning", tuning_table)):
+    for name, table in OF_RESULTS.items():
         text = _between_markers(text, name, table(RESULTS).replace("](benchmarks/", f"]({root}benchmarks/"))
     return text
 

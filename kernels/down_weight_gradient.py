@@ -226,7 +226,7 @@ def plan(
             num_warps = 8  # with 4, likewise
     if shares_tiles and BM >= 32 and (target.capability in (80, 120) or target.capability == 100 and mixes):
         # A pointer for each column takes registers, of which tensor cores that multiply from them have few.
-        num_warps = 8
+        num_warps = 4 if target.capability == 100 and max(ranks) == 1 and product.dtype == x_dtype else 8
     BK, programs = 64, 4
     if target.capability == 90 and BR <= 64 and max(ranks) <= 32 and product.dtype.itemsize == 2 and not drops:
         BM, BK, programs = 32, 128, 2  # measured: a quarter faster than half as wide tiles, for q, k and v

@@ -103,8 +103,9 @@ def launch_of_both(
             # multiply the 64 rows of u twice.
             programs, in_flight, num_warps = 1, 1, 4 if split else 8
         BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), in_flight)
-    if target.capability in (80, 120) and more or target.capability == 80 and split and r == 1:
-        BN //= 2  # tensor cores that multiply from registers, which more would overflow, or a column of B
+    narrow = split and (target.capability == 80 and r == 1 or target.capability == 100 and r < 16)
+    if target.capability in (80, 120) and more or narrow:
+        BN //= 2  # tensor cores that multiply from registers, which more would overflow, or pointers to narrow rows
         if target.capability == 120 and dot_u.dtype != torch.float32 and not split and BR == 16:
             num_warps = 4  # with 8, registers are spilled to make room for a second program
     BM = 64

@@ -64,12 +64,30 @@ def results(tmp_path):
 def test_the_table_is_the_measured_rows_of_whole_layers(results):
     text = readme_table.gpu_tables(results)
     assert "measured on NVIDIA H200" in text and "benchmarks/results/layer-nvidia-h200.json" in text
-    rows = [line for line in text.splitlines() if line.startswith("| Llama") or line.startswith("| BERT")]
-    assert rows == [
-        "| Llama-3-8B | float32, dropout 0.05 | +40.0 % | no dropout | +11.5 % | error | wrong |",
-        "| Llama-3-8B | bfloat16, dropout 0 | +40.0 % | no dropout | +11.5 % | error | +12.5 % |",
-        "| BERT-large | float32, dropout 0.05 | +40.0 % | no dropout | +11.5 % | error | wrong |",
+    assert rows_of(text) == [
+        "| Llama-3-8B | 8,192 | r = 16, float32, dropout 0.05 | +40.0 % | no dropout | +11.5 % | error | wrong |",
+        "| Llama-3-8B | 8,192 | r = 16, bfloat16, dropout 0 | +40.0 % | no dropout | +11.5 % | error | +12.5 % |",
     ]
+    assert rows_of(readme_table.other_layers(results)) == [
+        "| Llama-3-8B | 512 | r = 16, float32, dropout 0.05 | +40.0 % | no dropout | +11.5 % | error | +12.5 % |",
+        "| Llama-3-8B | 512 | r = 16, bfloat16, dropout 0 | +40.0 % | no dropout | +11.5 % | error | +12.5 % |",
+        "| BERT-large | 8,192 | r = 16, float32, dropout 0.05 | +40.0 % | no dropout | +11.5 % | error | wrong |",
+    ]
+
+
+def rows_of(text):
+    return [line for line in text.splitlines() if line.startswith(("| Llama", "| BERT"))]
+
+
+def test_bottleneck_adapters_have_a_table_of_their_own(tmp_path):
+    row = layer_row(8192)
+    row["title"] = "Llama-3-8B layer, M=8192, bottleneck 256, in parallel, fp32 adapters, dropout 0.05"
+    del row["rank"]
+    row["providers"] = {"eager adapter": timed(5.0, ("both",)), "ours, SIBO adapter": {"error": "OutOfMemoryError"}}
+    (tmp_path / "layer-a-gpu.json").write_text(json.dumps({**HEAD, "rows": [row, layer_row(512)]}))
+    text = readme_table.other_layers(tmp_path)
+    assert text.count("measured on NVIDIA H200") == 2
+    assert "| Llama-3-8B | 8,192 | in parallel, float32, dropout 0.05 | +5.0 % | not run | not run | error |" in text
 
 
 def test_without_results_of_a_gpu_the_readme_says_so(tmp_path, results, monkeypatch):
@@ -96,8 +114,8 @@ def test_kernels_and_tiles_have_tables(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"gpu": "A GPU", "rows": rows}))
     table = readme_table.kernels_table(tmp_path).splitlines()
     assert table[2:4] == [
-        "| A GPU | bf16, dropout 0 | frozen model |  |  |  |  |  |  | 100 |  |",
-        "| A GPU | bf16, dropout 0 | ours, SIBO |  | 4 |  |  |  |  | 110 | +10.0 % |",
+        "| A GPU | 8 tokens, bf16, dropout 0 | frozen model |  |  |  |  |  |  | 100 |  |",
+        "| A GPU | 8 tokens, bf16, dropout 0 | ours, SIBO |  | 4 |  |  |  |  | 110 | +10.0 % |",
     ]
     assert [line.split("|")[1].strip() for line in table[4:]] == ["A GPU, before"] * 2
 

@@ -195,13 +195,14 @@ def scaling_of(settings: Settings, tensors: Inputs | Saved) -> float | Tensor:
 
 
 def with_frozen(settings: Settings, inputs: Inputs, x: Tensor, y: Tensor) -> Tensor:
-    """y, ``[..., N]``: the low-rank product, ``[M, N]``, and onto it that of x, ``[M, K]``, and the frozen weight."""
-    with without_autocast(x.device.type):
-        matrix, weight = cast(x, settings.dtype), cast(inputs.weight, settings.dtype).t()
-        if torch._C._len_torch_dispatch_stack() > 0:  # selective checkpointing keeps what an operator returned
-            y = torch.addmm(y, matrix, weight)
-        else:
-            y.addmm_(matrix, weight)
+    """y, ``[..., N]``: the low-rank product, ``[M, N]``, and onto it that of x, ``[M, K]``, and the frozen weight.
+
+    Not under autocast.
+    """
+    matrix, weight = cast(x, settings.dtype), cast(inputs.weight, settings.dtype).t()
+    if torch._C._len_torch_dispatch_stack() > 0:  # selective checkpointing keeps what an operator returned
+        return shaped_like(inputs.x, torch.addmm(y, matrix, weight))
+    y.addmm_(matrix, weight)
     return fresh_like(inputs.x, y)
 
 
@@ -398,6 +399,15 @@ def _down_backward(
     return grads_a, dx, dh
 
 
+def wants_gradients(inputs: Sequence[Inputs]) -> bool:
+    """Whether autograd must know of a call on these."""
+    if not torch.is_grad_enabled():
+        return False
+    if inputs[0].lora_b.requires_grad:  # as nearly always
+        return True
+    return any(tensor is not None and tensor.requires_grad for of in inputs for tensor in of)
+
+
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply`` where no transform of `torch.func` is active, which `dispatch.py` has made sure of.
 
@@ -410,8 +420,9 @@ class LowRank(torch.autograd.Function):
     """The operation in eager mode: an `autograd.Function` takes half of the host time of a registered operator."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, *tensors: Tensor | None) -> Tensor:
-        inputs, wants = Inputs(*tensors), Inputs(*ctx.needs_input_grad[1:])
+    def forward(ctx: Any, settings: Settings, inputs: Inputs, *_: Tensor | None) -> Tensor:
+        """y; what is looked at are the inputs, and autograd gets them one by one."""
+        wants = Inputs._make(ctx.needs_input_grad[2:])
         (y,), (own,) = forward([settings], [inputs], [wants.lambda_])
         ctx.settings, ctx.in_series = settings, inputs.base is None and inputs.weight is None
         ctx.save_for_backward(*saved_for(settings, inputs, wants, own.t, own.difference))
@@ -419,13 +430,13 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        wants, saved = Inputs(*ctx.needs_input_grad[1:]), Saved(*ctx.saved_tensors)
+        wants, saved = Inputs._make(ctx.needs_input_grad[2:]), Saved._make(ctx.saved_tensors)
         rest = [ctx.settings], [saved], [grad_y], [wants], ctx.in_series
         if not torch.is_grad_enabled():
-            return None, *backward(*rest)[0]
+            return None, None, *backward(*rest)[0]
         with torch.no_grad():  # create_graph=True
             gradients = backward(*rest)[0]
-        return None, *refuse_second_derivative(gradients, (grad_y, *saved), name_of(ctx.settings))
+        return None, None, *refuse_second_derivative(gradients, (grad_y, *saved), name_of(ctx.settings))
 
 
 def name_of(settings: Settings) -> str:

@@ -30,6 +30,7 @@ from sibo_triton.ops.autograd import (
     refuse_second_derivative,
     saved_for,
     scaling_of,
+    wants_gradients,
     with_frozen,
     without_autocast,
 )
@@ -57,10 +58,10 @@ class Group:
         self._ts: list[Tensor | None] = []
         self._ys: list[Tensor | None] = []  # the outputs, or the low-rank products, where they are made at once
         self._are_whole = False
-        x, h0 = inputs[0].x, next((of.initial_residual for of in inputs if of.initial_residual is not None), None)
-        tensors = [tensor for of in inputs for tensor in _own_of(of)]
-        wanted = torch.is_grad_enabled()
-        if wanted and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, *tensors)):
+        x = inputs[0].x
+        if wants_gradients(inputs):
+            h0 = next((of.initial_residual for of in inputs if of.initial_residual is not None), None)
+            tensors = [tensor for of in inputs for tensor in _own_of(of)]
             self._ys = list(apply(Siblings, settings, inputs, x, h0, *tensors))
             self._are_whole = True
         elif x.shape[:-1].numel() <= FEW_ROWS and settings[0].activation is None and inputs[0].weight is not None:
@@ -74,7 +75,10 @@ class Group:
         if self._ys:
             y, self._ys[i] = self._ys[i], None
             assert y is not None
-            return y if self._are_whole else with_frozen(settings, inputs, self._x, y)
+            if self._are_whole:
+                return y
+            with without_autocast(self._x.device.type):
+                return with_frozen(settings, inputs, self._x, y)
         t, self._ts[i] = self._ts[i], None
         assert t is not None
         return output(settings, inputs, self._x, t)

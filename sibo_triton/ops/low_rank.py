@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sibo_triton import reference
 from sibo_triton.ops import small
-from sibo_triton.ops.autograd import Inputs, LowRank, Settings, apply, autocast_dtype, forward
+from sibo_triton.ops.autograd import Inputs, LowRank, Settings, apply, autocast_dtype, forward, wants_gradients
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
 from sibo_triton.ops.group import FEW_ROWS, Group
@@ -227,8 +227,8 @@ def fused(settings: Settings, inputs: Inputs) -> Tensor:
         from sibo_triton.ops.registered import low_rank  # registering takes time, and only compiled code needs it
 
         return low_rank(settings, inputs)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return apply(LowRank, settings, *inputs)
+    if wants_gradients([inputs]):
+        return apply(LowRank, settings, inputs, *inputs)
     few_rows = inputs.weight is not None and inputs.x.shape[:-1].numel() <= FEW_ROWS
     if few_rows and settings.activation is None:
         return Group([settings], [inputs]).output(0)
