@@ -11,9 +11,7 @@ import argparse
 import json
 import os
 import sys
-import time
 from dataclasses import astuple
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_comp
 from ahead_of_time import TARGETS
 from cases import CASES, COLUMNS, Row, check
 
+from benchmarks.in_parallel import in_parallel
 from sibo_triton.environment import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,20 +74,15 @@ def merged(rows: list[Row], target: str) -> list[Row]:
 
 
 def run(jobs: list[tuple[int, str]], workers: int) -> list[Row]:
-    """The rows of all jobs, in their order, with a line of progress now and then."""
+    """The rows of all jobs, in their order."""
     rows: dict[tuple[int, str], list[Row]] = {}
-    started = told = time.monotonic()
     # Processes end now and then, or what Triton keeps of each kernel would fill the memory.
-    with get_context("spawn").Pool(workers, maxtasksperchild=50) as pool:
-        for job, rows_of_job in pool.imap_unordered(check_job, jobs, chunksize=4):
-            rows[job] = rows_of_job
-            now = time.monotonic()
-            for row in rows_of_job:
-                if row.violation:
-                    print(f"VIOLATION {row.target}, {row.case}, {row.kernel}: {row.violation}", flush=True)
-            if now - told > 10 or len(rows) == len(jobs):
-                told, left = now, (now - started) / len(rows) * (len(jobs) - len(rows))
-                print(f"{len(rows)} of {len(jobs)} compiled, {now - started:.0f} s, {left:.0f} s to go", flush=True)
+    results = in_parallel("compiling cases", check_job, jobs, workers, chunk=4, chunks_of_process=50)
+    for job, rows_of_job in results:
+        rows[job] = rows_of_job
+        for row in rows_of_job:
+            if row.violation:
+                print(f"VIOLATION {row.target}, {row.case}, {row.kernel}: {row.violation}", flush=True)
     return [row for job in jobs for row in rows[job]]
 
 

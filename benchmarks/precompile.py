@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 from benchmarks import decode, layer, step
 from benchmarks.checks import without_known_warnings
 from benchmarks.counting import as_on_a_gpu
+from benchmarks.in_parallel import in_parallel
 from benchmarks.models import Architecture, Part, part_linears
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
@@ -92,14 +91,13 @@ def compiled_of(job: Job, gpu: Any, target: Any) -> list[Any]:
     return compiled
 
 
-def compile_job(arguments: tuple[Job, Any, Any]) -> tuple[str, int, str | None, float]:
-    """How many kernels were compiled of a job, the error if there was one, and seconds."""
-    job, started = arguments[0], time.monotonic()
+def compile_job(arguments: tuple[Job, Any, Any]) -> tuple[str, int, str | None]:
+    """How many kernels were compiled of a job, and the error if there was one."""
+    what = str(arguments[0])
     try:
-        count, error = len(compiled_of(*arguments)), None
+        return what, len(compiled_of(*arguments)), None
     except Exception as raised:  # the benchmark compiles it then, or shows the error with a device
-        count, error = 0, f"{type(raised).__name__}: {raised}".splitlines()[0]
-    return str(job), count, error, time.monotonic() - started
+        return what, 0, f"{type(raised).__name__}: {raised}".splitlines()[0]
 
 
 def run(job: Job) -> None:
@@ -129,16 +127,9 @@ def main() -> None:
 
     gpu, target = driver.active.get_current_target(), target_of_device()
     jobs = [(job, gpu, target) for job in jobs_of(options.quick) if all(word in str(job) for word in options.only)]
-    print(f"compiling the kernels of {len(jobs)} rows' linears in {options.workers} processes", flush=True)
-    started = told = time.monotonic()
-    with get_context("spawn").Pool(options.workers) as pool:
-        for done, (what, count, error, seconds) in enumerate(pool.imap_unordered(compile_job, jobs), 1):
-            if error is not None:
-                print(f"not compiled: {what}: {error}", flush=True)
-            elif time.monotonic() - told > 5 or done == len(jobs):
-                told = time.monotonic()
-                last = f"{what}: {count} in {seconds:.1f} s"
-                print(f"{done} of {len(jobs)}, {told - started:.0f} s; last: {last}", flush=True)
+    for what, _, error in in_parallel("compiling the kernels of rows' linears", compile_job, jobs, options.workers):
+        if error is not None:
+            print(f"not compiled: {what}: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_comp
 import torch
 from torch import Tensor
 
+from benchmarks.in_parallel import in_parallel
 from benchmarks.models import LLAMA_3_8B
 from benchmarks.results_file import RESULTS, command_line, slug
 from sibo_triton.environment import provenance
@@ -218,15 +217,9 @@ def compile_variant(task: tuple[Case, Variant, Any, Any]) -> str | None:
 
 def compile_all(chosen: list[Case], gpu: Any, target: Any, workers: int) -> None:
     tasks = [(case, variant, gpu, target) for case in chosen for variant in case.variants()]
-    started = told = time.monotonic()
-    print(f"compiling {len(tasks)} variants in {workers} processes", flush=True)
-    with get_context("spawn").Pool(workers) as pool:
-        for done, error in enumerate(pool.imap_unordered(compile_variant, tasks, 4), 1):
-            if error:
-                print(f"not compiled: {error}", flush=True)
-            if time.monotonic() - told > 10 or done == len(tasks):
-                told = time.monotonic()
-                print(f"{done} of {len(tasks)}, {told - started:.0f} s", flush=True)
+    for error in in_parallel("compiling variants", compile_variant, tasks, workers, chunk=4):
+        if error:
+            print(f"not compiled: {error}", flush=True)
 
 
 def time_case(case: Case, milliseconds: float) -> list[tuple[float, Variant]]:

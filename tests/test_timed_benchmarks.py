@@ -383,7 +383,7 @@ def test_kernels_are_compiled_for_what_a_row_launches(provider, setting, names, 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch):
     job = precompile.Job(tiny.LLAMA, QKV, 64, BOTH[1], "nobody")
-    what, count, error, _ = precompile.compile_job((job, GPUTarget("cuda", 90, 32), targets.KNOWN["sm_90"]))
+    what, count, error = precompile.compile_job((job, GPUTarget("cuda", 90, 32), targets.KNOWN["sm_90"]))
     assert what.startswith("nobody, tiny q_proj") and count == 0 and error.startswith("StopIteration")
 
 

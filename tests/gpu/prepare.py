@@ -7,8 +7,6 @@ import importlib
 import importlib.metadata
 import os
 import sys
-import time
-from multiprocessing import get_context
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -44,31 +42,25 @@ def missing() -> list[str]:
     return lines
 
 
-def compile_launch(job: tuple) -> tuple[str, float]:
-    """The kernels of one launch, by its place in the list, for a GPU: how many, and in how many seconds."""
+def compile_launch(job: tuple) -> None:
+    """The kernels of one launch, by its place in the list, for a GPU."""
     i, gpu, plans_for = job
-    from kernel_launches import name_of
     from launches import ALL
     from without_gpu import compiling_for
 
-    started = time.monotonic()
-    with compiling_for(gpu, plans_for) as compiled:
+    with compiling_for(gpu, plans_for):
         ALL[i].launch(ALL[i].inputs("meta"))
-    return f"{name_of(ALL[i])}: {len(compiled)}", time.monotonic() - started
 
 
 def compile_all(gpu: object, plans_for: object, workers: int) -> None:
-    """Every launch of the tests, with a line of progress now and then."""
+    """Every launch of the tests."""
     from launches import ALL
 
+    from benchmarks.in_parallel import in_parallel
+
     jobs = [(i, gpu, plans_for) for i in range(len(ALL))]
-    started = told = time.monotonic()
-    print(f"compiling the kernels of {len(jobs)} launches in {workers} processes", flush=True)
-    with get_context("spawn").Pool(workers) as pool:
-        for done, (what, seconds) in enumerate(pool.imap_unordered(compile_launch, jobs), 1):
-            if time.monotonic() - told > 5 or done == len(jobs):
-                told = time.monotonic()
-                print(f"{done} of {len(jobs)}, {told - started:.0f} s; last: {what} in {seconds:.1f} s", flush=True)
+    for _ in in_parallel("compiling the kernels of launches", compile_launch, jobs, workers):
+        pass
 
 
 def main() -> None:
