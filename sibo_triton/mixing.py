@@ -103,12 +103,17 @@ class SiboLambda(Float32Module):
 
     def forward(self) -> torch.Tensor:
         """Return lambda: fp32, shape [1]."""
-        return self.gate * torch.sigmoid(self.logit_bias) if self.learnable else self.weight
+        return self.gate * torch.sigmoid(self.logit_bias) if self.learnable else self._fixed
 
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:
         """What lambda is computed from."""
-        return (self.logit_bias, self.gate) if self.learnable else (self.weight,)
+        return (self.logit_bias, self.gate) if self.learnable else (self._fixed,)
+
+    @property
+    def _fixed(self) -> Any:
+        """`weight`, by torch's dictionary, as attributes of modules are slow to look up."""
+        return self._buffers["weight"]
 
     def problem_with(self, name: str, tensor: torch.Tensor) -> str | None:
         """Say what is wrong with a checkpoint's `tensor` for the entry `name`, or None."""

@@ -103,7 +103,7 @@ def down(settings: Sequence[Settings], inputs: Sequence[Inputs], wants_differenc
 
 
 def _down(settings: Sequence[Settings], x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None) -> list[Down]:
-    ops = implementation(settings[0].backend)
+    ops, h0 = implementation(settings[0].backend), None if h0 is None else as_matrix(h0)
     if settings[0].activation is None:
         return [Down(t, difference, t) for t, difference in ops.down_siblings(x, siblings, h0)]
     return [Down(*result) for result in ops.down_activated_siblings(x, siblings, h0)]
@@ -112,8 +112,8 @@ def _down(settings: Sequence[Settings], x: Tensor, siblings: Sequence[DownProjec
 def read_by_down(
     settings: Sequence[Settings], inputs: Sequence[Inputs]
 ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """x and h0, ``[M, K]``, and each layer's A and B in its adapter's dtype."""
-    h0 = next((as_matrix(of.initial_residual) for of in inputs if of.initial_residual is not None), None)
+    """x, ``[M, K]``, h0 as it is, and each layer's A and B in its adapter's dtype."""
+    h0 = next((of.initial_residual for of in inputs if of.initial_residual is not None), None)
     matrices = [
         (cast(of.lora_a, own.adapter_dtype), cast(of.lora_b, own.adapter_dtype))
         for own, of in zip(settings, inputs, strict=True)
@@ -288,8 +288,8 @@ def _low_rank_backward(
 ) -> tuple[list[_Up], Sequence[Any], Tensor | None, Tensor | None]:
     """What comes of each dY, ``[M, N]``, dA of each layer, and the low-rank parts of dx and dh0, ``[M, K]``."""
     skip = gs[0] if in_series and wants[0].x else None
-    x = next((as_matrix(kept.x) for kept in saved if kept.x is not None), None)
-    h0 = next((as_matrix(kept.initial_residual) for kept in saved if kept.initial_residual is not None), None)
+    x = next((kept.x for kept in saved if kept.x is not None), None)
+    h0 = next((kept.initial_residual for kept in saved if kept.initial_residual is not None), None)
     tensors, matrices = [*gs, x, h0], []
     for own, kept in zip(settings, saved, strict=True):
         a = None if kept.lora_a is None else cast(kept.lora_a, own.adapter_dtype)
@@ -300,7 +300,8 @@ def _low_rank_backward(
 
     def compute() -> list[Tensor | None]:
         ups = _up_backward(settings, saved, gs, wants, matrices)
-        grads_a, dx, dh = _down_backward(settings, saved, ups, wants, matrices, (x, h0, skip))
+        shared = (None if x is None else as_matrix(x), None if h0 is None else as_matrix(h0), skip)
+        grads_a, dx, dh = _down_backward(settings, saved, ups, wants, matrices, shared)
         found = [dx, dh, *grads_a]
         for up, wanted in zip(ups, wants, strict=True):
             u = up.u if wanted.lambda_ or wanted.down_bias else None

@@ -99,7 +99,7 @@ class Group:
                     UpProjection(b, scaling_of(own, of), of.lora_bias, of.bias)
                     for own, of, (_, b) in zip(settings, inputs, matrices, strict=True)
                 ]
-                return ops.low_rank_siblings(x, siblings, ups, h0, dtype)
+                return ops.low_rank_siblings(x, siblings, ups, None if h0 is None else as_matrix(h0), dtype)
 
             self._ys = list(ops.replayed(("few rows", tuple(settings)), tensors, compute))
 
