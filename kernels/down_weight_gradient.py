@@ -205,7 +205,7 @@ def plan(
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
         BM, BR = 16, min(BR, 64)
         spills = target.capability in (80, 100) or target.capability == 90 and (len(ranks) > 1 or drops)
-        spills |= target.capability == 120 and len(ranks) > 2 and not drops
+        spills |= target.capability == 120 and (len(ranks) > 2 and not drops or mixes and drops and max(ranks) > 64)
         num_warps = 8 if BR == 64 and spills else 4
     elif any(of.split_a or of.split_b for of in (product, product_h)):
         BM, BR, num_warps = 32, min(BR, 64), 4 if BR <= 32 else 8

@@ -103,7 +103,7 @@ def launch_of_both(
             # multiply the 64 rows of u twice.
             programs, in_flight, num_warps = 1, 1, 4 if split else 8
         BN, num_stages = 256, 1 if target.hip else target.stages(2, 64 * (256 * itemsize + 4 * BR), in_flight)
-    narrow = split and (target.capability == 80 and r == 1 or target.capability == 100 and r < 16)
+    narrow = split and (target.capability == 80 and r == 1 or target.capability in (100, 120) and r < 16)
     if target.capability in (80, 120) and more or narrow:
         BN //= 2  # tensor cores that multiply from registers, which more would overflow, or pointers to narrow rows
         if target.capability == 120 and dot_u.dtype != torch.float32 and not split and BR == 16:
