@@ -55,8 +55,11 @@ def forget_launches() -> None:
 
 
 def form(tensor: Tensor | None) -> Hashable:
-    """What a launch depends on of a tensor, beside its device and the alignment of its pointer."""
-    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
+    """What a launch depends on of a tensor, beside the alignment of its pointer.
+
+    Of the device its number, -1 of a CPU: the first launch of a form is Triton's, which refuses what is elsewhere.
+    """
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
 
 
 def form_of_value(value: float | Tensor) -> Hashable:

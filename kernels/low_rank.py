@@ -99,7 +99,9 @@ def _sum_of(b_p_first, mask, stride_part, PARTS: tl.constexpr, AT_ONCE: tl.const
         for j in tl.static_range(AT_ONCE):
             i_part = i * AT_ONCE + j
             b_p_part = b_p_first + tl.cast(i_part, tl.int64) * stride_part
-            b_sum += tl.load(b_p_part, mask=mask & (i_part < PARTS), other=0.0)
+            # Of one element: with a scalar's a mask is none to the interpreter of Triton 3.9.
+            is_part = tl.full([1, 1], i_part, tl.int32) < PARTS
+            b_sum += tl.load(b_p_part, mask=mask & is_part, other=0.0)
     return b_sum
 
 

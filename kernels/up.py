@@ -146,7 +146,8 @@ def plan(rank: int, lora_b_dtype: torch.dtype, y_dtype: torch.dtype, target: Tar
         # Multiplied without tensor cores, from registers: larger tiles spill. 256 threads load 16 bytes each, and a
         # warp has 64 on AMD's GPUs.
         num_warps = 4 if target.hip else 8
-        return Plan(dot, {"BM": 64, "BN": 64, "BR": 16, "num_warps": num_warps, "num_stages": 2})
+        num_stages = 1 if target.capability == 120 and rank > 16 else 2  # there 2 spill on Triton 3.6
+        return Plan(dot, {"BM": 64, "BN": 64, "BR": 16, "num_warps": num_warps, "num_stages": num_stages})
     split = dot.split_a or dot.split_b
     # There 4 warps spill at rank 64 with operands in parts, and in two steps of the rank as they are.
     num_warps = 8 if target.capability == 120 and (split or BR == 128) else 4

@@ -126,8 +126,9 @@ def mixing_arguments(
             if id(residual) not in residuals:  # siblings get the same tensor
                 residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
             arguments["initial_residual"] = residuals[id(residual)]
-            # by torch's dictionaries, and not as a call: what takes modules a fifth of a small layer's host time
-            arguments["lambda_"] = layer._modules[lambdas]._modules[adapter_name].forward()
+            share = layer._modules[lambdas]._modules[adapter_name]
+            hooked = share._forward_hooks or share._forward_pre_hooks
+            arguments["lambda_"] = share() if hooked else share.forward()  # a call takes the host as long as a product
         if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             arguments["dropout_p"] = dropout.p
             dropping.append(arguments)

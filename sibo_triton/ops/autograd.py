@@ -301,14 +301,15 @@ def _low_rank_backward(
     def compute() -> list[Tensor | None]:
         ups = _up_backward(settings, saved, gs, wants, matrices)
         shared = (None if x is None else as_matrix(x), None if h0 is None else as_matrix(h0), skip)
-        grads_a, dx, dh = _down_backward(settings, saved, ups, wants, matrices, shared)
+        grads_a, dx, dh = _down_backward(settings, saved, ups, wants, matrices, shared, has_frozen)
         found = [dx, dh, *grads_a]
         for up, wanted in zip(ups, wants, strict=True):
             u = up.u if wanted.lambda_ or wanted.down_bias else None
             found += (u, up.grad_b, up.sum, up.scaling)
         return found
 
-    key = tuple(settings), tuple(wants), in_series, tuple(dtypes)
+    has_frozen = any(kept.weight is not None for kept in saved)
+    key = tuple(settings), tuple(wants), in_series, has_frozen, tuple(dtypes)
     dx, dh, *rest = implementation(settings[0].backend).replayed(key, tensors, compute)
     count = len(gs)
     return [_Up(*rest[i : i + 4]) for i in range(count, 5 * count, 4)], rest[:count], dx, dh
@@ -375,6 +376,7 @@ def _down_backward(
     wants: Sequence[Inputs],
     matrices: Sequence[tuple[Any, Any]],
     shared: tuple[Tensor | None, Tensor | None, Tensor | None],  # x, h0 and what is added to dx
+    has_frozen: bool,  # whether frozen products accumulate onto dx
 ) -> tuple[list[Any], Tensor | None, Tensor | None]:
     """dA of each layer, and the low-rank part of dx, plus the skip's, and of dh0, where wanted."""
     grads_a: list[Any] = [None] * len(ups)
@@ -389,7 +391,6 @@ def _down_backward(
     if not asked:
         return grads_a, None, None
     own, (x, h0, skip) = settings[0], shared
-    has_frozen = any(kept.weight is not None for kept in saved)
     dx_dtype = None if not wants[0].x else own.dtype if has_frozen else own.x_dtype
     residual_dtype = next(
         (of.residual_dtype for of, w in zip(settings, wants, strict=True) if w.initial_residual), None

@@ -54,7 +54,6 @@ class Group:
 
     def __init__(self, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
         self._settings, self._inputs = settings, inputs
-        self._x = as_matrix(inputs[0].x)
         self._ts: list[Tensor | None] = []
         self._ys: list[Tensor | None] = []  # the outputs, or the low-rank products, where they are made at once
         self._are_whole = False
@@ -64,7 +63,9 @@ class Group:
             tensors = [tensor for of in inputs for tensor in _own_of(of)]
             self._ys = list(apply(Siblings, settings, inputs, x, h0, *tensors))
             self._are_whole = True
-        elif x.shape[:-1].numel() <= FEW_ROWS and settings[0].activation is None and inputs[0].weight is not None:
+            return
+        self._x = as_matrix(x)
+        if x.shape[:-1].numel() <= FEW_ROWS and settings[0].activation is None and inputs[0].weight is not None:
             self._low_rank()
         else:
             self._ts = [result.activated for result in down(settings, inputs, [False] * len(inputs))]

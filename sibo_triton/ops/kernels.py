@@ -67,7 +67,7 @@ def replayed(
     assert first is not None
     device = first.device
     # `form` of each, without the calls
-    forms = tuple([None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors])
+    forms = tuple([None if of is None else (of.dtype, of.shape, of.stride(), of.get_device()) for of in tensors])
     return replay.replayed(
         _tapes, (key, forms, device, targets.target_of(device), float32_is_exact()), tensors, compute
     )

@@ -135,3 +135,14 @@ def test_two_tensors_that_are_one_here_are_not_taken_for_one_elsewhere(device, r
     assert INTERPRETED or len(replays) == 3
     assert all(map(torch.equal, first, second)) and not torch.equal(first[0], first[2])
     forget_launches()
+
+
+def test_a_tensor_on_the_cpu_is_refused_also_where_all_else_was_seen(device):
+    arguments = make(OpCase((70,), 48, 40, 4, mixes="tensor", wants=()), device)
+    forget_launches()
+    for _ in range(2):
+        lora_linear(**arguments)
+    if device == "cuda":
+        with pytest.raises(ValueError, match="cannot be accessed"):
+            lora_linear(**arguments | {"lambda_": arguments["lambda_"].cpu()})
+    forget_launches()

@@ -1,6 +1,7 @@
 """Recorded launches hand the driver what the launchers do, address for address, and only where they may."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -192,6 +193,44 @@ def test_two_tensors_that_are_one_here_are_not_taken_for_one_elsewhere():
     assert [tapes for _, tapes in runs] == [0, 1, 1, 1]
     names = [[name for name, _ in launches[0][3][:2]] for (launches, *_), _ in runs]
     assert names == [["x 0", "initial_residual 0"]] * 2 + [["initial_residual 0"] * 2] + names[:1]
+
+
+@pytest.mark.parametrize("with_weight_first", [True, False])
+def test_a_layer_with_its_frozen_weight_is_not_taken_for_one_without(with_weight_first):
+    """Under autocast dx has the dtype of the frozen product where there is one, and else x's."""
+    case = OpCase((70,), 48, 48, 16, mixes="no")
+    fused, added = make(case), make(replace(case, on_base=True))
+    added["base"] = added["base"].bfloat16()  # as a frozen layer returns it there
+    grad_y = torch.randn(70, 48)
+
+    def step_of(arguments):
+        operation = low_rank.add_lora if "base" in arguments else low_rank.lora_linear
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16):
+                return output_and_gradients(operation, arguments, grad_y)
+
+        return step
+
+    def launched(driver):
+        """Of both, without arguments: casts have any address."""
+        order = [fused, added] if with_weight_first else [added, fused]
+        return [[of[:3] for of in driver.run(step_of(each), tensors_of(each))[0][0]] for each in order]
+
+    with Driver() as driver, mock.patch.object(autograd, "with_frozen", low_rank_alone):
+        with mock.patch.object(launching, "_DIRECT", False):
+            expected = launched(driver)
+        forget_launches()
+        for _ in range(3):
+            assert launched(driver) == expected
+
+
+def test_what_lies_on_another_device_is_of_another_form():
+    """So that its first launch is Triton's, which refuses it: addresses are not looked at again."""
+    if not torch.cuda.is_available():
+        assert launching.form(torch.empty(1))[-1] == -1
+    else:
+        assert launching.form(torch.empty(1)) != launching.form(torch.empty(1, device="cuda"))
 
 
 def test_another_alignment_and_hooks_are_left_to_the_launchers(monkeypatch):
