@@ -113,7 +113,7 @@ def tensors_of(*all_arguments):
 
 def check(step, tensors, taped=2):
     """Through the launchers, recorded, and replayed: the same reaches the driver. By so many tapes; None: any."""
-    with Driver() as driver, mock.patch.object(autograd, "with_frozen", lambda *arguments: low_rank_alone(*arguments)):
+    with Driver() as driver, mock.patch.object(autograd, "with_frozen", low_rank_alone):
         with mock.patch.object(launching, "_DIRECT", False):
             expected, by_tape = driver.run(step, tensors)
             assert by_tape == 0
