@@ -110,9 +110,9 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
 	@echo "== setting up $(VENV) (minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install torch==$(call pinned,torch,constraints.txt)
-	@$(PIP) install -c constraints.txt setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PIP) install --no-compile torch==$(call pinned,torch,constraints.txt)
+	@$(PIP) install --no-compile -c constraints.txt setuptools
+	@$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(OLDEST)/.ready: constraints-oldest.txt
@@ -121,5 +121,5 @@ $(NEWEST_TRITON)/.ready: constraints-newest-triton.txt
 $(OLDEST)/.ready $(OLDEST_TRITON)/.ready $(NEWEST_TRITON)/.ready: | $(READY)
 	@echo "== setting up $(@D)"
 	@rm -rf $(@D)
-	@$(PIP) install --no-deps --target $(@D) -r $<
+	@$(PIP) install --no-compile --no-deps --target $(@D) -r $<
 	@touch $@

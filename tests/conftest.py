@@ -1,11 +1,5 @@
-"""What every test gets: no network, one thread, fixed seeds, and `gpu` tests skipped where there is no GPU.
+"""What every test gets: no network, one thread, fixed seeds, and `gpu` tests skipped where there is no GPU."""
 
-SIBO_EXPECT_VERSIONS="triton==3.6.0,numpy==2.3.5" stops a run on other versions, and fails one that skips any test:
-`make` sets it where it lays versions over the environment, which nobody else would notice to be missing.
-"""
-
-import importlib
-import importlib.metadata
 import os
 import random
 import shutil
@@ -21,6 +15,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import pytest
 import torch
+from expected_versions import pytest_configure, pytest_sessionfinish, pytest_terminal_summary
+
+__all__ = ["pytest_configure", "pytest_sessionfinish", "pytest_terminal_summary"]  # pytest finds hooks by their names
 
 torch.set_num_threads(1)
 
@@ -67,18 +64,6 @@ def wheel(source_copy, tmp_path_factory):
     return built
 
 
-EXPECTED_VERSIONS = [pin.split("==") for pin in os.environ.get("SIBO_EXPECT_VERSIONS", "").split(",") if pin]
-
-
-def pytest_configure():
-    for name, version in EXPECTED_VERSIONS:
-        found = importlib.import_module(name).__version__, importlib.metadata.version(name)
-        if found != (version, version):
-            raise pytest.UsageError(
-                f"SIBO_EXPECT_VERSIONS asks for {name} {version}; imported is {found[0]}, installed {found[1]}"
-            )
-
-
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
@@ -87,22 +72,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not (interpreting and item.path.is_relative_to(ROOT / "tests/gpu")):
             item.add_marker(skip)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session, exitstatus):
-    if EXPECTED_VERSIONS and exitstatus == pytest.ExitCode.OK and _skipped(session.config):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    names = ["torch", "transformers", "peft", *(name for name, _ in EXPECTED_VERSIONS)]
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in names)
-    terminalreporter.write_line(f"ran on {', '.join(versions)}")
-    if EXPECTED_VERSIONS and _skipped(config):
-        terminalreporter.write_line("failed: tests were skipped, SIBO_EXPECT_VERSIONS allows none", red=True)
-
-
-def _skipped(config):
-    reporter = config.pluginmanager.get_plugin("terminalreporter")  # a worker process of xdist has none
-    return reporter.stats.get("skipped") if reporter is not None else None

@@ -1,8 +1,8 @@
 """Run by test_guard.py in a fresh process that has no sibo_triton: loads a SIBO adapter's weights in every way.
 
-Prints, as JSON, what each way raised, or whether the adapter's weights are in the model then. The arguments are the
-folders of the base model, of the adapter, of a Trainer checkpoint with that adapter and of a plain adapter, and the
-LoRA targets.
+Prints, as JSON, what each way raised, or whether the adapter's weights are in the model then, by architecture. The
+arguments are, for each of these, its name, the folders of the base model, of the adapter, of a Trainer checkpoint with
+that adapter and of a plain adapter, and the LoRA targets.
 """
 
 import json
@@ -18,19 +18,18 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 warnings.simplefilter("ignore")
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
-base, adapter, checkpoint, plain, targets = sys.argv[1:]
-targets = targets.split(",")
+base = adapter = checkpoint = plain = targets = None  # those of the architecture that is at work
 
 
-def config(modules=targets, **options):
-    return LoraConfig(r=4, target_modules=list(modules), task_type="CAUSAL_LM", **options)
+def config(modules=None, **options):
+    return LoraConfig(r=4, target_modules=list(modules or targets), task_type="CAUSAL_LM", **options)
 
 
 def fresh():
     return AutoModelForCausalLM.from_pretrained(base)
 
 
-def lora(modules=targets, **options):
+def lora(modules=None, **options):
     return get_peft_model(fresh(), config(modules, **options))
 
 
@@ -122,17 +121,23 @@ def copied(model, folder):
     return any(torch.equal(tensor, other) for tensor in matrices for other in held)
 
 
-results = {}
-for way, (make, load) in WAYS.items():
+def result_of(way):
+    make, load = WAYS[way]
     made = make()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             load(made)
         except Exception as error:
-            results[way] = f"{type(error).__name__}: {error}"
-            continue
+            return f"{type(error).__name__}: {error}"
     text = "copied" if copied(getattr(made, "model", made), plain if "plain" in way else adapter) else "nothing copied"
-    results[way] = " ".join([text, *(str(warning.message) for warning in warned if "mismatch" in str(warning.message))])
+    return " ".join([text, *(str(warning.message) for warning in warned if "mismatch" in str(warning.message))])
+
+
+results, arguments = {}, iter(sys.argv[1:])
+for of in zip(*[arguments] * 6, strict=True):
+    architecture, base, adapter, checkpoint, plain, words = of
+    targets = words.split(",")
+    results[architecture] = {way: result_of(way) for way in WAYS}
 assert not any(name.partition(".")[0] == "sibo_triton" for name in sys.modules)
 print(json.dumps(results))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_pytest(tmp_path, test, versions, *arguments):
-    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/expected_versions.py").read_text())
     (tmp_path / "test_one.py").write_text(test)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, "test_one.py"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

@@ -62,25 +62,30 @@ def drop_guard(tensors):
 STOCK_TARGETS = {"llama": TARGETS, "gpt2": ("c_attn", "c_fc", "attn.c_proj")}  # the first mixes, the last does not
 
 
-@pytest.fixture(scope="module", params=STOCK_TARGETS)
-def stock(request, tmp_path_factory):
-    """What stock PEFT and transformers make of the weights of a SIBO adapter, by way of loading."""
-    root = tmp_path_factory.mktemp(f"stock-{request.param}")
-    ARCHITECTURES[request.param].build().save_pretrained(root / "base")
-    options = {"r": 4, "target_modules": list(STOCK_TARGETS[request.param]), "task_type": "CAUSAL_LM"}
+def stock_arguments(architecture, root):
+    """A SIBO adapter and a plain one, saved: what the session is told of an architecture."""
+    ARCHITECTURES[architecture].build().save_pretrained(root / "base")
+    options = {"r": 4, "target_modules": list(STOCK_TARGETS[architecture]), "task_type": "CAUSAL_LM"}
     for name, config in (("sibo", SiboLoraConfig(**options, sibo_lambda=0.3)), ("plain", LoraConfig(**options))):
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), config)
         make_up_weights(model)
         model.save_pretrained(root / name)
         if name == "sibo":
             trained(model, root / "trained", max_steps=1, save_steps=1)
-    script = Path(__file__).with_name("guard_session.py")
     folders = [root / "base", root / "sibo", root / "trained" / "checkpoint-1", root / "plain"]
-    command = [sys.executable, script, *folders, ",".join(options["target_modules"])]
+    return [architecture, *folders, ",".join(options["target_modules"])]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """What stock PEFT and transformers make of the weights of a SIBO adapter, by architecture and way of loading."""
+    root = tmp_path_factory.mktemp("stock")
+    arguments = [argument for of in STOCK_TARGETS for argument in stock_arguments(of, root / of)]
+    command = [sys.executable, Path(__file__).with_name("guard_session.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0, done.stderr
-    return request.param, json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def trained(model, folder, **options):
@@ -108,8 +113,9 @@ LOADS_NOTHING = {
 }
 
 
-def test_stock_peft_makes_plain_lora_of_a_sibo_adapter_in_no_way(stock):
-    architecture, results = stock
+@pytest.mark.parametrize("architecture", STOCK_TARGETS)
+def test_stock_peft_makes_plain_lora_of_a_sibo_adapter_in_no_way(stock, architecture):
+    results = stock[architecture]
     oldest = peft.__version__.startswith("0.19.")
     for way, result in results.items():
         if way in LET_THROUGH:
@@ -126,8 +132,9 @@ def test_stock_peft_makes_plain_lora_of_a_sibo_adapter_in_no_way(stock):
     assert len(results) == 22
 
 
-def test_stock_peft_still_takes_plain_lora_and_warns_when_told_to_ignore_sizes(stock):
-    _, results = stock
+@pytest.mark.parametrize("architecture", STOCK_TARGETS)
+def test_stock_peft_still_takes_plain_lora_and_warns_when_told_to_ignore_sizes(stock, architecture):
+    results = stock[architecture]
     assert results["a plain adapter"] == "copied"
     assert results["ignore_mismatched_sizes"].startswith("copied")
     assert "torch.Size([0, 0]) in the checkpoint" in results["ignore_mismatched_sizes"]

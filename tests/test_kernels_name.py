@@ -189,8 +189,7 @@ for module in MODULES:
 """
 
 
-@pytest.mark.oldest
-@pytest.mark.parametrize("installed", ["none", "regular"])
+@pytest.mark.parametrize("installed", ["none", pytest.param("regular", marks=pytest.mark.oldest)])
 def test_transformers_and_ours_import_beside_their_kernels(installed, stand_in, wheel, tmp_path):
     folder = tmp_path / "site-packages"
     shutil.copytree(stand_in, folder)

@@ -87,11 +87,6 @@ def test_command_is_installed(wheel):
     assert "sibo-triton = sibo_triton.cli:main" in entry_points
 
 
-def test_imports_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import sibo_triton, sibo_triton.reference"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
 def test_oldest_and_newest_tested_pairs_are_the_pinned_ones():
     newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
     assert set(oldest) == {"transformers", "peft"}
@@ -174,6 +169,8 @@ import torch, transformers, peft, sibo_triton
 from sibo_triton import SiboLoraConfig, reference
 x, h0 = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
 y = reference.lora_linear(x, torch.eye(8), None, torch.ones(2, 8), torch.ones(8, 2), 1.0, h0, 0.5, 0.1, 3)
+one = torch.ones(1, 4)
+assert reference.lora_linear(one, one, None, one, one[:, :1], 2.0, 3 * one, 0.5).item() == 20
 config = transformers.LlamaConfig(
     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
 )
