@@ -121,9 +121,9 @@ class Launch:
         return None if found is None else (found[1], self._programs, *found[2:], self._rest)
 
     @property
-    def has_hooks(self) -> bool:
-        """Whether the kernel has hooks of its own."""
-        return bool(self._kernel.pre_run_hooks)
+    def hooks(self) -> list[Any]:
+        """The kernel's own hooks, which come and go."""
+        return self._kernel.pre_run_hooks
 
     def _keep(self, kernel: CompiledKernel, tensors: dict[str, Any]) -> None:
         """Keep the binary for launches that differ in nothing that Triton would look at.

@@ -23,6 +23,9 @@ class Target:
     shared_memory: int  # bytes that one program may have; about what a multiprocessor has
     multiprocessors: int
 
+    def __hash__(self) -> int:
+        return self.multiprocessors  # a step asks for it often, and there are few to tell apart
+
     @property
     def hip(self) -> bool:
         return self.backend == "hip"
