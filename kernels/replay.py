@@ -12,7 +12,9 @@ Only where every launch is direct (`launching.py`), and where nothing but launch
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from operator import itemgetter
+from functools import reduce
+from itertools import starmap
+from operator import add, itemgetter, or_
 from typing import Any
 
 import torch
@@ -111,7 +113,7 @@ class Tape:
 
     Args:
         launches: of each: itself, how it is launched directly, and the arguments, with numbers in place of addresses.
-        alignment: of the given tensors, as :func:`_alignment` has it.
+        alignment: of the given tensors, as :func:`_alignment` has it, and None where none is given.
         device: of the tensors.
         buffers: shape and dtype of what is allocated, scratch the last.
         addresses: of each number behind the given tensors': its buffer, and how many bytes from its start.
@@ -119,68 +121,109 @@ class Tape:
     """
 
     __slots__ = (
-        *("_addresses", "_alignment", "_allocate", "_buffers", "_constants", "_device", "_hooks", "_launches"),
-        *("_outputs", "_pick_tuples"),
+        *(
+            "_alignment",
+            "_allocate",
+            "_aligned",
+            "_buffers",
+            "_constants",
+            "_device",
+            "_hooks",
+            "_launches",
+            "_offsets",
+        ),
+        *("_pick_given", "_pick_outputs", "_pick_starts", "_pick_tuples", "_views"),
     )
 
     def __init__(
         self,
         launches: list[tuple[Launch, tuple, list[Any]]],
-        alignment: list[bool],
+        alignment: list[bool | None],
         device: torch.device,
         buffers: list[tuple[tuple[int, ...], torch.dtype]],
         addresses: list[tuple[int, int]],
         outputs: list[tuple[int, tuple | None] | None],
     ) -> None:
         self._device = jit.driver.active.get_current_device()
-        self._alignment, self._addresses, self._outputs = alignment, addresses, outputs
+        given = [i for i, aligned in enumerate(alignment) if aligned is not None]
+        self._pick_given = _picker(given)
+        self._alignment = [aligned for aligned in alignment if aligned is not None]
+        self._aligned = all(self._alignment)
         self._allocate = _empty_strided_of(device.type)
         self._buffers = [(shape, _contiguous_strides(shape), dtype) for shape, dtype in buffers]
-        # Constants and tuples go behind the addresses, so that one call picks all arguments of a launch.
-        flat = [one for *_, of in launches for value in of for one in (value if type(value) is tuple else (value,))]
-        self._constants = [one for one in flat if type(one) is not int]
-        places = iter(range(len(alignment) + len(addresses), len(alignment) + len(addresses) + len(self._constants)))
-        self._pick_tuples: list[Callable[[list[Any]], tuple]] = []
-        self._launches = []
-        room = len(alignment) + len(addresses) + len(self._constants)
-        for _, (run, programs, function, metadata, rest), arguments in launches:
-            picked = []
-            for of in arguments:
-                if type(of) is tuple:
-                    self._pick_tuples.append(_picker([one if type(one) is int else next(places) for one in of]))
-                    picked.append(room + len(self._pick_tuples) - 1)
+        self._pick_starts = _picker([buffer for buffer, _ in addresses])
+        self._offsets = tuple(offset for _, offset in addresses)
+        # Everything has its place in one tuple, from which one call picks all arguments of a launch: the addresses that
+        # are given, those of what is allocated, constants, and tuples of these.
+        place_of = {number: place for place, number in enumerate(given)}
+        place_of |= {len(alignment) + i: len(given) + i for i in range(len(addresses))}
+        constants: list[Any] = []
+        first = len(place_of)
+
+        def place(value: Any) -> int:
+            if type(value) is int:
+                return place_of[value]
+            constants.append(value)
+            return first + len(constants) - 1
+
+        tuples = []  # by the launch and the argument, those with an address
+        placed = []
+        for i, (*_, arguments) in enumerate(launches):
+            placed.append([])
+            for j, of in enumerate(arguments):
+                if type(of) is tuple and any(type(one) is int for one in of):
+                    tuples.append((i, j, [place(one) for one in of]))
+                    placed[i].append(-1)
                 else:
-                    picked.append(of if type(of) is int else next(places))
-            self._launches.append((run, programs, (function, metadata, None, None, None), _picker(picked), rest))
+                    placed[i].append(place(of))
+        for number, (i, j, _) in enumerate(tuples):
+            placed[i][j] = first + len(constants) + number
+        self._constants = tuple(constants)
+        self._pick_tuples = [_picker(of) for *_, of in tuples]
+        self._launches = [
+            (run, programs, (function, metadata, None, None, None), _picker(of), rest)
+            for (_, (run, programs, function, metadata, rest), _), of in zip(launches, placed, strict=True)
+        ]
         self._hooks = [launch.hooks for launch, *_ in launches]
+        self._pick_outputs = _picker([len(buffers) if of is None else of[0] for of in outputs])
+        self._views = [(i, of[1]) for i, of in enumerate(outputs) if of is not None and of[1] is not None]
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
         """What is returned for given tensors of the recorded form; None where these launches are not for them."""
         driver = jit.driver.active
         device = driver.get_current_device()
-        numbered: list[Any] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if device != self._device or _alignment(numbered) != self._alignment or any(self._hooks):
+        given = tuple(map(_data_ptr, self._pick_given(tensors)))
+        if self._aligned:
+            matches = reduce(or_, given) & 15 == 0
+        else:
+            matches = _alignment(given) == self._alignment
+        if not matches or device != self._device or any(self._hooks):
             return None
-        allocate = self._allocate
-        buffers = [allocate(shape, strides, dtype) for shape, strides, dtype in self._buffers]
-        starts = [buffer.data_ptr() for buffer in buffers]
-        numbered += [starts[i] + offset for i, offset in self._addresses]
-        numbered += self._constants
-        numbered += [pick(numbered) for pick in self._pick_tuples]
+        buffers = list(starmap(self._allocate, self._buffers))
+        starts = tuple(map(_data_ptr, buffers))
+        placed = (*given, *map(add, self._pick_starts(starts), self._offsets), *self._constants)
+        placed += tuple([pick(placed) for pick in self._pick_tuples])
         stream = driver.get_current_stream(device)
         for run, programs, head, pick, rest in self._launches:
-            run(*programs, stream, *head, *pick(numbered), *rest)
-        return [
-            None if of is None else buffers[of[0]] if of[1] is None else buffers[of[0]].as_strided(*of[1])
-            for of in self._outputs
-        ]
+            run(*programs, stream, *head, *pick(placed), *rest)
+        outputs = list(self._pick_outputs((*buffers, None)))
+        for i, view in self._views:
+            outputs[i] = outputs[i].as_strided(*view)
+        return outputs
 
 
-def _picker(places: Sequence[int]) -> Callable[[list[Any]], tuple]:
-    """What picks these places of a list."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda numbered: tuple([numbered[place] for place in places])
+_data_ptr = torch.Tensor.data_ptr
+
+
+def _picker(places: Sequence[int]) -> Callable[[Any], tuple]:
+    """What picks these places of a tuple, or of a list if they are several."""
+    if len(places) == 1:
+        return itemgetter(slice(places[0], places[0] + 1))  # a tuple, as several places give
+    return itemgetter(*places) if places else _nothing
+
+
+def _nothing(of: Any) -> tuple:
+    return ()
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -198,7 +241,7 @@ def _empty_strided_of(device_type: str) -> Callable[[tuple[int, ...], tuple[int,
     return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device_type)
 
 
-def _alignment(addresses: list[int]) -> list[bool]:
+def _alignment(addresses: Sequence[int]) -> list[bool]:
     """Of each: whether it is a multiple of 16, which is what binaries depend on."""
     return [address & 15 == 0 for address in addresses]
 
@@ -214,7 +257,7 @@ class _Taping:
     def __init__(self, tensors: Sequence[Tensor | None], allocated: set[int]) -> None:
         self._allocated = allocated
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self._alignment = _alignment(addresses)
+        self._alignment = [None if address == 0 else address & 15 == 0 for address in addresses]
         self._device = next(tensor.device for tensor in tensors if tensor is not None)
         self._numbers = {address: i for i, address in enumerate(addresses) if address != 0}
         self._given = len(addresses)

@@ -2,7 +2,7 @@
 
     x~ = (1 - lambda) x + lambda h0        p = drop(x~) W_down^T + b_down        y = base + s (f(p) W_up^T + b_up)
 
-`sibo_triton.reference` is the definition, and ``ops/autograd.py`` has the products and their gradients: LoRA's, with f
+`sibo_triton.reference` is the definition, and ``ops/products.py`` has the products and their gradients: LoRA's, with f
 between them.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sibo_triton import reference
-from sibo_triton.ops.autograd import Inputs, Settings
+from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.group import Group
 from sibo_triton.ops.low_rank import check_frozen, fused, group_of, shares_passes, with_backend

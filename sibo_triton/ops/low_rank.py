@@ -2,7 +2,7 @@
 
     x~ = (1 - lambda) x + lambda h0        t = drop(x~) A^T        y = (x W0^T + b, or base) + s (t B^T + b_B)
 
-`sibo_triton.reference` is the definition, and ``ops/autograd.py`` has the products, their order and their gradients.
+`sibo_triton.reference` is the definition, and ``ops/products.py`` has the products, their order and their gradients.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from sibo_triton import reference
 from sibo_triton.ops import small
-from sibo_triton.ops.autograd import Inputs, LowRank, Settings, apply, autocast_dtype, forward, wants_gradients
+from sibo_triton.ops.arguments import Inputs, Settings
+from sibo_triton.ops.autograd import outputs_with_gradients
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
 from sibo_triton.ops.group import FEW_ROWS, Group
+from sibo_triton.ops.products import forward
+from sibo_triton.ops.tensors import autocast_dtype
 
 
 def lora_linear(
@@ -227,8 +230,9 @@ def fused(settings: Settings, inputs: Inputs) -> Tensor:
         from sibo_triton.ops.registered import low_rank  # registering takes time, and only compiled code needs it
 
         return low_rank(settings, inputs)
-    if wants_gradients([inputs]):
-        return apply(LowRank, settings, inputs, *inputs)
+    outputs = outputs_with_gradients([settings], [inputs])
+    if outputs is not None:
+        return outputs[0]
     few_rows = inputs.weight is not None and inputs.x.shape[:-1].numel() <= FEW_ROWS
     if few_rows and settings.activation is None:
         return Group([settings], [inputs]).output(0)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sibo_triton.kernels.siblings import rank_dtype
-from sibo_triton.ops import autograd
-from sibo_triton.ops.autograd import Inputs, Saved, Settings
+from sibo_triton.ops import products
+from sibo_triton.ops.arguments import Inputs, Saved, Settings
 from sibo_triton.ops.dispatch import backend_for
 
 
 def low_rank(settings: Settings, inputs: Inputs) -> Tensor:
-    """y, ``[..., N]``: what :class:`sibo_triton.ops.autograd.LowRank` computes."""
+    """y, ``[..., N]``: what `ops/autograd.py` computes."""
     lambda_learns = inputs.lambda_ is not None and inputs.lambda_.requires_grad and torch.is_grad_enabled()
     if inputs.base is None and inputs.weight is None:  # in series: autograd adds the gradients of the two uses of x
         inputs = inputs._replace(base=inputs.x)
@@ -62,7 +62,7 @@ def _forward(
     adapter = (lora_a, lora_b, lora_bias, down_bias)
     inputs = Inputs(base, x, weight, bias, *adapter, initial_residual, lambda_, scaling, seed)
     settings = _unpack(x.device, numbers, activation, dtype, x_dtype, residual_dtype, adapter_dtype)
-    (y,), ((t, difference, _),) = autograd.forward([settings], [inputs], [lambda_learns])
+    (y,), ((t, difference, _),) = products.forward([settings], [inputs], [lambda_learns])
     # an operator returns a tensor, not None, and no two of one buffer
     return y, t, t.new_empty(0) if difference is None else difference.clone()
 
@@ -105,7 +105,7 @@ def _backward(
     adapter = (lora_a, lora_b, lora_bias)
     saved = Saved(x, weight, *adapter, initial_residual, lambda_, scaling, seed, t, difference)
     settings = _unpack(grad_y.device, numbers, activation, dtype, x_dtype, residual_dtype, adapter_dtype)
-    gradients = autograd.backward([settings], [saved], [grad_y], [Inputs(*wants)])[0]
+    gradients = products.backward([settings], [saved], [grad_y], [Inputs(*wants)])[0]
     kinds = _kinds(grad_y, saved, settings, in_features, rank)
     return [
         grad_y.new_empty(0) if gradient is None else gradient.to(kind[1]).contiguous()
@@ -153,7 +153,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     _, t, difference = output
     ctx.mark_non_differentiable(t, difference)
     settings = _unpack(tensors.x.device, *packed)
-    ctx.save_for_backward(*autograd.saved_for(settings, tensors, wants, t, difference))
+    ctx.save_for_backward(*products.saved_for(settings, tensors, wants, t, difference))
     ctx.packed, ctx.sizes = packed, (tensors.x.shape[-1], tensors.lora_a.shape[0])
 
 

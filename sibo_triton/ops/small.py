@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sibo_triton import reference
-from sibo_triton.ops.autograd import Inputs, as_matrix, shaped_like
+from sibo_triton.ops.arguments import Inputs
+from sibo_triton.ops.tensors import as_matrix, shaped_like
 from sibo_triton.ops.tiles import keep_whole
 
 #: Elements of x up to which plain PyTorch runs this way.

@@ -25,7 +25,7 @@ from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.up import up_kernel
-from sibo_triton.ops import add_bottleneck, autograd, low_rank
+from sibo_triton.ops import add_bottleneck, low_rank, products
 from sibo_triton.ops.dispatch import Choice
 from sibo_triton.ops.group import FEW_ROWS
 
@@ -116,7 +116,7 @@ def tensors_of(*all_arguments):
 
 def check(step, tensors, taped=2):
     """Through the launchers, recorded, and replayed: the same reaches the driver. By so many tapes; None: any."""
-    with Driver() as driver, mock.patch.object(autograd, "with_frozen", low_rank_alone):
+    with Driver() as driver, mock.patch.object(products, "with_frozen", low_rank_alone):
         with mock.patch.object(launching, "_DIRECT", False):
             expected, by_tape = driver.run(step, tensors)
             assert by_tape == 0
@@ -129,7 +129,7 @@ def check(step, tensors, taped=2):
 
 def low_rank_alone(settings, inputs, x, y):
     """The frozen product waits for what a GPU would have computed: here numbers that nobody wrote."""
-    return autograd.fresh_like(inputs.x, y)
+    return products.fresh_like(inputs.x, y)
 
 
 def tapes_of(*cases):
@@ -220,7 +220,7 @@ def test_a_layer_with_its_frozen_weight_is_not_taken_for_one_without(with_weight
         order = [fused, added] if with_weight_first else [added, fused]
         return [[of[:3] for of in driver.run(step_of(each), tensors_of(each))[0][0]] for each in order]
 
-    with Driver() as driver, mock.patch.object(autograd, "with_frozen", low_rank_alone):
+    with Driver() as driver, mock.patch.object(products, "with_frozen", low_rank_alone):
         with mock.patch.object(launching, "_DIRECT", False):
             expected = launched(driver)
         forget_launches()

@@ -1,0 +1,56 @@
+"""Shapes and dtypes of tensors, in as little host time as there is: every operation asks for each several times."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """``[M, K]``, a view where strides allow; also where a size is 0."""
+    dims = tensor.dim()
+    if dims == 2:
+        return tensor
+    return tensor.flatten(0, -2) if dims > 2 else tensor.reshape(1, tensor.shape[0])
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype; ``to`` takes its time also where there is nothing to do, and there nearly always is."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def shaped_like(x: Tensor, y: Tensor) -> Tensor:
+    """A fresh y, ``[M, N]``, with the leading dimensions of x: ``[..., N]``.
+
+    Not a view to autograd, which forbids writing into a view that a Function returned or that was made without
+    gradients: q.mul_(...) is common.
+    """
+    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+
+
+def fresh_like(x: Tensor, y: Tensor) -> Tensor:
+    """Likewise, of a y without a history that nobody else has: by resizing it, which takes the host a tenth."""
+    if x.dim() == 2:
+        return y
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return shaped_like(x, y)
+    return y.resize_(*x.shape[:-1], y.shape[1])
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Autocast's dtype where it is on."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    return _AS_IT_IS if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
