@@ -63,13 +63,18 @@ def replayed(
         tensors: all that ``compute`` reads, each by its address.
         compute: returns fresh tensors, or None in their places; the same ones for the same key.
     """
-    if not launching.direct() or autotune.ENABLED or torch._C._len_torch_dispatch_stack() > 0:
+    if not runs_now():
         return compute()
     tape = tapes.get(key, _UNKNOWN)
     if tape is _UNKNOWN:
         return _recorded(tapes, key, tensors, compute)
     found = None if tape is None else tape(tensors)
     return compute() if found is None else found
+
+
+def runs_now() -> bool:
+    """Whether tapes may run, and be made."""
+    return launching.direct() and not autotune.ENABLED and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _recorded(

@@ -45,16 +45,24 @@ class Group:
         else:
             self._ts = [result.activated for result in down(settings, inputs, [False] * len(inputs))]
 
+    @classmethod
+    def of_outputs(cls, outputs: Sequence[Tensor]) -> Group:
+        """A group whose outputs are computed."""
+        group = cls.__new__(cls)
+        group._ys, group._are_whole = list(outputs), True
+        return group
+
     def output(self, i: int) -> Tensor:
         """y of layer i, ``[..., N]``."""
-        settings, inputs = self._settings[i], self._inputs[i]
         if self._ys:
             y, self._ys[i] = self._ys[i], None
             assert y is not None
             if self._are_whole:
                 return y
+        settings, inputs = self._settings[i], self._inputs[i]
+        if self._ys:
             with without_autocast(self._x.device.type):
-                return with_frozen(settings, inputs, self._x, y)
+                return with_frozen(y, inputs.x, self._x, inputs.weight, settings.dtype)
         t, self._ts[i] = self._ts[i], None
         assert t is not None
         return output(settings, inputs, self._x, t)

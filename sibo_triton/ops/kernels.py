@@ -18,11 +18,15 @@ from sibo_triton.kernels.up_backward import up_backward_siblings
 
 __all__ = [
     "add_up",
+    "calls",
     "down_activated_siblings",
     "down_backward_siblings",
     "down_siblings",
     "low_rank_siblings",
+    "float32_is_exact",
+    "repeats",
     "replayed",
+    "tape_of",
     "up",
     "up_backward_siblings",
 ]
@@ -63,14 +67,28 @@ def replayed(
         tensors: all that it reads; the first is one.
         compute: calls the launchers, and returns fresh tensors, or None in their places.
     """
+    return replay.replayed(_tapes, _with_forms(key, tensors), tensors, compute)
+
+
+def tape_of(key: Hashable, tensors: Sequence[Tensor | None]) -> replay.Tape | None:
+    """What :func:`replayed` has recorded for these."""
+    return _tapes.get(_with_forms(key, tensors))
+
+
+def repeats() -> bool:
+    """Whether what is recorded may run now."""
+    return replay.runs_now()
+
+
+def _with_forms(key: Hashable, tensors: Sequence[Tensor | None]) -> Hashable:
     first = tensors[0]
     assert first is not None
     device = first.device
     # `form` of each, without the calls
     forms = tuple([None if of is None else (of.dtype, of.shape, of.stride(), of.get_device()) for of in tensors])
-    return replay.replayed(
-        _tapes, (key, forms, device, targets.target_of(device), float32_is_exact()), tensors, compute
-    )
+    return key, forms, device, targets.target_of(device), float32_is_exact()
 
 
 _tapes = Launches()
+#: `ops/repeated.py`'s, which are forgotten with the launches that they repeat.
+calls = Launches()

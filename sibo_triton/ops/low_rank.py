@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sibo_triton import reference
-from sibo_triton.ops import small
+from sibo_triton.ops import repeated, small
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import outputs_with_gradients
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
@@ -62,9 +63,21 @@ def lora_linear(
         TypeError, ValueError: as the definition; ValueError also for dtypes that do not meet.
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
+    key = None
+    if _may_repeat(x):
+        own = (weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, dropout_seed, dropout_p)
+        tensors, numbers = repeated.given_of(x, initial_residual, [own])
+        key = repeated.key_of(tensors, numbers)
+        outputs = repeated.outputs(key, tensors)
+        if outputs is not None:
+            return outputs[0]
     check_frozen(x, weight, lora_b)
     adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    return _low_rank(_prepared(None, x, weight, bias, *adapter))
+    prepared = _prepared(None, x, weight, bias, *adapter)
+    y = _low_rank(prepared)
+    if key is not None:
+        repeated.remember(key, tensors, [prepared.settings], [prepared.inputs])
+    return y
 
 
 def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group | None:
@@ -84,11 +97,23 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
     """
     if not shares_passes(x):
         return None
+    layers, key = [{**_DEFAULTS, **layer} for layer in layers], None
+    h0s = {id(of["initial_residual"]): of["initial_residual"] for of in layers if of["initial_residual"] is not None}
+    if _may_repeat(x) and len(h0s) < 2:
+        tensors, numbers = repeated.given_of(x, next(iter(h0s.values()), None), list(map(_OWN, layers)))
+        key = repeated.key_of(tensors, (numbers, tuple([of["initial_residual"] is not None for of in layers])))
+        outputs = repeated.outputs(key, tensors)
+        if outputs is not None:
+            return Group.of_outputs(outputs)
     prepared = []
     for layer in layers:
         check_frozen(x, layer["weight"], layer["lora_b"])
-        prepared.append(_prepared(None, x, **{**_DEFAULTS, **layer}))
-    return group_of([of.settings for of in prepared], [of.inputs for of in prepared])
+        prepared.append(_prepared(None, x, **layer))
+    settings, inputs = [of.settings for of in prepared], [of.inputs for of in prepared]
+    group = group_of(settings, inputs)
+    if group is not None and key is not None:
+        repeated.remember(key, tensors, settings, inputs)
+    return group
 
 
 def group_of(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Group | None:
@@ -110,7 +135,16 @@ def shares_passes(x: Tensor) -> bool:
     return backend != "reference" and not (backend == "torch" and x.numel() <= small.ELEMENTS)
 
 
+def _may_repeat(x: Tensor) -> bool:
+    """Whether a call on x may be one that is known to `repeated.py`."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        return False
+    return backend_for(x.device, (x.dtype,)).name == "triton"
+
+
+_OWN = itemgetter("weight", "bias", "lora_a", "lora_b", "lora_bias", "lambda_", "scaling", "dropout_seed", "dropout_p")
 _DEFAULTS: dict[str, Any] = {
+    "bias": None,
     "initial_residual": None,
     "lambda_": 0.0,
     "dropout_p": 0.0,

@@ -13,7 +13,7 @@ and the seed of the mask: nothing of the size of x that was not there before, no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,11 +88,7 @@ def forward(
     """y, ``[..., N]``, and what it is made of, of layers that share x and h0."""
     with without_autocast(inputs[0].x.device.type):
         x, h0, matrices = read_by_down(settings, inputs)
-        tensors, bases = [x, h0], []
-        for of, (a, b) in zip(inputs, matrices, strict=True):
-            base = None if of.base is None else as_matrix(of.base)
-            bases.append(base)
-            tensors += (base, a, b, of.lora_bias, of.down_bias, of.bias, of.lambda_, of.scaling, of.seed)
+        bases = [None if of.base is None else as_matrix(of.base) for of in inputs]
 
         def compute() -> list[Tensor | None]:
             siblings = down_projections(settings, inputs, matrices, wants_differences)
@@ -103,14 +99,37 @@ def forward(
                 found += (own.t, own.difference, f, y)
             return found
 
-        key = tuple(settings), tuple(wants_differences), inputs[0].weight is None
+        key, tensors = _asked_forward(settings, inputs, wants_differences, (x, h0, matrices, bases))
         found = implementation(settings[0].backend).replayed(key, tensors, compute)
         ys, downs = [], []
         for i, (own, of) in enumerate(zip(settings, inputs, strict=True)):
-            t, difference, f, y = found[4 * i : 4 * i + 4]
+            t, difference, f, y = found[PER_LAYER * i : PER_LAYER * (i + 1)]
             downs.append(Down(t, difference, t if f is None else f))
-            ys.append(fresh_like(of.x, y) if of.weight is None else with_frozen(own, of, x, y))
+            ys.append(fresh_like(of.x, y) if of.weight is None else with_frozen(y, of.x, x, of.weight, own.dtype))
         return ys, downs
+
+
+#: What the launches of a forward, and of a backward behind dx, dh0 and each dA, return for a layer: t, d, f(p) and the
+#: low-rank y; and u, dB, the sum of dY and ds.
+PER_LAYER = 4
+
+
+def asked_of_forward(
+    settings: Sequence[Settings], inputs: Sequence[Inputs], wants_differences: Sequence[bool]
+) -> tuple[Hashable, list[Tensor | None]]:
+    """By what :func:`forward` has its launches repeated, and the tensors that they read; not under autocast."""
+    bases = [None if of.base is None else as_matrix(of.base) for of in inputs]
+    return _asked_forward(settings, inputs, wants_differences, (*read_by_down(settings, inputs), bases))
+
+
+def _asked_forward(
+    settings: Sequence[Settings], inputs: Sequence[Inputs], wants_differences: Sequence[bool], read: tuple
+) -> tuple[Hashable, list[Tensor | None]]:
+    x, h0, matrices, bases = read
+    tensors = [x, h0]
+    for of, (a, b), base in zip(inputs, matrices, bases, strict=True):
+        tensors += (base, a, b, of.lora_bias, of.down_bias, of.bias, of.lambda_, of.scaling, of.seed)
+    return (tuple(settings), tuple(wants_differences), inputs[0].weight is None), tensors
 
 
 def output(settings: Settings, inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
@@ -118,7 +137,11 @@ def output(settings: Settings, inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:
     with without_autocast(x.device.type):
         base = None if inputs.base is None else as_matrix(inputs.base)
         y = _up(settings, inputs, x, base, t, cast(inputs.lora_b, settings.adapter_dtype))
-        return fresh_like(inputs.x, y) if inputs.weight is None else with_frozen(settings, inputs, x, y)
+        return (
+            fresh_like(inputs.x, y)
+            if inputs.weight is None
+            else with_frozen(y, inputs.x, x, inputs.weight, settings.dtype)
+        )
 
 
 def _up(settings: Settings, inputs: Inputs, x: Tensor, base: Tensor | None, t: Tensor, b: Tensor) -> Tensor:
@@ -129,16 +152,16 @@ def _up(settings: Settings, inputs: Inputs, x: Tensor, base: Tensor | None, t: T
     return ops.up(t, b, scaling, settings.dtype, inputs.lora_bias, inputs.bias)
 
 
-def with_frozen(settings: Settings, inputs: Inputs, x: Tensor, y: Tensor) -> Tensor:
-    """y, ``[..., N]``: the low-rank product, ``[M, N]``, and onto it that of x, ``[M, K]``, and the frozen weight.
+def with_frozen(y: Tensor, x: Tensor, matrix: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """y, ``[..., N]``: the low-rank product, ``[M, N]``, and onto it that of x, as a matrix, and the frozen weight.
 
     Not under autocast.
     """
-    matrix, weight = cast(x, settings.dtype), cast(inputs.weight, settings.dtype).t()
+    matrix, weight = cast(matrix, dtype), cast(weight, dtype).t()
     if torch._C._len_torch_dispatch_stack() > 0:  # selective checkpointing keeps what an operator returned
-        return shaped_like(inputs.x, torch.addmm(y, matrix, weight))
+        return shaped_like(x, torch.addmm(y, matrix, weight))
     y.addmm_(matrix, weight)
-    return fresh_like(inputs.x, y)
+    return fresh_like(x, y)
 
 
 def _through_t(wants: Inputs) -> tuple[bool, bool]:
@@ -223,15 +246,9 @@ def _low_rank_backward(
 ) -> tuple[list[_Up], Sequence[Any], Tensor | None, Tensor | None]:
     """What comes of each dY, ``[M, N]``, dA of each layer, and the low-rank parts of dx and dh0, ``[M, K]``."""
     skip = gs[0] if in_series and wants[0].x else None
-    x = next((kept.x for kept in saved if kept.x is not None), None)
-    h0 = next((kept.initial_residual for kept in saved if kept.initial_residual is not None), None)
-    tensors, matrices = [*gs, x, h0], []
-    for own, kept in zip(settings, saved, strict=True):
-        a = None if kept.lora_a is None else cast(kept.lora_a, own.adapter_dtype)
-        b = None if kept.lora_b is None else cast(kept.lora_b, own.adapter_dtype)
-        matrices.append((a, b))
-        tensors += (a, b, kept.t, kept.lora_bias, kept.lambda_, kept.scaling, kept.seed)
-    dtypes = [None if kept.lora_b is None else kept.lora_b.dtype for kept in saved]
+    has_frozen = any(kept.weight is not None for kept in saved)
+    key, tensors, matrices = asked_of_backward(settings, saved, gs, wants, in_series)
+    x, h0 = tensors[len(gs) : len(gs) + 2]
 
     def compute() -> list[Tensor | None]:
         ups = _up_backward(settings, saved, gs, wants, matrices)
@@ -243,11 +260,27 @@ def _low_rank_backward(
             found += (u, up.grad_b, up.sum, up.scaling)
         return found
 
-    has_frozen = any(kept.weight is not None for kept in saved)
-    key = tuple(settings), tuple(wants), in_series, has_frozen, tuple(dtypes)
     dx, dh, *rest = implementation(settings[0].backend).replayed(key, tensors, compute)
     count = len(gs)
-    return [_Up(*rest[i : i + 4]) for i in range(count, 5 * count, 4)], rest[:count], dx, dh
+    ups = [_Up(*rest[i : i + PER_LAYER]) for i in range(count, len(rest), PER_LAYER)]
+    return ups, rest[:count], dx, dh
+
+
+def asked_of_backward(
+    settings: Sequence[Settings], saved: Sequence[Saved], gs: list[Tensor], wants: Sequence[Inputs], in_series: bool
+) -> tuple[Hashable, list[Tensor | None], list[tuple[Tensor | None, Tensor | None]]]:
+    """By what :func:`backward` has its launches repeated, the tensors that they read, and each layer's A and B."""
+    x = next((kept.x for kept in saved if kept.x is not None), None)
+    h0 = next((kept.initial_residual for kept in saved if kept.initial_residual is not None), None)
+    tensors, matrices = [*gs, x, h0], []
+    for own, kept in zip(settings, saved, strict=True):
+        a = None if kept.lora_a is None else cast(kept.lora_a, own.adapter_dtype)
+        b = None if kept.lora_b is None else cast(kept.lora_b, own.adapter_dtype)
+        matrices.append((a, b))
+        tensors += (a, b, kept.t, kept.lora_bias, kept.lambda_, kept.scaling, kept.seed)
+    dtypes = tuple([None if kept.lora_b is None else kept.lora_b.dtype for kept in saved])
+    has_frozen = any(kept.weight is not None for kept in saved)
+    return (tuple(settings), tuple(wants), in_series, has_frozen, dtypes), tensors, matrices
 
 
 class _Up(NamedTuple):

@@ -127,9 +127,9 @@ def check(step, tensors, taped=2):
             assert taped is None or by_tape == wanted_tapes
 
 
-def low_rank_alone(settings, inputs, x, y):
+def low_rank_alone(y, x, *_):
     """The frozen product waits for what a GPU would have computed: here numbers that nobody wrote."""
-    return products.fresh_like(inputs.x, y)
+    return products.fresh_like(x, y)
 
 
 def tapes_of(*cases):
