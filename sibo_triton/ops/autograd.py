@@ -113,7 +113,7 @@ def gradients(
     called = [i for i, grad_y in enumerate(grads_y) if grad_y is not None]
     if not called:
         return [None] * len(node.places)
-    saved, dys = saved_of(node, kept), [grads_y[i] for i in called]
+    saved, dys = saved_of(node, kept), [grad_y for grad_y in grads_y if grad_y is not None]
     settings, of_called = (
         [node.settings[i] for i in called],
         ([saved[i] for i in called], dys, [wants[i] for i in called]),

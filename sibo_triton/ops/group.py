@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,12 @@ from sibo_triton.ops.tensors import as_matrix, without_autocast
 
 #: Tokens up to which no pass is large, so that without gradients all low-rank products are made at once.
 FEW_ROWS = 64
+
+
+def has_few_rows(settings: Settings, inputs: Inputs) -> bool:
+    """Whether a layer's low-rank product is made at once where no gradient is wanted."""
+    few = inputs.x.shape[:-1].numel() <= FEW_ROWS
+    return few and settings.activation is None and inputs.weight is not None
 
 
 class Group:
@@ -32,7 +39,7 @@ class Group:
     def __init__(self, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
         self._settings, self._inputs = settings, inputs
         self._ts: list[Tensor | None] = []
-        self._ys: list[Tensor | None] = []  # the outputs, or the low-rank products, where they are made at once
+        self._ys: list[Any] = []  # the outputs, or the low-rank products, where they are made at once
         self._are_whole = False
         outputs = outputs_with_gradients(settings, inputs)
         if outputs is not None:
@@ -40,7 +47,7 @@ class Group:
             return
         x = inputs[0].x
         self._x = as_matrix(x)
-        if x.shape[:-1].numel() <= FEW_ROWS and settings[0].activation is None and inputs[0].weight is not None:
+        if has_few_rows(settings[0], inputs[0]):
             self._low_rank()
         else:
             self._ts = [result.activated for result in down(settings, inputs, [False] * len(inputs))]
@@ -73,9 +80,6 @@ class Group:
         ops, dtype = implementation(settings[0].backend), settings[0].dtype
         with without_autocast(self._x.device.type):
             x, h0, matrices = read_by_down(settings, inputs)
-            tensors = [x, h0]
-            for of, (a, b) in zip(inputs, matrices, strict=True):
-                tensors += (a, b, of.lora_bias, of.bias, of.lambda_, of.scaling, of.seed)
 
             def compute() -> list[Tensor]:
                 siblings = down_projections(settings, inputs, matrices, [False] * len(inputs))
@@ -85,4 +89,23 @@ class Group:
                 ]
                 return ops.low_rank_siblings(x, siblings, ups, None if h0 is None else as_matrix(h0), dtype)
 
-            self._ys = list(ops.replayed(("few rows", tuple(settings)), tensors, compute))
+            key, tensors = _asked(settings, inputs, x, h0, matrices)
+            self._ys = list(ops.replayed(key, tensors, compute))
+
+
+def asked_of_few_rows(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> tuple[Hashable, list[Tensor | None]]:
+    """By what a group of few rows has its launches repeated, and the tensors that they read; not under autocast."""
+    return _asked(settings, inputs, *read_by_down(settings, inputs))
+
+
+def _asked(
+    settings: Sequence[Settings],
+    inputs: Sequence[Inputs],
+    x: Tensor,
+    h0: Tensor | None,
+    matrices: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[Hashable, list[Tensor | None]]:
+    tensors = [x, h0]
+    for of, (a, b) in zip(inputs, matrices, strict=True):
+        tensors += (a, b, of.lora_bias, of.bias, of.lambda_, of.scaling, of.seed)
+    return ("few rows", tuple(settings)), tensors

@@ -20,7 +20,7 @@ from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import outputs_with_gradients
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
-from sibo_triton.ops.group import FEW_ROWS, Group
+from sibo_triton.ops.group import Group, has_few_rows
 from sibo_triton.ops.products import forward
 from sibo_triton.ops.tensors import autocast_dtype
 
@@ -137,7 +137,7 @@ def shares_passes(x: Tensor) -> bool:
 
 def _may_repeat(x: Tensor) -> bool:
     """Whether a call on x may be one that is known to `repeated.py`."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return False
     return backend_for(x.device, (x.dtype,)).name == "triton"
 
@@ -267,8 +267,7 @@ def fused(settings: Settings, inputs: Inputs) -> Tensor:
     outputs = outputs_with_gradients([settings], [inputs])
     if outputs is not None:
         return outputs[0]
-    few_rows = inputs.weight is not None and inputs.x.shape[:-1].numel() <= FEW_ROWS
-    if few_rows and settings.activation is None:
+    if has_few_rows(settings, inputs):
         return Group([settings], [inputs]).output(0)
     return forward([settings], [inputs], [False])[0][0]
 

@@ -1,9 +1,9 @@
-"""Calls that repeat: of layers with their frozen linears and LoRA, on the kernels, with gradients.
+"""Calls that repeat: of layers with their frozen linears and LoRA, on the kernels.
 
-Training calls a layer with arguments of the same few forms again and again. All that lies between its arguments and the
-recorded launches (`kernels/replay.py`) follows from those: checks, the backend, what is kept, which gradient is whose.
-It is looked up once here and kept as a `Call`, in which a tensor is a place. On a small layer that way takes the host
-as long as all the rest.
+Training and generation call a layer with arguments of the same few forms again and again. All that lies between its
+arguments and the recorded launches (`kernels/replay.py`) follows from those: checks, the backend, what is kept, which
+gradient is whose. It is looked up once here and kept as a `Call`, in which a tensor is a place. On a small layer that
+way takes the host as long as all the rest.
 
 Nothing is computed here that `products.py` does not: the first call of a form, and every one that is not like it, goes
 there.
@@ -22,7 +22,8 @@ from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import Node, applied, gradients, kept_of, node_of, saved_of
 from sibo_triton.ops.dispatch import implementation
-from sibo_triton.ops.products import PER_LAYER, asked_of_backward, asked_of_forward
+from sibo_triton.ops.group import asked_of_few_rows, has_few_rows
+from sibo_triton.ops.products import PER_LAYER, Down, asked_of_backward, asked_of_forward
 from sibo_triton.ops.tensors import as_matrix
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
@@ -41,7 +42,8 @@ def given_of(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple]
     Args:
         layers: of each: weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, the seed and the rate of dropout.
     """
-    tensors, numbers = [x, initial_residual], []
+    tensors: list[Any] = [x, initial_residual]
+    numbers: list[Any] = []
     for weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, seed, dropout_p in layers:
         number = share = None
         if isinstance(lambda_, Tensor):
@@ -58,10 +60,10 @@ def given_of(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple]
 
 
 def key_of(tensors: tuple, numbers: tuple) -> Hashable:
-    """All that a call depends on: numbers, and the forms of tensors. Autocast is off, and gradients are on."""
+    """All that a call depends on: numbers, and the forms of tensors. Autocast is off."""
     given = [tensor for tensor in tensors if tensor is not None]
-    exact = implementation("triton").float32_is_exact()
-    return numbers, exact, tuple(map(type, tensors)), tuple(map(_facts, given)), tuple(map(_strides, given))
+    modes = torch.is_grad_enabled(), implementation("triton").float32_is_exact()
+    return numbers, modes, tuple(map(type, tensors)), tuple(map(_facts, given)), tuple(map(_strides, given))
 
 
 def outputs(key: Hashable, tensors: tuple) -> Sequence[Tensor] | None:
@@ -72,38 +74,59 @@ def outputs(key: Hashable, tensors: tuple) -> Sequence[Tensor] | None:
 
 def remember(key: Hashable, tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
     """Keep what follows of a call, if it is one that repeats and its launches are recorded."""
-    node = node_of(settings, inputs)
-    wanted = {Inputs._fields[field] for _, field in node.places}
-    if not wanted or not wanted <= _GRADIENTS or not _PLAIN.issuperset(map(type, tensors)):
+    if not (_PLAIN.issuperset(map(type, tensors)) and all(map(_is_simple, settings, inputs))):
         return
-    for own, of in zip(settings, inputs, strict=True):
-        if own.backend != "triton" or own.activation is not None or of.base is not None or of.weight is None:
-            return
-        if not own.dtype == own.x_dtype == of.weight.dtype or own.adapter_dtype != of.lora_a.dtype:
-            return
-    ops = implementation("triton")
-    asked = asked_of_forward(settings, inputs, [False] * len(inputs))
-    tape = ops.tape_of(*asked)
+    node = node_of(settings, inputs) if torch.is_grad_enabled() else None
+    if node is not None and node.places:
+        forward = _call_of(tensors, settings, inputs, False)
+        if forward is not None and {Inputs._fields[field] for _, field in node.places} <= _GRADIENTS:
+            # what is kept, of the tensors and of what the launches return, for which others stand here
+            stand_ins = [object() for _ in range(PER_LAYER * len(inputs))]
+            downs = [Down(stand_ins[i], None, None) for i in range(0, len(stand_ins), PER_LAYER)]
+            keeps = _places(kept_of(node, inputs, downs), (*tensors, *stand_ins))
+            wants = _places([inputs[i][field] for i, field in node.places], tensors)
+            implementation("triton").calls.keep(key, CallWithGradients(forward, node, keeps, wants))
+        return
+    few_rows = has_few_rows(settings[0], inputs[0])
+    if few_rows or len(inputs) == 1:  # else each y is made when it is asked for
+        call = _call_of(tensors, settings, inputs, few_rows)
+        if call is not None:
+            implementation("triton").calls.keep(key, call)
+
+
+def _is_simple(settings: Settings, inputs: Inputs) -> bool:
+    """Whether a layer has nothing but what a `Call` knows of."""
+    has_frozen = inputs.base is None and inputs.weight is not None
+    same = settings.dtype == settings.x_dtype and settings.adapter_dtype == inputs.lora_a.dtype
+    return settings.backend == "triton" and settings.activation is None and has_frozen and same
+
+
+def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs], few_rows: bool) -> Call | None:
+    """Without gradients; None where its launches are not recorded, or two of its tensors are one."""
+    count = len(inputs)
+    asked = asked_of_few_rows(settings, inputs) if few_rows else asked_of_forward(settings, inputs, [False] * count)
+    tape = implementation("triton").tape_of(*asked)
     x, (matrix, *others) = tensors[0], asked[1]
-    if tape is None or matrix.data_ptr() != x.data_ptr():  # else a copy is read, of an x that is no matrix
-        return
-    reads = _places([x, *others], tensors)
-    # what is kept, of the tensors and of what the launches return, in which numbers stand for tensors
-    stand_ins = [object() for _ in range(PER_LAYER * len(inputs))]
-    downs = [products.Down(stand_ins[i], None, None) for i in range(0, len(stand_ins), PER_LAYER)]
-    keeps = _places(kept_of(node, inputs, downs), (*tensors, *stand_ins))
-    wants = _places([inputs[i][field] for i, field in node.places], tensors)
-    if reads is not None and keeps is not None and wants is not None:
-        ops.calls.keep(key, Call(node, tape, reads, keeps, wants))
-
-
-def _places(of: Sequence[Any], among: Sequence[Any]) -> list[int] | None:
-    """Where in ``(*among, None)`` each is; None where one tensor has two places, or none."""
-    place = {id(one): i for i, one in enumerate(among) if one is not None}
-    if len(place) < sum(one is not None for one in among):
+    if tape is None or not _differ(tensors):
         return None
-    found = [len(among) if one is None else place.get(id(one)) for one in of]
-    return None if None in found else found
+    if matrix is None or matrix.data_ptr() != x.data_ptr():  # a copy is read, of an x that is no matrix
+        return None
+    # of each layer: its weight among the tensors, and its low-rank y among what the launches return
+    ys = [i if few_rows else PER_LAYER * (i + 1) - 1 for i in range(count)]
+    frozen = [(len(_SHARED) + len(_OWN) * i, y) for i, y in enumerate(ys)]
+    return Call(tape, _places([x, *others], tensors), frozen, settings[0].dtype)
+
+
+def _differ(tensors: Sequence[Any]) -> bool:
+    """Whether no two are one, which elsewhere they need not be."""
+    given = [id(tensor) for tensor in tensors if tensor is not None]
+    return len(set(given)) == len(given)
+
+
+def _places(of: Sequence[Any], among: Sequence[Any]) -> list[int]:
+    """Where in ``(*among, None)`` each is, among things that differ."""
+    place = {id(one): i for i, one in enumerate(among) if one is not None}
+    return [len(among) if one is None else place[id(one)] for one in of]
 
 
 def _picker(places: Sequence[int]) -> Any:
@@ -114,39 +137,57 @@ def _picker(places: Sequence[int]) -> Any:
 
 
 class Call:
-    """What a call of some form comes to.
+    """What a call of some form comes to, without gradients.
 
     Args:
-        node: what its backward knows.
-        tape: the launches of its forward.
-        reads, wants: among its tensors: what those launches read, and what autograd gets.
-        keeps: likewise, among its tensors and what the launches return: what is kept for the backward.
+        tape: its launches.
+        reads: what they read, among its tensors.
+        frozen: of each layer, where its frozen weight is among the tensors, and its low-rank y among what the launches
+            return.
+        dtype: of y.
     """
 
-    def __init__(self, node: Node, tape: Any, reads: list[int], keeps: list[int], wants: list[int]) -> None:
-        self.node = node
-        self._tape, self._reads, self._wants = tape, _picker(reads), _picker(wants)
-        self.keeps = _picker(keeps)
-        # of each layer: its weight among the tensors, its low-rank y among what the launches return
-        count = len(node.settings)
-        self.frozen = [(len(_SHARED) + len(_OWN) * i, PER_LAYER * (i + 1) - 1) for i in range(count)]
-        self._dtype = node.settings[0].dtype
-        self._backwards: dict[Hashable, _Backward] = {}
+    def __init__(self, tape: Any, reads: list[int], frozen: list[tuple[int, int]], dtype: torch.dtype) -> None:
+        self._tape, self._reads, self._frozen, self._dtype = tape, _picker(reads), frozen, dtype
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
         """y of each layer; None where the launches are not for these tensors."""
-        if not implementation("triton").repeats():
-            return None
         tensors = (*tensors, None)
-        found = self._tape(self._reads(tensors))
-        return None if found is None else applied(_Repeated, self, tensors, found, *self._wants(tensors))
+        found = self.launched(tensors)
+        return None if found is None else self.with_frozen(tensors, found)
 
-    def forward(self, tensors: tuple, found: list[Tensor | None]) -> list[Tensor]:
+    def launched(self, tensors: tuple) -> list[Tensor | None] | None:
+        """What the launches return."""
+        return self._tape(self._reads(tensors)) if implementation("triton").repeats() else None
+
+    def with_frozen(self, tensors: tuple, found: list[Any]) -> list[Tensor]:
         """The frozen products, onto the low-rank ones."""
         x = tensors[0]
         matrix = as_matrix(x)
         with_frozen, dtype = products.with_frozen, self._dtype
-        return [with_frozen(found[y], x, matrix, tensors[weight], dtype) for weight, y in self.frozen]
+        return [with_frozen(found[y], x, matrix, tensors[weight], dtype) for weight, y in self._frozen]
+
+
+class CallWithGradients:
+    """Likewise, one node to autograd.
+
+    Args:
+        forward: without gradients.
+        node: what its backward knows.
+        keeps: what is kept for the backward, among its tensors and what the launches return.
+        wants: what autograd gets, among its tensors.
+    """
+
+    def __init__(self, forward: Call, node: Node, keeps: list[int], wants: list[int]) -> None:
+        self.node, self.forward, self.keeps = node, forward, _picker(keeps)
+        self._wants = _picker(wants)
+        self._backwards: dict[Hashable, _Backward] = {}
+
+    def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
+        """y of each layer; None where the launches are not for these tensors."""
+        tensors = (*tensors, None)
+        found = self.forward.launched(tensors)
+        return None if found is None else applied(_Repeated, self, tensors, found, *self._wants(tensors))
 
     def backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> Sequence[Tensor | None] | None:
         """The gradients; None where the launches are not known, or not for these tensors."""
@@ -159,9 +200,8 @@ class Call:
         node, gs = self.node, [as_matrix(grad_y) for grad_y in grads_y]
         key, read, _ = asked_of_backward(node.settings, saved_of(node, kept), gs, node.wants, node.in_series)
         tape = implementation("triton").tape_of(key, read)
-        reads = _places(read, (*gs, *kept))
-        if tape is not None and reads is not None and len(self._backwards) < _KEPT:
-            self._backwards[self._key_of(gs)] = _Backward(node, tape, reads)
+        if tape is not None and len(self._backwards) < _KEPT and _differ((*gs, *kept)):
+            self._backwards[self._key_of(gs)] = _Backward(node, tape, _places(read, (*gs, *kept)))
 
     @staticmethod
     def _key_of(gs: list[Tensor]) -> Hashable:
@@ -206,8 +246,10 @@ class _Repeated(torch.autograd.Function):
     """The node of a call: that of `ops/autograd.py` where its backward is of another kind."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, tensors: tuple, found: list[Tensor | None], *_: Tensor) -> tuple[Tensor, ...]:
-        ys = call.forward(tensors, found)
+    def forward(
+        ctx: Any, call: CallWithGradients, tensors: tuple, found: list[Tensor | None], *_: Tensor
+    ) -> tuple[Tensor, ...]:
+        ys = call.forward.with_frozen(tensors, found)
         ctx.call = call
         ctx.save_for_backward(*call.keeps((*tensors[:-1], *found, None)))
         ctx.set_materialize_grads(False)

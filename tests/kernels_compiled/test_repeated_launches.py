@@ -9,67 +9,20 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from ahead_of_time import TARGETS
 from cases import BF16, FP32, OF_EACH_KERNEL
+from driver import Driver
 from kernel_launches import Up, name_of
 from triton import knobs
-from without_gpu import launching_for
 
 from sibo_triton.kernels import launching
-from sibo_triton.kernels.launching import KEPT, Launch, Launches, forget_launches
+from sibo_triton.kernels.launching import KEPT, Launches, forget_launches
 from sibo_triton.kernels.up import up_kernel
 
 pytestmark = pytest.mark.skipif(
     not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
 )
 
-GPU, _ = TARGETS["sm_90"]
-SMALLEST_ADDRESS = 2**32  # no number here is as large
 UP = Up(130, 200, 16, BF16, FP32, scaling_is_tensor=True)
-
-
-class Driver:
-    """Notes what launches hand over, and how many were Triton's own."""
-
-    def __init__(self):
-        self.launches, self.by_triton, self.handed_hooks = [], 0, []
-
-    def __enter__(self):
-        self._context = launching_for(GPU, self._launch)
-        keep = Launch._keep
-
-        def counted(*arguments):
-            self.by_triton += 1
-            keep(*arguments)
-
-        self._patch = mock.patch.object(Launch, "_keep", counted)
-        self._context.__enter__()
-        self._patch.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._patch.__exit__(*error)
-        self._context.__exit__(*error)
-
-    def _launch(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
-        self.launches.append(((x, y, z), stream, function, metadata, arguments))
-        self.handed_hooks.append((launch_metadata, enter_hook, exit_hook))
-
-    def run(self, launch, tensors):
-        """What the launcher's launches hand over, addresses described, and how many of them were Triton's own."""
-        self.launches, self.by_triton = [], 0
-        launch.launch(tensors)
-        names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
-
-        def described(value):
-            if isinstance(value, tuple):
-                return tuple(map(described, value))
-            address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-            if type(address) is int and address >= SMALLEST_ADDRESS:
-                return names.get(address, "made by the launcher"), address % 16
-            return type(value), value
-
-        return [(*rest, described(arguments)) for *rest, arguments in self.launches], self.by_triton
 
 
 def inputs(launch, shift=0):
@@ -86,10 +39,14 @@ def of_triton(driver, launch, tensors):
     """The same by Triton alone."""
     with mock.patch.object(launching, "_DIRECT", False):
         forget_launches()
-        handed, by_triton = driver.run(launch, tensors)
+        handed = handed_over(driver, launch, tensors)
         forget_launches()
-    assert by_triton == 0, "the binaries are not kept"
+    assert driver.by_triton == 0, "the binaries are not kept"
     return handed
+
+
+def handed_over(driver, launch, tensors):
+    return driver.run(lambda: launch.launch(tensors) and None, tensors)[0]
 
 
 @pytest.mark.parametrize("launch", OF_EACH_KERNEL, ids=name_of)
@@ -99,33 +56,33 @@ def test_what_reaches_the_driver_is_what_triton_hands_over(launch):
         wanted = {(m, shift): of_triton(driver, of, inputs(of, shift)) for m, of in of_m.items() for shift in (0, 1)}
         for again in range(3):
             for (m, shift), by_triton in wanted.items():
-                handed, count = driver.run(of_m[m], inputs(of_m[m], shift))
-                assert handed == by_triton and (count > 0) == (again == 0)
+                assert handed_over(driver, of_m[m], inputs(of_m[m], shift)) == by_triton
+                assert (driver.by_triton > 0) == (again == 0)
 
 
 def test_pointers_that_are_not_aligned_have_a_kernel_of_their_own():
     with Driver() as driver:
-        functions = [driver.run(UP, inputs(UP, shift))[0][0][2] for shift in (0, 1, 0, 1)]
+        functions = [handed_over(driver, UP, inputs(UP, shift))[0][2] for shift in (0, 1, 0, 1)]
         assert functions[:2] == functions[2:] and functions[0] != functions[1]
-        assert driver.run(UP, inputs(UP, 1))[1] == 0
+        assert driver.by_triton == 0
 
 
 def test_hooks_and_knobs_get_tritons_own_launch(monkeypatch):
     tensors = inputs(UP)
     with Driver() as driver:
-        driver.run(UP, tensors)
-        (usual,), count = driver.run(UP, tensors)
-        assert count == 0 and driver.handed_hooks[-1] == (None, None, None)
+        handed_over(driver, UP, tensors)
+        (usual,) = handed_over(driver, UP, tensors)
+        assert driver.by_triton == 0 and driver.hooks == [(None, None, None)]
 
         def seen():
             """The function that is launched by Triton."""
-            (handed,), by_triton = driver.run(UP, tensors)
-            assert by_triton == 1
+            (handed,) = handed_over(driver, UP, tensors)
+            assert driver.by_triton == 1
             return handed[2]
 
         for hooks in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
             monkeypatch.setattr(hooks, "calls", [print])
-            assert seen() == usual[2] and driver.handed_hooks[-1][1] is knobs.runtime.launch_enter_hook
+            assert seen() == usual[2] and driver.hooks[-1][1] is knobs.runtime.launch_enter_hook
             monkeypatch.setattr(hooks, "calls", [])
         monkeypatch.setattr(knobs.runtime, "debug", True)
         seen()
@@ -137,14 +94,15 @@ def test_hooks_and_knobs_get_tritons_own_launch(monkeypatch):
         monkeypatch.setattr(triton.JITFunction, "run", lambda *arguments, **keywords: run(*arguments, **keywords))
         assert seen() == usual[2]
         monkeypatch.undo()
-        assert driver.run(UP, tensors)[1] == 0
+        handed_over(driver, UP, tensors)
+        assert driver.by_triton == 0
 
 
 def test_a_kernel_that_does_not_fit_raises_on_every_launch():
     with Driver() as driver, mock.patch.object(triton.compiler.compiler, "max_shared_mem", lambda device: 16):
         for _ in range(2):
             with pytest.raises(triton.runtime.errors.OutOfResources):
-                driver.run(UP, inputs(UP))
+                handed_over(driver, UP, inputs(UP))
 
 
 def test_the_oldest_makes_room():

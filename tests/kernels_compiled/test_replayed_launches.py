@@ -10,15 +10,14 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from ahead_of_time import TARGETS
 from bottleneck_cases import BOTTLENECK_CASES
 from bottleneck_cases import make as make_bottleneck
 from bottleneck_cases import name_of as name_of_bottleneck
 from bottleneck_cases import run as run_bottleneck
+from driver import Driver, low_rank_alone, tensors_of
 from group_cases import GROUPS, make_group, outputs_of_group, results_of
 from op_cases import CASES, OpCase, make, name_of, operations, output_and_gradients
 from triton import knobs
-from without_gpu import launching_for
 
 from sibo_triton.kernels import launching, replay
 from sibo_triton.kernels.down import down_siblings
@@ -26,110 +25,23 @@ from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.up import up_kernel
 from sibo_triton.ops import add_bottleneck, low_rank, products
-from sibo_triton.ops.dispatch import Choice
 from sibo_triton.ops.group import FEW_ROWS
 
 pytestmark = pytest.mark.skipif(
     not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
 )
 
-GPU, _ = TARGETS["sm_90"]
-_HOOKS = 3  # stand before the arguments
-SMALLEST_ADDRESS = 2**32  # no number here is as large
-
-
-class Driver:
-    """Notes what reaches the driver, with a name for each address: a given tensor's, or which new one it is."""
-
-    def __init__(self):
-        self.launches, self.tapes, self._names, self._kept = [], 0, {}, []
-
-    def __enter__(self):
-        self._stack = launching_for(GPU, self._launch)
-        self._stack.__enter__()
-        self._patches = [
-            mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "tested")),
-            mock.patch.object(replay.Tape, "__call__", self._counted(replay.Tape.__call__)),
-            mock.patch.object(
-                replay, "_empty_strided_of", lambda kind, of=replay._empty_strided_of: self._keeping(of(kind))
-            ),
-            mock.patch.object(torch.Tensor, "new_empty", self._keeping(torch.Tensor.new_empty)),
-            mock.patch.object(torch, "empty", self._keeping(torch.empty)),
-            mock.patch.object(torch, "empty_like", self._keeping(torch.empty_like)),
-        ]
-        for patch in self._patches:
-            patch.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        for patch in self._patches:
-            patch.__exit__(*error)
-        self._stack.__exit__(*error)
-
-    def _counted(self, call):
-        def counted(tape, tensors):
-            result = call(tape, tensors)
-            self.tapes += result is not None
-            return result
-
-        return counted
-
-    def _keeping(self, allocate):
-        """So that no two have one address."""
-
-        def keeping(*arguments, **options):
-            self._kept.append(allocate(*arguments, **options))
-            return self._kept[-1]
-
-        return keeping
-
-    def _launch(self, x, y, z, stream, function, metadata, *rest):
-        self.launches.append(((x, y, z), function, metadata, tuple(map(self._named, rest[_HOOKS:]))))
-
-    def _named(self, value):
-        if isinstance(value, tuple):
-            return tuple(map(self._named, value))
-        if isinstance(value, torch.Tensor):
-            self._kept.append(value)
-            value = value.data_ptr()
-        if type(value) is int and value >= SMALLEST_ADDRESS:
-            return self._names.setdefault(value, f"new {len(self._names)}"), value % 16
-        return type(value), value
-
-    def run(self, step, tensors):
-        """What reaches the driver of ``step()``, by how many tapes, and the names of what it returns."""
-        self.launches, self.tapes, self._kept = [], 0, []
-        self._names = {tensor.data_ptr(): name for name, tensor in tensors.items() if tensor.numel()}
-        results = step()
-        of_results = {name: self._names.get(result.data_ptr()) for name, result in results.items()}
-        return (self.launches, of_results, {name: of.shape for name, of in results.items()}), self.tapes
-
-
-def tensors_of(*all_arguments):
-    return {
-        f"{name} {i}": value
-        for i, arguments in enumerate(all_arguments)
-        for name, value in arguments.items()
-        if isinstance(value, torch.Tensor)
-    }
-
 
 def check(step, tensors, taped=2):
     """Through the launchers, recorded, and replayed: the same reaches the driver. By so many tapes; None: any."""
     with Driver() as driver, mock.patch.object(products, "with_frozen", low_rank_alone):
         with mock.patch.object(launching, "_DIRECT", False):
-            expected, by_tape = driver.run(step, tensors)
-            assert by_tape == 0
+            expected = driver.run(step, tensors)
+            assert driver.tapes == 0
         forget_launches()
         for wanted_tapes in (0, taped, taped):
-            found, by_tape = driver.run(step, tensors)
-            assert found == expected
-            assert taped is None or by_tape == wanted_tapes
-
-
-def low_rank_alone(y, x, *_):
-    """The frozen product waits for what a GPU would have computed: here numbers that nobody wrote."""
-    return products.fresh_like(x, y)
+            assert driver.run(step, tensors) == expected
+            assert taped is None or driver.tapes == wanted_tapes
 
 
 def tapes_of(*cases):
@@ -187,14 +99,18 @@ def test_two_tensors_that_are_one_here_are_not_taken_for_one_elsewhere():
     arguments = make(MIXING)
     as_one = arguments | {"initial_residual": arguments["x"]}
     with Driver() as driver:
-        for tapes in (0, 0, 0):
-            assert driver.run(forward_of(as_one), tensors_of(as_one))[1] == tapes
+        for _ in range(3):
+            driver.run(forward_of(as_one), tensors_of(as_one))
+            assert driver.tapes == 0
     check(forward_of(arguments), tensors_of(arguments), 1)
     with Driver() as driver:
         forget_launches()
-        runs = [driver.run(forward_of(of), tensors_of(of)) for of in (arguments, arguments, as_one, arguments)]
-    assert [tapes for _, tapes in runs] == [0, 1, 1, 1]
-    names = [[name for name, _ in launches[0][3][:2]] for (launches, *_), _ in runs]
+        names, tapes = [], []
+        for of in (arguments, arguments, as_one, arguments):
+            launches, _ = driver.run(forward_of(of), tensors_of(of))
+            names.append([name for name, _ in launches[0][-1][:2]])
+            tapes.append(driver.tapes)
+    assert tapes == [0, 1, 1, 1]
     assert names == [["x 0", "initial_residual 0"]] * 2 + [["initial_residual 0"] * 2] + names[:1]
 
 
@@ -218,7 +134,7 @@ def test_a_layer_with_its_frozen_weight_is_not_taken_for_one_without(with_weight
     def launched(driver):
         """Of both, without arguments: casts have any address."""
         order = [fused, added] if with_weight_first else [added, fused]
-        return [[of[:3] for of in driver.run(step_of(each), tensors_of(each))[0][0]] for each in order]
+        return [[of[:-1] for of in driver.run(step_of(each), tensors_of(each))[0]] for each in order]
 
     with Driver() as driver, mock.patch.object(products, "with_frozen", low_rank_alone):
         with mock.patch.object(launching, "_DIRECT", False):
@@ -241,18 +157,21 @@ def test_another_alignment_and_hooks_are_left_to_the_launchers(monkeypatch):
     x = arguments["x"]
     shifted = arguments | {"x": torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)}
     with Driver() as driver:
-        for of, tapes in ((arguments, 0), (arguments, 1), (shifted, 0), (shifted, 0), (arguments, 1)):
-            assert driver.run(forward_of(of), tensors_of(of))[1] == tapes
-        hooks = up_kernel.pre_run_hooks
+
+        def tapes(of=arguments):
+            driver.run(forward_of(of), tensors_of(of))
+            return driver.tapes
+
+        assert [tapes(of) for of in (arguments, arguments, shifted, shifted, arguments)] == [0, 1, 0, 0, 1]
         up_kernel.add_pre_run_hook(lambda *arguments, **options: None)
-        assert driver.run(forward_of(arguments), tensors_of(arguments))[1] == 0
-        hooks.clear()
+        assert tapes() == 0
+        up_kernel.pre_run_hooks.clear()
         with monkeypatch.context() as patch:
             patch.setattr(knobs.runtime, "debug", True)
-            assert driver.run(forward_of(arguments), tensors_of(arguments))[1] == 0
-        assert driver.run(forward_of(arguments), tensors_of(arguments))[1] == 1
+            assert tapes() == 0
+        assert tapes() == 1
         forget_launches()
-        assert driver.run(forward_of(arguments), tensors_of(arguments))[1] == 0
+        assert tapes() == 0
 
 
 def test_what_torch_computes_too_is_not_replayed():

@@ -1,0 +1,115 @@
+"""Stands in for the driver of an H100: what reaches it is noted, and nothing computed."""
+
+from unittest import mock
+
+import torch
+from ahead_of_time import TARGETS
+from without_gpu import launching_for
+
+from sibo_triton.kernels import replay
+from sibo_triton.kernels.launching import Launch
+from sibo_triton.ops import low_rank, products
+from sibo_triton.ops.dispatch import Choice
+
+GPU, _ = TARGETS["sm_90"]
+SMALLEST_ADDRESS = 2**32  # no number here is as large
+
+
+class Driver:
+    """Notes launches, with a name for each address: a given tensor's, or which new one it is.
+
+    Attributes:
+        launches: of the last run: programs, stream, function, metadata and arguments.
+        hooks: what Triton's hooks would get, of each of them.
+        tapes: how often recorded launches ran.
+        by_triton: how many launches were Triton's own.
+    """
+
+    def __init__(self):
+        self.launches, self.hooks, self.tapes, self.by_triton = [], [], 0, 0
+        self._names, self._kept = {}, []
+
+    def __enter__(self):
+        self._patches = [
+            launching_for(GPU, self._launch),
+            mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "tested")),
+            mock.patch.object(replay.Tape, "__call__", self._counted(replay.Tape.__call__)),
+            mock.patch.object(Launch, "_keep", self._of_triton(Launch._keep)),
+            mock.patch.object(
+                replay, "_empty_strided_of", lambda kind, of=replay._empty_strided_of: self._keeping(of(kind))
+            ),
+            mock.patch.object(torch.Tensor, "new_empty", self._keeping(torch.Tensor.new_empty)),
+            mock.patch.object(torch, "empty", self._keeping(torch.empty)),
+            mock.patch.object(torch, "empty_like", self._keeping(torch.empty_like)),
+        ]
+        for patch in self._patches:
+            patch.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        for patch in reversed(self._patches):
+            patch.__exit__(*error)
+
+    def _counted(self, call):
+        def counted(tape, tensors):
+            result = call(tape, tensors)
+            self.tapes += result is not None
+            return result
+
+        return counted
+
+    def _of_triton(self, keep):
+        def counted(*arguments):
+            self.by_triton += 1
+            keep(*arguments)
+
+        return counted
+
+    def _keeping(self, allocate):
+        """So that no two have one address."""
+
+        def keeping(*arguments, **options):
+            self._kept.append(allocate(*arguments, **options))
+            return self._kept[-1]
+
+        return keeping
+
+    def _launch(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        self.launches.append(((x, y, z), stream, function, metadata, tuple(map(self._named, arguments))))
+        self.hooks.append((launch_metadata, enter_hook, exit_hook))
+
+    def _named(self, value):
+        if isinstance(value, tuple):
+            return tuple(map(self._named, value))
+        if isinstance(value, torch.Tensor):
+            self._kept.append(value)
+            value = value.data_ptr()
+        if type(value) is int and value >= SMALLEST_ADDRESS:
+            return self._names.setdefault(value, f"new {len(self._names)}"), value % 16
+        return type(value), value
+
+    def run(self, step, tensors):
+        """What reaches the driver of ``step()``, and the names and shapes of what it returns, by name.
+
+        Args:
+            tensors: those that are given, by name.
+        """
+        self.launches, self.hooks, self.tapes, self.by_triton, self._kept = [], [], 0, 0, []
+        self._names = {tensor.data_ptr(): name for name, tensor in tensors.items() if tensor.numel()}
+        results = step() or {}
+        return self.launches, {name: (self._names.get(of.data_ptr()), of.shape) for name, of in results.items()}
+
+
+def tensors_of(*all_arguments):
+    """Those among arguments, of one call after another, by name."""
+    return {
+        f"{name} {i}": value
+        for i, arguments in enumerate(all_arguments)
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def low_rank_alone(y, x, *_):
+    """The frozen product waits for what a GPU would have computed: here numbers that nobody wrote."""
+    return products.fresh_like(x, y)

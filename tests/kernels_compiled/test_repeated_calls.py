@@ -1,0 +1,211 @@
+"""A call that is known goes to its recorded launches in one step; one that is not like it goes the long way."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+from driver import Driver, low_rank_alone, tensors_of
+from group_cases import make_group, outputs_of_group, results_of
+from op_cases import OpCase, make, output_and_gradients
+
+from sibo_triton import reference
+from sibo_triton.kernels import launching
+from sibo_triton.kernels.launching import forget_launches
+from sibo_triton.kernels.up import up_kernel
+from sibo_triton.ops import autograd, low_rank, products, repeated
+
+pytestmark = pytest.mark.skipif(
+    not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
+)
+
+MIXING = OpCase((2, 70), 48, 40, 4, mixes="number", wants=("x", "lora_a", "lora_b"))
+
+
+@contextmanager
+def driver_with_nothing_known():
+    forget_launches()
+    with Driver() as driver, mock.patch.object(products, "with_frozen", low_rank_alone):
+        yield driver
+    forget_launches()
+
+
+def expected_of(driver, step, tensors):
+    """What reaches the driver by the launchers themselves."""
+    with mock.patch.object(launching, "_DIRECT", False):
+        found = driver.run(step, tensors)
+        assert driver.tapes == 0
+    return found
+
+
+@contextmanager
+def the_long_way_is_closed(backward=True):
+    """Neither arguments are prepared nor gradients put together."""
+    closed = mock.Mock(side_effect=AssertionError("the call is not known"))
+    with mock.patch.object(low_rank, "_prepared", closed):
+        with mock.patch.object(repeated, "gradients", closed if backward else autograd.gradients):
+            yield
+
+
+def step_of(arguments, of=MIXING, operation=low_rank.lora_linear):
+    grad_y = torch.ones(*of.tokens, of.out_features, dtype=arguments["x"].dtype)
+    return lambda: output_and_gradients(operation, arguments, grad_y)
+
+
+CALLS = {
+    "plain": OpCase((70,), 48, 40, 4, mixes="no", wants=("x", "lora_a", "lora_b")),
+    "mixing": MIXING,
+    "h0's gradient": OpCase((2, 7), 48, 40, 4, mixes="number", wants=("x", "initial_residual", "lora_a", "lora_b")),
+    "frozen input": OpCase((70,), 48, 40, 4, mixes="number", wants=("lora_a", "lora_b")),
+    "only A": OpCase((70,), 48, 40, 4, mixes="number", wants=("lora_a",)),
+    "dropout": OpCase((70,), 48, 40, 4, mixes="number", dropout_p=0.1, wants=("x", "lora_a", "lora_b")),
+    "nothing wanted, few rows": OpCase((3,), 48, 40, 4, mixes="number", wants=()),
+    "nothing wanted": OpCase((70,), 48, 40, 4, mixes="number", wants=()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_known_call_takes_one_step(name):
+    of = CALLS[name]
+    arguments = make(of)
+    step, tensors = step_of(arguments, of), tensors_of(arguments)
+    with driver_with_nothing_known() as driver:
+        expected = expected_of(driver, step, tensors)
+        assert driver.run(step, tensors) == expected  # records
+        assert driver.run(step, tensors) == expected
+        with the_long_way_is_closed():
+            assert driver.run(step, tensors) == expected
+
+
+@pytest.mark.parametrize("mixes", [("no", "no", "no"), ("no", "number", "tensor")])
+def test_layers_that_share_x_take_one_step(mixes):
+    cases = [OpCase((2, 70), 48, n, r, mixes=of) for n, r, of in zip((40, 24, 24), (4, 16, 3), mixes, strict=True)]
+    layers = make_group(cases)
+    grads_y = [torch.ones(*case.tokens, case.out_features) for case in cases]
+    tensors = tensors_of(*layers, {str(i): grad_y for i, grad_y in enumerate(grads_y)})
+
+    def step(order=None):
+        return results_of(outputs_of_group, layers, grads_y, order)
+
+    with driver_with_nothing_known() as driver:
+        expected = expected_of(driver, step, tensors)
+        of_two = expected_of(driver, lambda: step((0, 2)), tensors)
+        for _ in range(2):
+            assert driver.run(step, tensors) == expected
+        with the_long_way_is_closed():
+            assert driver.run(step, tensors) == expected
+        with the_long_way_is_closed(backward=False):  # a sibling whose output is not used
+            assert driver.run(lambda: step((0, 2)), tensors) == of_two
+            assert driver.run(step, tensors) == expected
+
+
+def test_what_is_asked_for_may_change_from_call_to_call():
+    """Which tensors want a gradient, and which gradients the backward is asked for."""
+    arguments = make(MIXING)
+    step, tensors = step_of(arguments), tensors_of(arguments)
+
+    def one_gradient():
+        y = low_rank.lora_linear(**arguments)
+        return {"lora_b": torch.autograd.grad(y, arguments["lora_b"], torch.ones_like(y))[0]}
+
+    with driver_with_nothing_known() as driver:
+        expected, of_one = expected_of(driver, step, tensors), expected_of(driver, one_gradient, tensors)
+        arguments["x"].requires_grad_(False)
+        of_frozen = expected_of(driver, step, tensors)
+        for _ in range(3):
+            assert driver.run(step, tensors) == of_frozen
+            arguments["x"].requires_grad_(True)
+            assert driver.run(step, tensors) == expected
+            assert driver.run(one_gradient, tensors) == of_one
+            with torch.no_grad():
+                assert not low_rank.lora_linear(**arguments).requires_grad
+            arguments["x"].requires_grad_(False)
+
+
+def test_an_input_that_is_no_matrix_is_copied_each_time():
+    """Its rows have no one stride: the launches read a copy, whose address is another in each call."""
+    arguments = make(MIXING)
+    arguments["x"] = torch.randn(70, 2, 48).transpose(0, 1)[:, :, :48].requires_grad_()
+    arguments["initial_residual"] = torch.randn(2, 70, 48)
+    with driver_with_nothing_known() as driver:
+        step, tensors = step_of(arguments), tensors_of(arguments)
+        expected = expected_of(driver, step, tensors)
+        (first, _), *_ = expected[0][0][-1]
+        assert first.startswith("new")
+        for _ in range(3):
+            assert driver.run(step, tensors) == expected
+
+
+def test_one_tensor_in_two_places_here_is_not_taken_for_one_elsewhere():
+    arguments = make(MIXING)
+    as_one = arguments | {"initial_residual": arguments["x"].detach()}
+    as_one["x"] = as_one["initial_residual"]
+    of_two = arguments | {"x": arguments["x"].detach()}
+    with driver_with_nothing_known() as driver:
+        expected = [expected_of(driver, step_of(of), tensors_of(of)) for of in (as_one, of_two)]
+        for of, wanted in ((as_one, 0), (of_two, 1), (as_one, 0), (of_two, 1), (of_two, 1), (as_one, 0)):
+            assert driver.run(step_of(of), tensors_of(of)) == expected[wanted]
+
+
+def test_a_known_call_is_differentiated_once_and_watches_what_it_keeps():
+    arguments = make(MIXING)
+    with driver_with_nothing_known() as driver:
+        for _ in range(3):
+            driver.run(step_of(arguments), tensors_of(arguments))
+        y = low_rank.lora_linear(**arguments)
+        (dx,) = torch.autograd.grad(y.sum(), arguments["x"], create_graph=True)
+        with pytest.raises(RuntimeError, match="A SIBO-LoRA layer was differentiated twice"):
+            dx.sum().backward()
+        y = low_rank.lora_linear(**arguments)
+        arguments["lora_b"].data, version = arguments["lora_b"].data, arguments["lora_b"]._version
+        with torch.no_grad():
+            arguments["lora_b"].mul_(2)
+        assert arguments["lora_b"]._version > version
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_errors_backends_and_autocast_are_those_of_the_long_way(monkeypatch):
+    arguments = make(MIXING)
+    with driver_with_nothing_known() as driver:
+        for _ in range(3):
+            driver.run(step_of(arguments), tensors_of(arguments))
+        with pytest.raises(ValueError, match="lambda_ is 1.3"):
+            low_rank.lora_linear(**arguments | {"lambda_": 1.3})
+        with pytest.raises(ValueError, match="weight has shape"):
+            low_rank.lora_linear(**arguments | {"weight": arguments["weight"][1:]})
+        with torch.autocast("cpu", torch.bfloat16):  # of a known one y would be float32
+            assert low_rank.lora_linear(**arguments).dtype == torch.bfloat16
+        with monkeypatch.context() as patch:
+            patch.setattr(launching, "_DIRECT", False)
+            driver.run(step_of(arguments), tensors_of(arguments))
+            assert driver.tapes == 0
+        kept = dict(repeated.implementation("triton").calls._kept)
+        assert kept
+    repeated.implementation("triton").calls._kept.update(kept)
+    try:  # no driver stands in any more: the backend is chosen anew
+        torch.testing.assert_close(low_rank.lora_linear(**arguments), reference.lora_linear(**arguments))
+    finally:
+        forget_launches()
+
+
+def test_the_precision_of_float32_products_is_looked_at_in_each_call():
+    arguments = make(MIXING)
+    step, tensors = step_of(arguments), tensors_of(arguments)
+    before = torch.get_float32_matmul_precision()
+    try:
+        with driver_with_nothing_known() as driver:
+            expected = {}
+            for precision in ("highest", "high"):
+                torch.set_float32_matmul_precision(precision)
+                expected[precision] = expected_of(driver, step, tensors)
+            assert expected["highest"] != expected["high"]
+            for precision in ("highest", "highest", "high", "highest", "high", "high"):
+                torch.set_float32_matmul_precision(precision)
+                assert driver.run(step, tensors) == expected[precision]
+    finally:
+        torch.set_float32_matmul_precision(before)
