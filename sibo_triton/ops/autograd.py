@@ -77,7 +77,7 @@ class Layers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_y: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, *gradients(ctx.node, ctx.saved_tensors, ctx.needs_input_grad[2:], grads_y))
+        return (None, None, *gradients(ctx.node, ctx.saved_tensors, grads_y))
 
 
 def kept_of(node: Node, inputs: Sequence[Inputs], results: Sequence[Down]) -> list[Tensor | None]:
@@ -105,18 +105,15 @@ def saved_of(node: Node, kept: Sequence[Any]) -> list[Saved]:
     return found
 
 
-def gradients(
-    node: Node, kept: Sequence[Tensor | None], needed: Sequence[bool], grads_y: Sequence[Tensor | None]
-) -> Sequence[Tensor | None]:
-    """Those of the tensors that autograd got, where they are needed."""
-    wants = node.wants if all(needed) else _restricted(node, needed)  # torch.autograd.grad asks for some
+def gradients(node: Node, kept: Sequence[Tensor | None], grads_y: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Those of the tensors that autograd got: all, as it tells no node that it is asked for some only."""
     called = [i for i, grad_y in enumerate(grads_y) if grad_y is not None]
     if not called:
         return [None] * len(node.places)
     saved, dys = saved_of(node, kept), [grad_y for grad_y in grads_y if grad_y is not None]
     settings, of_called = (
         [node.settings[i] for i in called],
-        ([saved[i] for i in called], dys, [wants[i] for i in called]),
+        ([saved[i] for i in called], dys, [node.wants[i] for i in called]),
     )
     if not torch.is_grad_enabled():
         return _by_place(node, called, backward(settings, *of_called, node.in_series))
@@ -133,16 +130,6 @@ def _by_place(node: Node, called: list[int], found: Sequence[Inputs]) -> list[Te
         found[0][field] if field == _X or field == _H0 else own[i][field] if i in own else None
         for i, field in node.places
     ]
-
-
-def _restricted(node: Node, needed: Sequence[bool]) -> list[Inputs]:
-    """Which gradients are wanted, where some of those that autograd could ask for are not needed."""
-    found = [list(wanted) for wanted in node.wants]
-    for (i, field), is_needed in zip(node.places, needed, strict=True):
-        if not is_needed:
-            for layer in range(len(found)) if field == _X or field == _H0 else (i,):
-                found[layer][field] = False
-    return [Inputs._make(wanted) for wanted in found]
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):

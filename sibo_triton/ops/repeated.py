@@ -257,17 +257,16 @@ class _Repeated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_y: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, kept, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[3:]
+        call, kept = ctx.call, ctx.saved_tensors
         repeats = (
-            all(needed)
-            and all([grad_y is not None for grad_y in grads_y])  # noqa: C419 (a list is faster)
+            all([grad_y is not None for grad_y in grads_y])  # noqa: C419 (a list is faster)
             and not torch.is_grad_enabled()
             and not torch._C._is_any_autocast_enabled()
             and implementation("triton").repeats()
         )
         found = call.backward(kept, grads_y) if repeats else None
         if found is None:
-            found = gradients(call.node, kept, needed, grads_y)
+            found = gradients(call.node, kept, grads_y)
             if repeats:
                 call.remember_backward(kept, grads_y)
         return (None, None, None, *found)

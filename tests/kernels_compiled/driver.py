@@ -8,7 +8,7 @@ from without_gpu import launching_for
 
 from sibo_triton.kernels import replay
 from sibo_triton.kernels.launching import Launch
-from sibo_triton.ops import low_rank, products
+from sibo_triton.ops import low_rank
 from sibo_triton.ops.dispatch import Choice
 
 GPU, _ = TARGETS["sm_90"]
@@ -19,7 +19,7 @@ class Driver:
     """Notes launches, with a name for each address: a given tensor's, or which new one it is.
 
     Attributes:
-        launches: of the last run: programs, stream, function, metadata and arguments.
+        launches: of the last run: programs, stream, function, metadata and arguments; and frozen products in place.
         hooks: what Triton's hooks would get, of each of them.
         tapes: how often recorded launches ran.
         by_triton: how many launches were Triton's own.
@@ -41,6 +41,7 @@ class Driver:
             mock.patch.object(torch.Tensor, "new_empty", self._keeping(torch.Tensor.new_empty)),
             mock.patch.object(torch, "empty", self._keeping(torch.empty)),
             mock.patch.object(torch, "empty_like", self._keeping(torch.empty_like)),
+            mock.patch.object(torch.Tensor, "addmm_", lambda *operands: self._accumulate(*operands)),
         ]
         for patch in self._patches:
             patch.__enter__()
@@ -78,6 +79,11 @@ class Driver:
         self.launches.append(((x, y, z), stream, function, metadata, tuple(map(self._named, arguments))))
         self.hooks.append((launch_metadata, enter_hook, exit_hook))
 
+    def _accumulate(self, y, a, b):
+        """A frozen product; not computed, as what it accumulates onto nobody wrote."""
+        self.launches.append((("addmm_",), (self._named(y), self._named(a), self._named(b))))
+        return y
+
     def _named(self, value):
         if isinstance(value, tuple):
             return tuple(map(self._named, value))
@@ -108,8 +114,3 @@ def tensors_of(*all_arguments):
         for name, value in arguments.items()
         if isinstance(value, torch.Tensor)
     }
-
-
-def low_rank_alone(y, x, *_):
-    """The frozen product waits for what a GPU would have computed: here numbers that nobody wrote."""
-    return products.fresh_like(x, y)

@@ -1,6 +1,7 @@
 """A call that is known goes to its recorded launches in one step; one that is not like it goes the long way."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from driver import Driver, low_rank_alone, tensors_of
+from driver import Driver, tensors_of
 from group_cases import make_group, outputs_of_group, results_of
 from op_cases import OpCase, make, output_and_gradients
 
@@ -17,7 +18,7 @@ from sibo_triton import reference
 from sibo_triton.kernels import launching
 from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.up import up_kernel
-from sibo_triton.ops import autograd, low_rank, products, repeated
+from sibo_triton.ops import autograd, low_rank, repeated
 
 pytestmark = pytest.mark.skipif(
     not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
@@ -29,7 +30,7 @@ MIXING = OpCase((2, 70), 48, 40, 4, mixes="number", wants=("x", "lora_a", "lora_
 @contextmanager
 def driver_with_nothing_known():
     forget_launches()
-    with Driver() as driver, mock.patch.object(products, "with_frozen", low_rank_alone):
+    with Driver() as driver:
         yield driver
     forget_launches()
 
@@ -104,25 +105,24 @@ def test_layers_that_share_x_take_one_step(mixes):
 
 
 def test_what_is_asked_for_may_change_from_call_to_call():
-    """Which tensors want a gradient, and which gradients the backward is asked for."""
-    arguments = make(MIXING)
-    step, tensors = step_of(arguments), tensors_of(arguments)
+    """Which tensors want a gradient, and whether any is wanted: of few rows launches are others then."""
+    few = replace(MIXING, tokens=(2, 7))
+    arguments = make(few)
+    step, tensors = step_of(arguments, few), tensors_of(arguments)
 
-    def one_gradient():
-        y = low_rank.lora_linear(**arguments)
-        return {"lora_b": torch.autograd.grad(y, arguments["lora_b"], torch.ones_like(y))[0]}
+    def without_gradients():
+        with torch.no_grad():
+            return {"y": low_rank.lora_linear(**arguments)}
 
     with driver_with_nothing_known() as driver:
-        expected, of_one = expected_of(driver, step, tensors), expected_of(driver, one_gradient, tensors)
+        expected, of_none = expected_of(driver, step, tensors), expected_of(driver, without_gradients, tensors)
         arguments["x"].requires_grad_(False)
         of_frozen = expected_of(driver, step, tensors)
         for _ in range(3):
             assert driver.run(step, tensors) == of_frozen
             arguments["x"].requires_grad_(True)
             assert driver.run(step, tensors) == expected
-            assert driver.run(one_gradient, tensors) == of_one
-            with torch.no_grad():
-                assert not low_rank.lora_linear(**arguments).requires_grad
+            assert driver.run(without_gradients, tensors) == of_none
             arguments["x"].requires_grad_(False)
 
 
@@ -149,6 +149,10 @@ def test_one_tensor_in_two_places_here_is_not_taken_for_one_elsewhere():
         expected = [expected_of(driver, step_of(of), tensors_of(of)) for of in (as_one, of_two)]
         for of, wanted in ((as_one, 0), (of_two, 1), (as_one, 0), (of_two, 1), (of_two, 1), (as_one, 0)):
             assert driver.run(step_of(of), tensors_of(of)) == expected[wanted]
+        forget_launches()
+        driver.run(step_of(arguments), tensors_of(arguments))  # records the launches, for another call
+        for of, wanted in ((as_one, 0), (of_two, 1), (as_one, 0), (of_two, 1)):
+            assert driver.run(step_of(of), tensors_of(of)) == expected[wanted]
 
 
 def test_a_known_call_is_differentiated_once_and_watches_what_it_keeps():
@@ -157,7 +161,7 @@ def test_a_known_call_is_differentiated_once_and_watches_what_it_keeps():
         for _ in range(3):
             driver.run(step_of(arguments), tensors_of(arguments))
         y = low_rank.lora_linear(**arguments)
-        (dx,) = torch.autograd.grad(y.sum(), arguments["x"], create_graph=True)
+        (dx,) = torch.autograd.grad(y, arguments["x"], torch.ones_like(y), create_graph=True)
         with pytest.raises(RuntimeError, match="A SIBO-LoRA layer was differentiated twice"):
             dx.sum().backward()
         y = low_rank.lora_linear(**arguments)

@@ -14,7 +14,7 @@ from bottleneck_cases import BOTTLENECK_CASES
 from bottleneck_cases import make as make_bottleneck
 from bottleneck_cases import name_of as name_of_bottleneck
 from bottleneck_cases import run as run_bottleneck
-from driver import Driver, low_rank_alone, tensors_of
+from driver import Driver, tensors_of
 from group_cases import GROUPS, make_group, outputs_of_group, results_of
 from op_cases import CASES, OpCase, make, name_of, operations, output_and_gradients
 from triton import knobs
@@ -24,7 +24,7 @@ from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.up import up_kernel
-from sibo_triton.ops import add_bottleneck, low_rank, products
+from sibo_triton.ops import add_bottleneck, low_rank
 from sibo_triton.ops.group import FEW_ROWS
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 def check(step, tensors, taped=2):
     """Through the launchers, recorded, and replayed: the same reaches the driver. By so many tapes; None: any."""
-    with Driver() as driver, mock.patch.object(products, "with_frozen", low_rank_alone):
+    with Driver() as driver:
         with mock.patch.object(launching, "_DIRECT", False):
             expected = driver.run(step, tensors)
             assert driver.tapes == 0
@@ -136,7 +136,7 @@ def test_a_layer_with_its_frozen_weight_is_not_taken_for_one_without(with_weight
         order = [fused, added] if with_weight_first else [added, fused]
         return [[of[:-1] for of in driver.run(step_of(each), tensors_of(each))[0]] for each in order]
 
-    with Driver() as driver, mock.patch.object(products, "with_frozen", low_rank_alone):
+    with Driver() as driver:
         with mock.patch.object(launching, "_DIRECT", False):
             expected = launched(driver)
         forget_launches()
