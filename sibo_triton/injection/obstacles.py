@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from sibo_triton import reference
 from sibo_triton.ops import autocast_dtype
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
-_PLAIN_PARAMETERS = {*_PLAIN_TENSORS, type(None)}
-_hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN_PARAMETERS = (*_PLAIN_TENSORS, type(None))
 #: What the operations compute in.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,14 +22,18 @@ def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
     state = module.__dict__
     if type(module) is not kind:
         return f"is a {type(module).__name__}"
-    if any(_hooks_of(state)):
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return "has hooks"
     if "forward" in state and has_own_forward(module):
         return "has a forward of its own (a device hook of accelerate, or a patch)"
-    kinds = set(map(type, state["_parameters"].values()))
-    if not kinds <= _PLAIN_PARAMETERS:
-        name, tensor = next((n, of) for n, of in state["_parameters"].items() if type(of) not in _PLAIN_PARAMETERS)
-        return f"has a {type(tensor).__name__} as its {name}"
+    for name, tensor in state["_parameters"].items():
+        if type(tensor) not in _PLAIN_PARAMETERS:
+            return f"has a {type(tensor).__name__} as its {name}"
     return None
 
 
