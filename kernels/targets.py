@@ -14,7 +14,7 @@ KIB = 1024
 IN_FLIGHT = 40 * KIB
 
 
-@dataclass(frozen=True, eq=False)  # by identity: a step asks for it often
+@dataclass(frozen=True)
 class Target:
     """A kind of GPU."""
 
