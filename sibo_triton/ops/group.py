@@ -89,12 +89,14 @@ class Group:
                 ]
                 return ops.low_rank_siblings(x, siblings, ups, None if h0 is None else as_matrix(h0), dtype)
 
-            key, tensors = _asked(settings, inputs, x, h0, matrices)
+            key, tensors, _ = _asked(settings, inputs, x, h0, matrices)
             self._ys = list(ops.replayed(key, tensors, compute))
 
 
-def asked_of_few_rows(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> tuple[Hashable, list[Tensor | None]]:
-    """By what a group of few rows has its launches repeated, and the tensors that they read; not under autocast."""
+def asked_of_few_rows(
+    settings: Sequence[Settings], inputs: Sequence[Inputs]
+) -> tuple[Hashable, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+    """`products.asked_of_forward` of a group of few rows."""
     return _asked(settings, inputs, *read_by_down(settings, inputs))
 
 
@@ -104,8 +106,8 @@ def _asked(
     x: Tensor,
     h0: Tensor | None,
     matrices: Sequence[tuple[Tensor, Tensor]],
-) -> tuple[Hashable, list[Tensor | None]]:
+) -> tuple[Hashable, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
     tensors = [x, h0]
     for of, (a, b) in zip(inputs, matrices, strict=True):
         tensors += (a, b, of.lora_bias, of.bias, of.lambda_, of.scaling, of.seed)
-    return ("few rows", tuple(settings)), tensors
+    return ("few rows", tuple(settings)), tensors, list(matrices)

@@ -137,9 +137,7 @@ def shares_passes(x: Tensor) -> bool:
 
 def _may_repeat(x: Tensor) -> bool:
     """Whether a call on x may be one that is known to `repeated.py`."""
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return False
-    return backend_for(x.device, (x.dtype,)).name == "triton"
+    return not torch.compiler.is_compiling() and backend_for(x.device, (x.dtype,)).name == "triton"
 
 
 _OWN = itemgetter("weight", "bias", "lora_a", "lora_b", "lora_bias", "lambda_", "scaling", "dropout_seed", "dropout_p")

@@ -99,7 +99,7 @@ def forward(
                 found += (own.t, own.difference, f, y)
             return found
 
-        key, tensors = _asked_forward(settings, inputs, wants_differences, (x, h0, matrices, bases))
+        key, tensors, _ = _asked_forward(settings, inputs, wants_differences, (x, h0, matrices, bases))
         found = implementation(settings[0].backend).replayed(key, tensors, compute)
         ys, downs = [], []
         for i, (own, of) in enumerate(zip(settings, inputs, strict=True)):
@@ -116,20 +116,23 @@ PER_LAYER = 4
 
 def asked_of_forward(
     settings: Sequence[Settings], inputs: Sequence[Inputs], wants_differences: Sequence[bool]
-) -> tuple[Hashable, list[Tensor | None]]:
-    """By what :func:`forward` has its launches repeated, and the tensors that they read; not under autocast."""
+) -> tuple[Hashable, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+    """By what :func:`forward` has its launches repeated, what they read, and each layer's A and B among that.
+
+    Not under autocast.
+    """
     bases = [None if of.base is None else as_matrix(of.base) for of in inputs]
     return _asked_forward(settings, inputs, wants_differences, (*read_by_down(settings, inputs), bases))
 
 
 def _asked_forward(
     settings: Sequence[Settings], inputs: Sequence[Inputs], wants_differences: Sequence[bool], read: tuple
-) -> tuple[Hashable, list[Tensor | None]]:
+) -> tuple[Hashable, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
     x, h0, matrices, bases = read
     tensors = [x, h0]
     for of, (a, b), base in zip(inputs, matrices, bases, strict=True):
         tensors += (base, a, b, of.lora_bias, of.down_bias, of.bias, of.lambda_, of.scaling, of.seed)
-    return (tuple(settings), tuple(wants_differences), inputs[0].weight is None), tensors
+    return (tuple(settings), tuple(wants_differences), inputs[0].weight is None), tensors, matrices
 
 
 def output(settings: Settings, inputs: Inputs, x: Tensor, t: Tensor) -> Tensor:

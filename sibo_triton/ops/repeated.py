@@ -24,7 +24,7 @@ from sibo_triton.ops.autograd import Node, applied, gradients, kept_of, node_of,
 from sibo_triton.ops.dispatch import implementation
 from sibo_triton.ops.group import asked_of_few_rows, has_few_rows
 from sibo_triton.ops.products import PER_LAYER, Down, asked_of_backward, asked_of_forward
-from sibo_triton.ops.tensors import as_matrix
+from sibo_triton.ops.tensors import as_matrix, autocast_dtype, without_autocast
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 _SHARED = ("x", "initial_residual")
@@ -60,16 +60,20 @@ def given_of(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple]
 
 
 def key_of(tensors: tuple, numbers: tuple) -> Hashable:
-    """All that a call depends on: numbers, and the forms of tensors. Autocast is off."""
+    """All that a call depends on: numbers, the forms of tensors, and modes of torch."""
     given = [tensor for tensor in tensors if tensor is not None]
-    modes = torch.is_grad_enabled(), implementation("triton").float32_is_exact()
+    autocast = autocast_dtype(tensors[0].device.type)
+    modes = torch.is_grad_enabled(), autocast, implementation("triton").float32_is_exact()
     return numbers, modes, tuple(map(type, tensors)), tuple(map(_facts, given)), tuple(map(_strides, given))
 
 
 def outputs(key: Hashable, tensors: tuple) -> Sequence[Tensor] | None:
     """y of each layer, if such a call is known."""
     call = implementation("triton").calls.get(key)
-    return None if call is None else call(tensors)
+    if call is None or not torch._C._is_any_autocast_enabled():
+        return None if call is None else call(tensors)
+    with without_autocast(tensors[0].device.type):
+        return call(tensors)
 
 
 def remember(key: Hashable, tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
@@ -97,16 +101,20 @@ def remember(key: Hashable, tensors: tuple, settings: Sequence[Settings], inputs
 def _is_simple(settings: Settings, inputs: Inputs) -> bool:
     """Whether a layer has nothing but what a `Call` knows of."""
     has_frozen = inputs.base is None and inputs.weight is not None
-    same = settings.dtype == settings.x_dtype and settings.adapter_dtype == inputs.lora_a.dtype
-    return settings.backend == "triton" and settings.activation is None and has_frozen and same
+    one_dtype = has_frozen and settings.dtype == settings.x_dtype == inputs.weight.dtype
+    return settings.backend == "triton" and settings.activation is None and one_dtype
 
 
 def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs], few_rows: bool) -> Call | None:
     """Without gradients; None where its launches are not recorded, or two of its tensors are one."""
     count = len(inputs)
-    asked = asked_of_few_rows(settings, inputs) if few_rows else asked_of_forward(settings, inputs, [False] * count)
-    tape = implementation("triton").tape_of(*asked)
-    x, (matrix, *others) = tensors[0], asked[1]
+    with without_autocast(tensors[0].device.type):
+        if few_rows:
+            key, read, matrices = asked_of_few_rows(settings, inputs)
+        else:
+            key, read, matrices = asked_of_forward(settings, inputs, [False] * count)
+    tape = implementation("triton").tape_of(key, read)
+    x, (matrix, *others) = tensors[0], read
     if tape is None or not _differ(tensors):
         return None
     if matrix is None or matrix.data_ptr() != x.data_ptr():  # a copy is read, of an x that is no matrix
@@ -114,7 +122,42 @@ def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inpu
     # of each layer: its weight among the tensors, and its low-rank y among what the launches return
     ys = [i if few_rows else PER_LAYER * (i + 1) - 1 for i in range(count)]
     frozen = [(len(_SHARED) + len(_OWN) * i, y) for i, y in enumerate(ys)]
-    return Call(tape, _places([x, *others], tensors), frozen, settings[0].dtype)
+    casts = _casts_of(inputs, matrices)
+    return Call(_Read(tape, [x, *others], tensors, casts), frozen, settings[0].dtype)
+
+
+def _casts_of(layers: Sequence[Any], matrices: Sequence[tuple]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each layer where autocast's dtype is another, and as they are read then."""
+    pairs = [pair for of, (a, b) in zip(layers, matrices, strict=True) for pair in ((of.lora_a, a), (of.lora_b, b))]
+    return [(of, read) for of, read in pairs if of is not read]
+
+
+class _Read:
+    """Launches, and what they read.
+
+    Args:
+        tape: the launches.
+        read: the tensors that they read.
+        among: where these are, but for what is cast.
+        casts: what is cast, and as what it is read.
+    """
+
+    def __init__(
+        self, tape: Any, read: Sequence[Any], among: Sequence[Any], casts: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        self._tape = tape
+        original = {id(of): tensor for tensor, of in casts}
+        self._pick = _picker(_places([original.get(id(of), of) for of in read], among))
+        self._casts = [(i, of.dtype) for i, of in enumerate(read) if id(of) in original]
+
+    def __call__(self, tensors: tuple) -> list[Tensor | None] | None:
+        """What is returned, for tensors with None behind them; None where the launches are not for these."""
+        read = self._pick(tensors)
+        if self._casts:
+            read = list(read)
+            for i, dtype in self._casts:
+                read[i] = read[i].detach().to(dtype)
+        return self._tape(read)
 
 
 def _differ(tensors: Sequence[Any]) -> bool:
@@ -140,15 +183,14 @@ class Call:
     """What a call of some form comes to, without gradients.
 
     Args:
-        tape: its launches.
-        reads: what they read, among its tensors.
+        launches: its launches.
         frozen: of each layer, where its frozen weight is among the tensors, and its low-rank y among what the launches
             return.
         dtype: of y.
     """
 
-    def __init__(self, tape: Any, reads: list[int], frozen: list[tuple[int, int]], dtype: torch.dtype) -> None:
-        self._tape, self._reads, self._frozen, self._dtype = tape, _picker(reads), frozen, dtype
+    def __init__(self, launches: _Read, frozen: list[tuple[int, int]], dtype: torch.dtype) -> None:
+        self._launches, self._frozen, self._dtype = launches, frozen, dtype
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
         """y of each layer; None where the launches are not for these tensors."""
@@ -158,7 +200,7 @@ class Call:
 
     def launched(self, tensors: tuple) -> list[Tensor | None] | None:
         """What the launches return."""
-        return self._tape(self._reads(tensors)) if implementation("triton").repeats() else None
+        return self._launches(tensors) if implementation("triton").repeats() else None
 
     def with_frozen(self, tensors: tuple, found: list[Any]) -> list[Tensor]:
         """The frozen products, onto the low-rank ones."""
@@ -198,10 +240,12 @@ class CallWithGradients:
     def remember_backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> None:
         """Keep what follows of a backward, once its launches are recorded."""
         node, gs = self.node, [as_matrix(grad_y) for grad_y in grads_y]
-        key, read, _ = asked_of_backward(node.settings, saved_of(node, kept), gs, node.wants, node.in_series)
+        saved = saved_of(node, kept)
+        key, read, matrices = asked_of_backward(node.settings, saved, gs, node.wants, node.in_series)
         tape = implementation("triton").tape_of(key, read)
         if tape is not None and len(self._backwards) < _KEPT and _differ((*gs, *kept)):
-            self._backwards[self._key_of(gs)] = _Backward(node, tape, _places(read, (*gs, *kept)))
+            launches = _Read(tape, read, (*gs, *kept), _casts_of(saved, matrices))
+            self._backwards[self._key_of(gs)] = _Backward(node, launches)
 
     @staticmethod
     def _key_of(gs: list[Tensor]) -> Hashable:
@@ -215,9 +259,9 @@ _KEPT = 64  # of one call: forms of dY
 class _Backward:
     """What the backward of a call comes to, for dY of some form."""
 
-    def __init__(self, node: Node, tape: Any, reads: list[int]) -> None:
+    def __init__(self, node: Node, launches: _Read) -> None:
         count = len(node.settings)
-        self._tape, self._reads = tape, _picker(reads)
+        self._launches = launches
         kept_of_layer = 9  # behind x and h0; the weight is the first
         self._weights = [2 + kept_of_layer * i for i in range(count)]
         by_field = {
@@ -229,7 +273,7 @@ class _Backward:
         self._places = _picker([by_field[Inputs._fields[field]](i) for i, field in node.places])
 
     def __call__(self, kept: Sequence[Any], gs: list[Tensor], leading: torch.Size) -> Sequence[Tensor | None] | None:
-        found = self._tape(self._reads((*gs, *kept, None)))
+        found = self._launches((*gs, *kept, None))
         if found is None:
             return None
         dx, dh0, *_ = found
@@ -261,7 +305,7 @@ class _Repeated(torch.autograd.Function):
         repeats = (
             all([grad_y is not None for grad_y in grads_y])  # noqa: C419 (a list is faster)
             and not torch.is_grad_enabled()
-            and not torch._C._is_any_autocast_enabled()
+            and not torch._C._is_any_autocast_enabled()  # under it one does not go backward
             and implementation("triton").repeats()
         )
         found = call.backward(kept, grads_y) if repeats else None

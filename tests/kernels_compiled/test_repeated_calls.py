@@ -82,6 +82,31 @@ def test_a_known_call_takes_one_step(name):
             assert driver.run(step, tensors) == expected
 
 
+@pytest.mark.parametrize("tokens", [(2, 70), (3,)])
+def test_under_autocast_the_adapter_is_cast_in_each_call(tokens):
+    """To its dtype, in which it computes; without it the same arguments are another call."""
+    of = replace(MIXING, tokens=tokens, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    arguments = make(of)
+    step, tensors = step_of(arguments, of), tensors_of(arguments)
+    under_autocast = step_of(arguments, of, torch.autocast("cpu", torch.bfloat16)(low_rank.lora_linear))
+    with driver_with_nothing_known() as driver:
+        expected = [expected_of(driver, each, tensors) for each in (step, under_autocast)]
+        assert expected[0] != expected[1]
+        for _ in range(2):
+            assert [driver.run(each, tensors) for each in (step, under_autocast)] == expected
+        with the_long_way_is_closed():
+            assert [driver.run(each, tensors) for each in (under_autocast, step)] == expected[::-1]
+        if len(tokens) == 1:  # nothing wanted, few rows
+            alone = torch.no_grad()(
+                torch.autocast("cpu", torch.bfloat16)(lambda: {"y": low_rank.lora_linear(**arguments)})
+            )
+            expected = expected_of(driver, alone, tensors)
+            for _ in range(2):
+                assert driver.run(alone, tensors) == expected
+            with the_long_way_is_closed():
+                assert driver.run(alone, tensors) == expected
+
+
 @pytest.mark.parametrize("mixes", [("no", "no", "no"), ("no", "number", "tensor")])
 def test_layers_that_share_x_take_one_step(mixes):
     cases = [OpCase((2, 70), 48, n, r, mixes=of) for n, r, of in zip((40, 24, 24), (4, 16, 3), mixes, strict=True)]
