@@ -92,7 +92,8 @@ def kept_of(node: Node, inputs: Sequence[Inputs], results: Sequence[Down]) -> li
     return [x, h0, *own]
 
 
-_OWN = len(Saved._fields) - 2
+#: What is kept of a layer beside x and h0, which come first; its weight is the first.
+KEPT_OF_LAYER = len(Saved._fields) - 2
 
 
 def saved_of(node: Node, kept: Sequence[Any]) -> list[Saved]:
@@ -100,7 +101,7 @@ def saved_of(node: Node, kept: Sequence[Any]) -> list[Saved]:
     x, h0, *own = kept
     found = []
     for i, mixes in enumerate(node.mixing):
-        of = own[_OWN * i : _OWN * (i + 1)]
+        of = own[KEPT_OF_LAYER * i : KEPT_OF_LAYER * (i + 1)]
         found.append(Saved._make((x, *of[:4], h0 if mixes else None, *of[4:])))
     return found
 

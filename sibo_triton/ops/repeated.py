@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Settings
-from sibo_triton.ops.autograd import Node, applied, gradients, kept_of, node_of, saved_of
+from sibo_triton.ops.autograd import KEPT_OF_LAYER, Node, applied, gradients, kept_of, node_of, saved_of
 from sibo_triton.ops.dispatch import implementation
 from sibo_triton.ops.group import asked_of_few_rows, has_few_rows
 from sibo_triton.ops.products import PER_LAYER, Down, asked_of_backward, asked_of_forward
@@ -262,8 +262,7 @@ class _Backward:
     def __init__(self, node: Node, launches: _Read) -> None:
         count = len(node.settings)
         self._launches = launches
-        kept_of_layer = 9  # behind x and h0; the weight is the first
-        self._weights = [2 + kept_of_layer * i for i in range(count)]
+        self._weights = [len(_SHARED) + KEPT_OF_LAYER * i for i in range(count)]
         by_field = {
             "x": lambda i: 0,
             "initial_residual": lambda i: 1,
@@ -287,7 +286,7 @@ class _Backward:
 
 
 class _Repeated(torch.autograd.Function):
-    """The node of a call: that of `ops/autograd.py` where its backward is of another kind."""
+    """The node of a known call; `gradients` is the long way of its backward."""
 
     @staticmethod
     def forward(

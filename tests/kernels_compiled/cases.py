@@ -23,6 +23,7 @@ RANKS = (16, 64, 128, 256, 512)
 DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (FP32, FP32))
 #: A Llama-3-8B layer: 8192 tokens, 4096 features on either side.
 TOKENS, WIDTH = 8192, 4096
+WIDE = 14336  # and those inside of its feed-forward, whose tiles may be wider
 SIBLINGS = 3  # q, k and v
 BOTTLENECKS = (64, 256, 1024)
 NARROW = "narrow"
@@ -106,6 +107,7 @@ def _up_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
         yield Case("up_backward", rank, dtypes, "u and dB", UpBackward(TOKENS, WIDTH, (rank,), *dtypes))
         if dtypes in DTYPES[:2]:
             yield Case("up_backward", 32, dtypes, "u and dB", UpBackward(TOKENS, WIDTH, (32,), *dtypes))
+            yield Case("up_backward", rank, dtypes, "u and dB, wide", UpBackward(TOKENS, WIDE, (rank,), *dtypes))
 
 
 def _down_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
