@@ -41,7 +41,7 @@ class Launches:
         """Returns what it keeps. Nothing is kept where tiles are tuned, as a launch in a captured graph is not."""
         if not autotune.ENABLED:
             with _lock:
-                if len(self._kept) >= KEPT:
+                if len(self._kept) >= KEPT and key not in self._kept:
                     del self._kept[next(iter(self._kept))]
                 self._kept[key] = prepared
         return prepared

@@ -126,18 +126,8 @@ class Tape:
     """
 
     __slots__ = (
-        *(
-            "_alignment",
-            "_allocate",
-            "_aligned",
-            "_buffers",
-            "_constants",
-            "_device",
-            "_hooks",
-            "_launches",
-            "_offsets",
-        ),
-        *("_pick_given", "_pick_outputs", "_pick_starts", "_pick_tuples", "_views"),
+        *("_aligned", "_alignment", "_alive", "_allocate", "_buffers", "_constants", "_device", "_hooks", "_launches"),
+        *("_offsets", "_pick_given", "_pick_outputs", "_pick_starts", "_pick_tuples", "_views"),
     )
 
     def __init__(
@@ -190,6 +180,7 @@ class Tape:
             for (_, (run, programs, function, metadata, rest), _), of in zip(launches, placed, strict=True)
         ]
         self._hooks = [launch.hooks for launch, *_ in launches]
+        self._alive = [launch for launch, *_ in launches]  # and with them the binaries, which Triton may unload
         self._pick_outputs = _picker([len(buffers) if of is None else of[0] for of in outputs])
         self._views = [(i, of[1]) for i, of in enumerate(outputs) if of is not None and of[1] is not None]
 

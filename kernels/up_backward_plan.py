@@ -147,8 +147,8 @@ def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, targ
 def _cut(tiles: int, programs: int, wanted: int, nearest: bool = False) -> tuple[int, int]:
     """Steps, a power of two (a kernel is compiled for each), and parts of a sum that goes over so many tiles.
 
-    As many parts, if there are tiles for them, as make the wanted programs of the programs for one part, or up to twice
-    as many; ``nearest``: or a tenth fewer.
+    As many parts, if there are tiles for them, as make about the wanted programs of the programs for one part, or up to
+    twice as many. ``nearest``: half of these parts, where that makes nine tenths of the wanted programs.
     """
     steps = 1 << max(1, tiles // max(1, wanted // programs)).bit_length() - 1
     if nearest and 2 * steps <= tiles and 10 * programs * cdiv(tiles, 2 * steps) >= 9 * wanted:

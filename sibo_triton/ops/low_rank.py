@@ -63,19 +63,20 @@ def lora_linear(
         TypeError, ValueError: as the definition; ValueError also for dtypes that do not meet.
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
-    key = None
+    key = call = None
     if _may_repeat(x):
         own = (weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, dropout_seed, dropout_p)
         tensors, numbers = repeated.given_of(x, initial_residual, [own])
         key = repeated.key_of(tensors, numbers)
-        outputs = repeated.outputs(key, tensors)
+        call = repeated.known(key)
+        outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
             return outputs[0]
     check_frozen(x, weight, lora_b)
     adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
     prepared = _prepared(None, x, weight, bias, *adapter)
     y = _low_rank(prepared)
-    if key is not None:
+    if key is not None and call is None:
         repeated.remember(key, tensors, [prepared.settings], [prepared.inputs])
     return y
 
@@ -97,12 +98,15 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
     """
     if not shares_passes(x):
         return None
-    layers, key = [{**_DEFAULTS, **layer} for layer in layers], None
+    layers = [{**_DEFAULTS, **layer} for layer in layers]
+    key = call = None
     h0s = {id(of["initial_residual"]): of["initial_residual"] for of in layers if of["initial_residual"] is not None}
-    if _may_repeat(x) and len(h0s) < 2:
+    if _may_repeat(x) and len(h0s) < 2 and all(layer.keys() == _NAMES for layer in layers):
         tensors, numbers = repeated.given_of(x, next(iter(h0s.values()), None), list(map(_OWN, layers)))
-        key = repeated.key_of(tensors, (numbers, tuple([of["initial_residual"] is not None for of in layers])))
-        outputs = repeated.outputs(key, tensors)
+        mixing = [of["initial_residual"] is not None for of in layers]
+        key = repeated.key_of(tensors, (*numbers, *mixing))
+        call = repeated.known(key)
+        outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
             return Group.of_outputs(outputs)
     prepared = []
@@ -111,7 +115,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
         prepared.append(_prepared(None, x, **layer))
     settings, inputs = [of.settings for of in prepared], [of.inputs for of in prepared]
     group = group_of(settings, inputs)
-    if group is not None and key is not None:
+    if group is not None and key is not None and call is None:
         repeated.remember(key, tensors, settings, inputs)
     return group
 
@@ -149,6 +153,7 @@ _DEFAULTS: dict[str, Any] = {
     "dropout_seed": None,
     "lora_bias": None,
 }
+_NAMES = {*_DEFAULTS, "weight", "lora_a", "lora_b", "scaling"}
 
 
 def add_lora(

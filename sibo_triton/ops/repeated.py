@@ -60,42 +60,66 @@ def given_of(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple]
 
 
 def key_of(tensors: tuple, numbers: tuple) -> Hashable:
-    """All that a call depends on: numbers, the forms of tensors, and modes of torch."""
-    given = [tensor for tensor in tensors if tensor is not None]
+    """All that a call depends on: numbers, the forms of tensors, and modes of torch. None of what cannot be a key."""
+    try:
+        hash(numbers)
+    except TypeError:  # an array with one element, which the long way converts
+        return None
     autocast = autocast_dtype(tensors[0].device.type)
     modes = torch.is_grad_enabled(), autocast, implementation("triton").float32_is_exact()
-    return numbers, modes, tuple(map(type, tensors)), tuple(map(_facts, given)), tuple(map(_strides, given))
+    return numbers, modes, tuple(map(type, tensors)), *_forms(tensors)
 
 
-def outputs(key: Hashable, tensors: tuple) -> Sequence[Tensor] | None:
-    """y of each layer, if such a call is known."""
-    call = implementation("triton").calls.get(key)
-    if call is None or not torch._C._is_any_autocast_enabled():
-        return None if call is None else call(tensors)
+def _forms(tensors: Sequence[Any]) -> tuple:
+    """Of those that are given, all that launches depend on but for the alignment of pointers."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return tuple(map(_facts, given)), tuple(map(_strides, given))
+
+
+def known(key: Hashable) -> Any:
+    """What was remembered of such a call, for :func:`outputs`; None: nothing yet."""
+    return implementation("triton").calls.get(key)
+
+
+def outputs(call: Any, tensors: tuple) -> Sequence[Tensor] | None:
+    """y of each layer by a known call; None where it must go the long way."""
+    if call is _NEVER or not torch._C._is_any_autocast_enabled():
+        return None if call is _NEVER else call(tensors)
     with without_autocast(tensors[0].device.type):
         return call(tensors)
 
 
+#: Of calls that are known to go the long way always.
+_NEVER = object()
+
+
 def remember(key: Hashable, tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
-    """Keep what follows of a call, if it is one that repeats and its launches are recorded."""
-    if not (_PLAIN.issuperset(map(type, tensors)) and all(map(_is_simple, settings, inputs))):
+    """Keep what follows of a call that was not known, once its launches are recorded; also that it never repeats."""
+    if not all(number == number for number in key[0]):  # type: ignore[index]  # NaN: a key that is never found
         return
     node = node_of(settings, inputs) if torch.is_grad_enabled() else None
-    if node is not None and node.places:
-        forward = _call_of(tensors, settings, inputs, False)
-        if forward is not None and {Inputs._fields[field] for _, field in node.places} <= _GRADIENTS:
-            # what is kept, of the tensors and of what the launches return, for which others stand here
-            stand_ins = [object() for _ in range(PER_LAYER * len(inputs))]
-            downs = [Down(stand_ins[i], None, None) for i in range(0, len(stand_ins), PER_LAYER)]
-            keeps = _places(kept_of(node, inputs, downs), (*tensors, *stand_ins))
-            wants = _places([inputs[i][field] for i, field in node.places], tensors)
-            implementation("triton").calls.keep(key, CallWithGradients(forward, node, keeps, wants))
+    if node is not None and not node.places:
+        node = None
+    few_rows = node is None and has_few_rows(settings[0], inputs[0])
+    simple = _PLAIN.issuperset(map(type, tensors)) and all(map(_is_simple, settings, inputs))
+    if node is None:
+        simple &= few_rows or len(inputs) == 1  # else each y is made when it is asked for
+    else:
+        simple &= {Inputs._fields[field] for _, field in node.places} <= _GRADIENTS
+    keep = implementation("triton").calls.keep
+    if not simple:
+        keep(key, _NEVER)
         return
-    few_rows = has_few_rows(settings[0], inputs[0])
-    if few_rows or len(inputs) == 1:  # else each y is made when it is asked for
-        call = _call_of(tensors, settings, inputs, few_rows)
-        if call is not None:
-            implementation("triton").calls.keep(key, call)
+    call: Any = _call_of(tensors, settings, inputs, few_rows) if _differ(tensors) else None
+    if call is not None and node is not None:
+        # what is kept, of the tensors and of what the launches return, for which others stand here
+        stand_ins = [object() for _ in range(PER_LAYER * len(inputs))]
+        downs = [Down(stand_ins[i], None, None) for i in range(0, len(stand_ins), PER_LAYER)]
+        keeps = _places(kept_of(node, inputs, downs), (*tensors, *stand_ins))
+        wants = _places([inputs[i][field] for i, field in node.places], tensors)
+        call = CallWithGradients(call, node, keeps, wants)
+    if call is not None:
+        keep(key, call)
 
 
 def _is_simple(settings: Settings, inputs: Inputs) -> bool:
@@ -106,7 +130,7 @@ def _is_simple(settings: Settings, inputs: Inputs) -> bool:
 
 
 def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs], few_rows: bool) -> Call | None:
-    """Without gradients; None where its launches are not recorded, or two of its tensors are one."""
+    """Without gradients; None where its launches are not recorded."""
     count = len(inputs)
     with without_autocast(tensors[0].device.type):
         if few_rows:
@@ -115,9 +139,7 @@ def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inpu
             key, read, matrices = asked_of_forward(settings, inputs, [False] * count)
     tape = implementation("triton").tape_of(key, read)
     x, (matrix, *others) = tensors[0], read
-    if tape is None or not _differ(tensors):
-        return None
-    if matrix is None or matrix.data_ptr() != x.data_ptr():  # a copy is read, of an x that is no matrix
+    if tape is None or matrix is None or matrix.data_ptr() != x.data_ptr():  # a copy is read, of an x that is no matrix
         return None
     # of each layer: its weight among the tensors, and its low-rank y among what the launches return
     ys = [i if few_rows else PER_LAYER * (i + 1) - 1 for i in range(count)]
@@ -234,26 +256,29 @@ class CallWithGradients:
     def backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> Sequence[Tensor | None] | None:
         """The gradients; None where the launches are not known, or not for these tensors."""
         gs = [as_matrix(grad_y) for grad_y in grads_y]
-        known = self._backwards.get(self._key_of(gs))
-        return None if known is None else known(kept, gs, grads_y[0].shape[:-1])
+        found = self._backwards.get(self._key_of(kept, gs))
+        return None if found is None else found(kept, gs, grads_y[0].shape[:-1])
 
     def remember_backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> None:
         """Keep what follows of a backward, once its launches are recorded."""
         node, gs = self.node, [as_matrix(grad_y) for grad_y in grads_y]
+        key_of_call = self._key_of(kept, gs)
+        if key_of_call in self._backwards or len(self._backwards) >= _KEPT or not _differ((*gs, *kept)):
+            return
         saved = saved_of(node, kept)
         key, read, matrices = asked_of_backward(node.settings, saved, gs, node.wants, node.in_series)
         tape = implementation("triton").tape_of(key, read)
-        if tape is not None and len(self._backwards) < _KEPT and _differ((*gs, *kept)):
+        if tape is not None:
             launches = _Read(tape, read, (*gs, *kept), _casts_of(saved, matrices))
-            self._backwards[self._key_of(gs)] = _Backward(node, launches)
+            self._backwards[key_of_call] = _Backward(node, launches)
 
     @staticmethod
-    def _key_of(gs: list[Tensor]) -> Hashable:
-        exact = implementation("triton").float32_is_exact()
-        return exact, tuple(map(_facts, gs)), tuple(map(_strides, gs))
+    def _key_of(kept: Sequence[Any], gs: list[Tensor]) -> Hashable:
+        """What is kept may come back in another form: hooks on saved tensors pack them as they like."""
+        return implementation("triton").float32_is_exact(), _forms((*gs, *kept))
 
 
-_KEPT = 64  # of one call: forms of dY
+_KEPT = 64  # of one call: forms of dY and of what is kept
 
 
 class _Backward:

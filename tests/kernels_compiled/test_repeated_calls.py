@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -238,3 +239,62 @@ def test_the_precision_of_float32_products_is_looked_at_in_each_call():
                 assert driver.run(step, tensors) == expected[precision]
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("packed_first", [False, True])
+def test_what_is_kept_may_come_back_in_another_form(packed_first):
+    """Hooks on saved tensors (offloading to the CPU) pack a strided x without its gaps."""
+    arguments = make(MIXING)
+    arguments["x"] = torch.randn(2, 70, 96)[..., :48].requires_grad_()
+    step, tensors = step_of(arguments), tensors_of(arguments)
+
+    def packed():
+        def pack(tensor):
+            return tensor.clone(memory_format=torch.contiguous_format)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return step()
+
+    def forms(found):
+        """Of launches, what is no address: copies have any."""
+        return [[of for of in launch[-1] if of[0] is int] for launch in found[0] if launch[0] != ("addmm_",)]
+
+    with driver_with_nothing_known() as driver:
+        order = [packed, step] if packed_first else [step, packed]
+        expected = {each: forms(expected_of(driver, each, tensors)) for each in order}
+        assert expected[step] != expected[packed]
+        for each in (order[0], order[0], *order, *order, *order[::-1]):
+            assert forms(driver.run(each, tensors)) == expected[each]
+
+
+def test_a_call_that_goes_the_long_way_leaves_what_is_known():
+    """Pointers that are not aligned have other binaries; and what never repeats is not looked at each time."""
+    arguments = make(MIXING)
+    x = arguments["x"].detach()
+    shifted = arguments | {"x": torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x).requires_grad_()}
+    with driver_with_nothing_known() as driver:
+        for of in (arguments, arguments, shifted, arguments, shifted):
+            driver.run(step_of(of), tensors_of(of))
+        with the_long_way_is_closed():
+            driver.run(step_of(arguments), tensors_of(arguments))
+        learns = make(replace(MIXING, mixes="learnable"))
+        driver.run(step_of(learns), tensors_of(learns))
+        with mock.patch.object(repeated, "remember", side_effect=AssertionError("it is known never to repeat")):
+            driver.run(step_of(learns), tensors_of(learns))
+
+
+def test_numbers_and_names_are_those_of_the_long_way():
+    arguments = make(MIXING)
+    with driver_with_nothing_known():
+        for _ in range(2):
+            low_rank.lora_linear(**arguments)
+        count = len(repeated.implementation("triton").calls._kept)
+        low_rank.lora_linear(**arguments | {"scaling": np.array(1.5)})
+        low_rank.lora_linear(**arguments | {"scaling": float("nan")})
+        assert len(repeated.implementation("triton").calls._kept) == count
+        layers = [{name: value for name, value in arguments.items() if name != "x"}] * 2
+        layers = [layers[0], {**layers[0], "lora_b": arguments["lora_b"].clone().detach().requires_grad_()}]
+        for _ in range(2):
+            assert low_rank.lora_linear_group(arguments["x"], layers) is not None
+        with pytest.raises(TypeError, match="intial_residual"):
+            low_rank.lora_linear_group(arguments["x"], [layers[0], {**layers[1], "intial_residual": None}])
