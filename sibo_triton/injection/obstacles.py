@@ -31,8 +31,9 @@ def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return "has hooks"
     if "forward" in state and has_own_forward(module):
         return "has a forward of its own (a device hook of accelerate, or a patch)"
-    for name, tensor in state["_parameters"].items():
+    for tensor in state["_parameters"].values():
         if type(tensor) not in _PLAIN_PARAMETERS:
+            name = next(name for name, of in state["_parameters"].items() if of is tensor)
             return f"has a {type(tensor).__name__} as its {name}"
     return None
 

@@ -67,13 +67,8 @@ def key_of(tensors: tuple, numbers: tuple) -> Hashable:
         return None
     autocast = autocast_dtype(tensors[0].device.type)
     modes = torch.is_grad_enabled(), autocast, implementation("triton").float32_is_exact()
-    return numbers, modes, tuple(map(type, tensors)), *_forms(tensors)
-
-
-def _forms(tensors: Sequence[Any]) -> tuple:
-    """Of those that are given, all that launches depend on but for the alignment of pointers."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return tuple(map(_facts, given)), tuple(map(_strides, given))
+    return numbers, modes, tuple(map(type, tensors)), *map(_facts, given), *map(_strides, given)
 
 
 def known(key: Hashable) -> Any:
@@ -115,9 +110,10 @@ def remember(key: Hashable, tensors: tuple, settings: Sequence[Settings], inputs
         # what is kept, of the tensors and of what the launches return, for which others stand here
         stand_ins = [object() for _ in range(PER_LAYER * len(inputs))]
         downs = [Down(stand_ins[i], None, None) for i in range(0, len(stand_ins), PER_LAYER)]
-        keeps = _places(kept_of(node, inputs, downs), (*tensors, *stand_ins))
+        kept = kept_of(node, inputs, downs)
+        keeps = _places([of for of in kept if of is not None], (*tensors, *stand_ins))
         wants = _places([inputs[i][field] for i, field in node.places], tensors)
-        call = CallWithGradients(call, node, keeps, wants)
+        call = CallWithGradients(call, node, keeps, [of is not None for of in kept], wants)
     if call is not None:
         keep(key, call)
 
@@ -238,13 +234,14 @@ class CallWithGradients:
     Args:
         forward: without gradients.
         node: what its backward knows.
-        keeps: what is kept for the backward, among its tensors and what the launches return.
+        keeps: what is kept for the backward, among its tensors and what the launches return: of `kept_of` what there
+            is, which `is_kept` tells.
         wants: what autograd gets, among its tensors.
     """
 
-    def __init__(self, forward: Call, node: Node, keeps: list[int], wants: list[int]) -> None:
+    def __init__(self, forward: Call, node: Node, keeps: list[int], is_kept: list[bool], wants: list[int]) -> None:
         self.node, self.forward, self.keeps = node, forward, _picker(keeps)
-        self._wants = _picker(wants)
+        self._is_kept, self._wants = is_kept, _picker(wants)
         self._backwards: dict[Hashable, _Backward] = {}
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
@@ -252,6 +249,11 @@ class CallWithGradients:
         tensors = (*tensors, None)
         found = self.forward.launched(tensors)
         return None if found is None else applied(_Repeated, self, tensors, found, *self._wants(tensors))
+
+    def all_kept(self, kept: Sequence[Any]) -> list[Any]:
+        """As `kept_of` has it, with None where nothing is kept."""
+        given = iter(kept)
+        return [next(given) if is_kept else None for is_kept in self._is_kept]
 
     def backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> Sequence[Tensor | None] | None:
         """The gradients; None where the launches are not known, or not for these tensors."""
@@ -265,17 +267,23 @@ class CallWithGradients:
         key_of_call = self._key_of(kept, gs)
         if key_of_call in self._backwards or len(self._backwards) >= _KEPT or not _differ((*gs, *kept)):
             return
-        saved = saved_of(node, kept)
+        saved = saved_of(node, self.all_kept(kept))
         key, read, matrices = asked_of_backward(node.settings, saved, gs, node.wants, node.in_series)
         tape = implementation("triton").tape_of(key, read)
         if tape is not None:
             launches = _Read(tape, read, (*gs, *kept), _casts_of(saved, matrices))
-            self._backwards[key_of_call] = _Backward(node, launches)
+            self._backwards[key_of_call] = _Backward(node, launches, self._weights())
+
+    def _weights(self) -> list[int]:
+        """Where each layer's frozen weight is among what is kept; not looked at where dx is not wanted."""
+        starts = [len(_SHARED) + KEPT_OF_LAYER * i for i in range(len(self.node.settings))]
+        return [sum(self._is_kept[:start]) for start in starts]
 
     @staticmethod
     def _key_of(kept: Sequence[Any], gs: list[Tensor]) -> Hashable:
         """What is kept may come back in another form: hooks on saved tensors pack them as they like."""
-        return implementation("triton").float32_is_exact(), _forms((*gs, *kept))
+        tensors = (*gs, *kept)
+        return implementation("triton").float32_is_exact(), *map(_facts, tensors), *map(_strides, tensors)
 
 
 _KEPT = 64  # of one call: forms of dY and of what is kept
@@ -284,10 +292,9 @@ _KEPT = 64  # of one call: forms of dY and of what is kept
 class _Backward:
     """What the backward of a call comes to, for dY of some form."""
 
-    def __init__(self, node: Node, launches: _Read) -> None:
+    def __init__(self, node: Node, launches: _Read, weights: list[int]) -> None:
         count = len(node.settings)
-        self._launches = launches
-        self._weights = [len(_SHARED) + KEPT_OF_LAYER * i for i in range(count)]
+        self._launches, self._weights = launches, weights
         by_field = {
             "x": lambda i: 0,
             "initial_residual": lambda i: 1,
@@ -334,7 +341,7 @@ class _Repeated(torch.autograd.Function):
         )
         found = call.backward(kept, grads_y) if repeats else None
         if found is None:
-            found = gradients(call.node, kept, grads_y)
+            found = gradients(call.node, call.all_kept(kept), grads_y)
             if repeats:
                 call.remember_backward(kept, grads_y)
         return (None, None, None, *found)
