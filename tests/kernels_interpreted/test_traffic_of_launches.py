@@ -31,7 +31,7 @@ from sibo_triton.kernels.up_backward import up_backward_siblings
 from sibo_triton.ops import add_lora, lora_linear
 
 SM_90 = targets.KNOWN["sm_90"]  # with many multiprocessors, sums are cut into parts
-M, K, N = 130, 328, 300
+M, K, N = 80, 200, 270
 
 
 class Interpreted:
