@@ -75,9 +75,8 @@ def tape_of(key: Hashable, tensors: Sequence[Tensor | None]) -> replay.Tape | No
     return _tapes.get(_with_forms(key, tensors))
 
 
-def repeats() -> bool:
-    """Whether what is recorded may run now."""
-    return replay.runs_now()
+#: Whether what is recorded may run now.
+repeats = replay.runs_now
 
 
 def _with_forms(key: Hashable, tensors: Sequence[Tensor | None]) -> Hashable:

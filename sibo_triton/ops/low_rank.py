@@ -19,7 +19,7 @@ from sibo_triton.ops import repeated, small
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import outputs_with_gradients
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
-from sibo_triton.ops.dispatch import backend_for, say_if_fell_off
+from sibo_triton.ops.dispatch import backend_for, implementation, say_if_fell_off
 from sibo_triton.ops.group import Group, has_few_rows
 from sibo_triton.ops.products import forward
 from sibo_triton.ops.tensors import autocast_dtype
@@ -141,7 +141,9 @@ def shares_passes(x: Tensor) -> bool:
 
 def _may_repeat(x: Tensor) -> bool:
     """Whether a call on x may be one that is known to `repeated.py`."""
-    return not torch.compiler.is_compiling() and backend_for(x.device, (x.dtype,)).name == "triton"
+    if torch.compiler.is_compiling() or backend_for(x.device, (x.dtype,)).name != "triton":
+        return False
+    return implementation("triton").repeats()
 
 
 _OWN = itemgetter("weight", "bias", "lora_a", "lora_b", "lora_bias", "lambda_", "scaling", "dropout_seed", "dropout_p")

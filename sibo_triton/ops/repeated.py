@@ -33,6 +33,7 @@ _OWN = tuple(name for name in Inputs._fields if name not in (*_SHARED, "base", "
 _GRADIENTS = {"x", "initial_residual", "lora_a", "lora_b"}
 
 _facts = attrgetter("dtype", "shape", "device", "requires_grad")
+_memory = attrgetter("dtype", "device")
 _strides = Tensor.stride
 
 
@@ -72,7 +73,7 @@ def key_of(tensors: tuple, numbers: tuple) -> Hashable:
 
 
 def known(key: Hashable) -> Any:
-    """What was remembered of such a call, for :func:`outputs`; None: nothing yet."""
+    """What was remembered of such a call, for :func:`outputs`, where launches repeat now; None: nothing yet."""
     return implementation("triton").calls.get(key)
 
 
@@ -218,7 +219,7 @@ class Call:
 
     def launched(self, tensors: tuple) -> list[Tensor | None] | None:
         """What the launches return."""
-        return self._launches(tensors) if implementation("triton").repeats() else None
+        return self._launches(tensors)
 
     def with_frozen(self, tensors: tuple, found: list[Any]) -> list[Tensor]:
         """The frozen products, onto the low-rank ones."""
@@ -282,8 +283,8 @@ class CallWithGradients:
     @staticmethod
     def _key_of(kept: Sequence[Any], gs: list[Tensor]) -> Hashable:
         """What is kept may come back in another form: hooks on saved tensors pack them as they like."""
-        tensors = (*gs, *kept)
-        return implementation("triton").float32_is_exact(), *map(_facts, tensors), *map(_strides, tensors)
+        forms = *map(_facts, gs), *map(_memory, kept), *map(_strides, (*gs, *kept))
+        return implementation("triton").float32_is_exact(), forms
 
 
 _KEPT = 64  # of one call: forms of dY and of what is kept

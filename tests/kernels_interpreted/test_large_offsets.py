@@ -135,9 +135,11 @@ def test_weight_gradient(monkeypatch):
     assert_end(partial[-1, -128:, -8:], exact[-128:, -8:])
 
 
-@pytest.mark.parametrize(("rows", "multiprocessors"), [(LONG, 4096 * 34 // 2), (2**20 + 70, 2**22)])
-def test_both_gradients_of_up(rows, multiprocessors, monkeypatch):
-    """In one pass: the parts of u past 2^31, or those of dB."""
+@pytest.mark.parametrize(
+    ("rows", "columns", "multiprocessors"), [(LONG, 16898, 4096 * 34 // 2), (2**20 + 70, 8194, 2**22)]
+)
+def test_both_gradients_of_up(rows, columns, multiprocessors, monkeypatch):
+    """In one pass: the parts of u past 2^31, or those of dB. Of the last tile's 512 columns there are two."""
     plan_for(monkeypatch, multiprocessors)
     parts_instead_of_sums(monkeypatch, up_backward)
     plan = up_backward.plan
@@ -149,7 +151,7 @@ def test_both_gradients_of_up(rows, multiprocessors, monkeypatch):
         return dataclasses.replace(chosen, both=both)
 
     monkeypatch.setattr(up_backward, "plan", one_pass)
-    grad_y, t, lora_b = randn(rows, 8450, FP16, "expanded"), tall(rows, 16, FP32), randn(8450, 16, FP16)
+    grad_y, t, lora_b = randn(rows, columns, FP16, "expanded"), tall(rows, 16, FP32), randn(columns, 16, FP16)
     ((u, grad_b, _),) = up_backward.up_backward_siblings([UpGradients(grad_y, t, lora_b, 0.5)])
     assert max(u.numel(), grad_b.numel()) > 2**31
     assert_end(u[-1, -END:], 0.5 * grad_y[-END:, -2:].double() @ lora_b[-2:].double())
