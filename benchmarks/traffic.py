@@ -31,7 +31,7 @@ from benchmarks.bottleneck_providers import BOTTLENECK_PROVIDERS, EagerAdapter, 
 from benchmarks.compiled_kept import added_kept_bytes
 from benchmarks.counting import H200, Counts
 from benchmarks.model_counts import Step, Workload, floor_of, step_of
-from benchmarks.models import ARCHITECTURES
+from benchmarks.models import ARCHITECTURES, Architecture
 from benchmarks.providers import APART, PROVIDERS, Peft, PeftMixed, Provider
 from benchmarks.settings import AdapterSetting, BottleneckSetting, Setting, least_moved
 from sibo_triton.environment import provenance
@@ -169,13 +169,15 @@ def ratios(pairs: Sequence[tuple[str, str]], results: dict[str, Any]) -> dict[st
     return table
 
 
-def ratios_of_others(report: Any = lambda line: None) -> dict[str, Any]:
-    """LoRA's ratios for the layers of the other models, by model, setting and pair."""
+def ratios_of_others(
+    report: Any = lambda line: None, others: Sequence[Architecture] = ARCHITECTURES[1:]
+) -> dict[str, Any]:
+    """LoRA's ratios for the layers of other models, by model, setting and pair."""
     table: dict[str, Any] = {}
     report(f"\nOther models, LoRA, ratios of what is added to the frozen layer, of {LAYERS} layers:")
     heads = ("model", "adapters", "", "launches", "moved", "kept")
     report("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    for of in ARCHITECTURES[1:]:
+    for of in others:
         table[of.name] = {}
         for setting in LORA_OF_OTHERS.settings:
             found = results_of(LORA_OF_OTHERS, setting, Workload(of))["ratios"]
@@ -187,7 +189,7 @@ def ratios_of_others(report: Any = lambda line: None) -> dict[str, Any]:
 
 
 def document(report: Any = lambda line: None) -> dict[str, Any]:
-    """The results of all settings, without where they come from."""
+    """The results of Llama-3-8B and of all settings, without where they come from."""
     work = Workload()
 
     def settings(of: Comparison) -> dict[str, Any]:
@@ -200,7 +202,6 @@ def document(report: Any = lambda line: None) -> dict[str, Any]:
         "batch": [work.batch, work.length],
         "settings": settings(LORA),
         "bottleneck_adapters": settings(BOTTLENECK),
-        "other_models": ratios_of_others(report),
     }
 
 
@@ -224,7 +225,8 @@ def main() -> None:
     def report(line: str) -> None:
         print(line, flush=True)
 
-    content = head | document(report) | {"kept_when_compiled": kept_when_compiled(report)}
+    others = {"other_models": ratios_of_others(report)}
+    content = head | document(report) | others | {"kept_when_compiled": kept_when_compiled(report)}
     text = json.dumps(content, indent=1)
     output.write_text(text + "\n", encoding="utf-8")
     print(f"\nModelled, not measured. Written: {output}")

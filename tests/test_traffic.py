@@ -146,7 +146,10 @@ def results_file():
 def test_the_committed_results_are_what_is_counted_now():
     found, kept = traffic.document(), results_file()
     different = [key for key in found if json.loads(json.dumps(found[key])) != kept[key]]
-    assert not different, f"{different} changed: run {traffic.COMMAND}, and look at what it costs"
+    changed = f"changed: run {traffic.COMMAND}, and look at what it costs"
+    assert not different, f"{different} {changed}"
+    bert = ARCHITECTURES[-1]  # of the others, whose counts take as long together, the one of another family
+    assert traffic.ratios_of_others(others=[bert])[bert.name] == kept["other_models"][bert.name], changed
 
 
 def test_the_committed_results_of_compiled_peers_are_what_is_counted_now():

@@ -14,12 +14,15 @@ from sibo_triton.kernels.precision import INTERPRETED
 
 pytestmark = pytest.mark.gpu
 
+#: The interpreter has no graphs, no second device, and one order: there some show that this file runs.
+SOME = SMALL[:2] if INTERPRETED else SMALL
+
 
 def same_bits(results: dict, others: dict) -> bool:
     return results.keys() == others.keys() and all(torch.equal(results[name], others[name]) for name in results)
 
 
-@pytest.mark.parametrize("launch", SMALL, ids=name_of)
+@pytest.mark.parametrize("launch", SOME, ids=name_of)
 def test_repeats_bitwise(launch, device):
     tensors = launch.inputs(device)
     first = {name: result.clone() for name, result in launch.launch(tensors).items()}
@@ -27,7 +30,7 @@ def test_repeats_bitwise(launch, device):
         assert same_bits(launch.launch(tensors), first)
 
 
-@pytest.mark.parametrize("launch", SMALL, ids=name_of)
+@pytest.mark.parametrize("launch", SOME, ids=name_of)
 def test_replays_of_a_graph_follow_their_inputs(launch, device):
     tensors = launch.inputs(device)
     captured = Captured(lambda: launch.launch(tensors), device)
@@ -63,7 +66,7 @@ def test_every_replay_draws_another_mask(device):
     assert len(seeds) == 5
 
 
-@pytest.mark.parametrize("launch", SMALL, ids=name_of)
+@pytest.mark.parametrize("launch", SOME, ids=name_of)
 def test_second_device_computes_what_the_first_does(launch, device):
     """Also while the first is the current one."""
     if device == "cuda" and torch.cuda.device_count() < 2:
