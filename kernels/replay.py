@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
 from itertools import starmap
-from operator import add, itemgetter, or_
+from operator import add, or_
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from triton.runtime import jit
 
 from . import autotune, launching
 from .launching import Launch, Launches
+from .picking import picker
 from .targets import cdiv
 
 aten = torch.ops.aten
@@ -141,12 +142,12 @@ class Tape:
     ) -> None:
         self._device = jit.driver.active.get_current_device()
         given = [i for i, aligned in enumerate(alignment) if aligned is not None]
-        self._pick_given = _picker(given)
+        self._pick_given = picker(given)
         self._alignment = [aligned for aligned in alignment if aligned is not None]
         self._aligned = all(self._alignment)
         self._allocate = _empty_strided_of(device.type)
-        self._buffers = [(shape, _contiguous_strides(shape), dtype) for shape, dtype in buffers]
-        self._pick_starts = _picker([buffer for buffer, _ in addresses])
+        self._buffers = [(shape, torch.empty(shape, device="meta").stride(), dtype) for shape, dtype in buffers]
+        self._pick_starts = picker([buffer for buffer, _ in addresses])
         self._offsets = tuple(offset for _, offset in addresses)
         # Everything has its place in one tuple, from which one call picks all arguments of a launch: the addresses that
         # are given, those of what is allocated, constants, and tuples of these.
@@ -174,14 +175,14 @@ class Tape:
         for number, (i, j, _) in enumerate(tuples):
             placed[i][j] = first + len(constants) + number
         self._constants = tuple(constants)
-        self._pick_tuples = [_picker(of) for *_, of in tuples]
+        self._pick_tuples = [picker(of) for *_, of in tuples]
         self._launches = [
-            (run, programs, (function, metadata, None, None, None), _picker(of), rest)
+            (run, programs, (function, metadata, None, None, None), picker(of), rest)
             for (_, (run, programs, function, metadata, rest), _), of in zip(launches, placed, strict=True)
         ]
         self._hooks = [launch.hooks for launch, *_ in launches]
         self._alive = [launch for launch, *_ in launches]  # and with them the binaries, which Triton may unload
-        self._pick_outputs = _picker([len(buffers) if of is None else of[0] for of in outputs])
+        self._pick_outputs = picker([len(buffers) if of is None else of[0] for of in outputs])
         self._views = [(i, of[1]) for i, of in enumerate(outputs) if of is not None and of[1] is not None]
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
@@ -209,24 +210,6 @@ class Tape:
 
 
 _data_ptr = torch.Tensor.data_ptr
-
-
-def _picker(places: Sequence[int]) -> Callable[[Any], tuple]:
-    """What picks these places of a tuple, or of a list if they are several."""
-    if len(places) == 1:
-        return itemgetter(slice(places[0], places[0] + 1))  # a tuple, as several places give
-    return itemgetter(*places) if places else _nothing
-
-
-def _nothing(of: Any) -> tuple:
-    return ()
-
-
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.append(strides[-1] * max(1, size))
-    return tuple(strides[::-1][: len(shape)]) if shape else ()
 
 
 def _empty_strided_of(device_type: str) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:

@@ -12,12 +12,13 @@ there.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sibo_triton.kernels.picking import picker
 from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import KEPT_OF_LAYER, Node, applied, gradients, kept_of, node_of, saved_of
@@ -79,8 +80,10 @@ def known(key: Hashable) -> Any:
 
 def outputs(call: Any, tensors: tuple) -> Sequence[Tensor] | None:
     """y of each layer by a known call; None where it must go the long way."""
-    if call is _NEVER or not torch._C._is_any_autocast_enabled():
-        return None if call is _NEVER else call(tensors)
+    if call is _NEVER:
+        return None
+    if not torch._C._is_any_autocast_enabled():
+        return call(tensors)
     with without_autocast(tensors[0].device.type):
         return call(tensors)
 
@@ -166,7 +169,7 @@ class _Read:
     ) -> None:
         self._tape = tape
         original = {id(of): tensor for tensor, of in casts}
-        self._pick = _picker(_places([original.get(id(of), of) for of in read], among))
+        self._pick = picker(_places([original.get(id(of), of) for of in read], among))
         self._casts = [(i, of.dtype) for i, of in enumerate(read) if id(of) in original]
 
     def __call__(self, tensors: tuple) -> list[Tensor | None] | None:
@@ -191,13 +194,6 @@ def _places(of: Sequence[Any], among: Sequence[Any]) -> list[int]:
     return [len(among) if one is None else place[id(one)] for one in of]
 
 
-def _picker(places: Sequence[int]) -> Any:
-    """What picks these places of a tuple."""
-    if len(places) == 1:
-        return itemgetter(slice(places[0], places[0] + 1))
-    return itemgetter(*places)
-
-
 class Call:
     """What a call of some form comes to, without gradients.
 
@@ -209,17 +205,13 @@ class Call:
     """
 
     def __init__(self, launches: _Read, frozen: list[tuple[int, int]], dtype: torch.dtype) -> None:
-        self._launches, self._frozen, self._dtype = launches, frozen, dtype
+        self.launches, self._frozen, self._dtype = launches, frozen, dtype
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
         """y of each layer; None where the launches are not for these tensors."""
         tensors = (*tensors, None)
-        found = self.launched(tensors)
+        found = self.launches(tensors)
         return None if found is None else self.with_frozen(tensors, found)
-
-    def launched(self, tensors: tuple) -> list[Tensor | None] | None:
-        """What the launches return."""
-        return self._launches(tensors)
 
     def with_frozen(self, tensors: tuple, found: list[Any]) -> list[Tensor]:
         """The frozen products, onto the low-rank ones."""
@@ -241,14 +233,14 @@ class CallWithGradients:
     """
 
     def __init__(self, forward: Call, node: Node, keeps: list[int], is_kept: list[bool], wants: list[int]) -> None:
-        self.node, self.forward, self.keeps = node, forward, _picker(keeps)
-        self._is_kept, self._wants = is_kept, _picker(wants)
+        self.node, self.forward, self.keeps = node, forward, picker(keeps)
+        self._is_kept, self._wants = is_kept, picker(wants)
         self._backwards: dict[Hashable, _Backward] = {}
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
         """y of each layer; None where the launches are not for these tensors."""
         tensors = (*tensors, None)
-        found = self.forward.launched(tensors)
+        found = self.forward.launches(tensors)
         return None if found is None else applied(_Repeated, self, tensors, found, *self._wants(tensors))
 
     def all_kept(self, kept: Sequence[Any]) -> list[Any]:
@@ -299,10 +291,10 @@ class _Backward:
         by_field = {
             "x": lambda i: 0,
             "initial_residual": lambda i: 1,
-            "lora_a": lambda i: 2 + i,
-            "lora_b": lambda i: 2 + count + PER_LAYER * i + 1,
+            "lora_a": lambda i: len(_SHARED) + i,
+            "lora_b": lambda i: len(_SHARED) + count + PER_LAYER * i + 1,
         }
-        self._places = _picker([by_field[Inputs._fields[field]](i) for i, field in node.places])
+        self._places = picker([by_field[Inputs._fields[field]](i) for i, field in node.places])
 
     def __call__(self, kept: Sequence[Any], gs: list[Tensor], leading: torch.Size) -> Sequence[Tensor | None] | None:
         found = self._launches((*gs, *kept, None))

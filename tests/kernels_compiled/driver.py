@@ -1,5 +1,6 @@
 """Stands in for the driver of an H100: what reaches it is noted, and nothing computed."""
 
+from contextlib import ExitStack
 from unittest import mock
 
 import torch
@@ -30,7 +31,7 @@ class Driver:
         self._names, self._kept = {}, []
 
     def __enter__(self):
-        self._patches = [
+        patches = [
             launching_for(GPU, self._launch),
             mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "tested")),
             mock.patch.object(replay.Tape, "__call__", self._counted(replay.Tape.__call__)),
@@ -43,13 +44,14 @@ class Driver:
             mock.patch.object(torch, "empty_like", self._keeping(torch.empty_like)),
             mock.patch.object(torch.Tensor, "addmm_", lambda *operands: self._accumulate(*operands)),
         ]
-        for patch in self._patches:
-            patch.__enter__()
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error):
-        for patch in reversed(self._patches):
-            patch.__exit__(*error)
+        self._stack.__exit__(*error)
 
     def _counted(self, call):
         def counted(tape, tensors):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -73,7 +74,7 @@ class Interpreted:
             self.programs[-1].add(indices)
             return place(self_, *indices)
 
-        self.patches = [
+        patches = [
             mock.patch.object(builder, "create_masked_load", counted_load),
             mock.patch.object(builder, "create_masked_store", counted_store),
             mock.patch.object(builder, "create_dot", counted_dot),
@@ -81,13 +82,14 @@ class Interpreted:
             mock.patch.object(targets, "target_of", lambda device: self.target),
             recorded_launches(self.begin, run=True),
         ]
-        for patch in self.patches:
-            patch.__enter__()
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *error):
-        for patch in reversed(self.patches):
-            patch.__exit__(*error)
+        self.stack.__exit__(*error)
 
     def assert_as_modelled(self):
         assert self.launches
