@@ -40,6 +40,7 @@ class Driver:
                 replay, "_empty_strided_of", lambda kind, of=replay._empty_strided_of: self._keeping(of(kind))
             ),
             mock.patch.object(torch.Tensor, "new_empty", self._keeping(torch.Tensor.new_empty)),
+            mock.patch.object(torch.Tensor, "to", self._keeping(torch.Tensor.to)),  # what autocast casts
             mock.patch.object(torch, "empty", self._keeping(torch.empty)),
             mock.patch.object(torch, "empty_like", self._keeping(torch.empty_like)),
             mock.patch.object(torch.Tensor, "addmm_", lambda *operands: self._accumulate(*operands)),
