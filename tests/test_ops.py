@@ -359,7 +359,7 @@ def test_nothing_else_outlives_the_call(mixes, dropout_p):
 def test_the_backend_is_chosen_in_one_place_and_said(monkeypatch):
     cpu = torch.device("cpu")
     choice = backend_for(cpu, [FP32])
-    assert choice.name == "torch" and "cpu" in choice.reason and not choice.fell_off
+    assert choice.name == "torch" and "cpu" in choice.reason and not choice.is_fallback
     monkeypatch.setenv(BACKEND_VARIABLE, "reference")
     assert backend_for(cpu, [FP32]).name == "reference"
     monkeypatch.setenv(BACKEND_VARIABLE, "triton")
@@ -384,12 +384,12 @@ def test_what_stands_between_a_gpu_and_the_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
     dispatch._choose.cache_clear()
     old = backend_for(gpu, [FP32])
-    assert (old.name, old.fell_off) == ("torch", True) and "T4 has compute capability 7.5" in old.reason
+    assert (old.name, old.is_fallback) == ("torch", True) and "T4 has compute capability 7.5" in old.reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     dispatch._choose.cache_clear()
     assert backend_for(gpu, [BF16, FP32]).name == "triton"
     wide = backend_for(gpu, [FP32, FP64])
-    assert (wide.name, wide.fell_off) == ("torch", True) and "do not take torch.float64" in wide.reason
+    assert (wide.name, wide.is_fallback) == ("torch", True) and "do not take torch.float64" in wide.reason
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: None)
     dispatch._choose.cache_clear()
     assert "triton is not installed" in backend_for(gpu, [FP32]).reason

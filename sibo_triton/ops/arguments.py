@@ -1,4 +1,4 @@
-"""What the operations compute with, of either kind of adapter: tensors, settings, and what is kept for the backward."""
+"""The arguments of the operations, for LoRA and bottleneck adapters alike, and the tensors saved for the backward."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """The tensors of one call, or what stands for each of them: its gradient, or whether it wants one.
+    """The tensors of one call; also used for the gradient of each, and for whether each requires one.
 
-    What the low-rank product is added to is the frozen product, if there is a weight, or else the base, or else x: the
-    adapter in series.
+    The low-rank product is added to the frozen product if there is a weight, else to the base if there is one, else to
+    x (an adapter in series).
     """
 
     base: Any  # [..., N], what the frozen layer returned; or None
@@ -30,12 +30,12 @@ class Inputs(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What is no tensor with a gradient.
+    """The arguments of one call that are not tensors, and its dtypes.
 
     Attributes:
         backend: "triton" or "torch".
-        scaling, lambda_: the numbers, where they are no tensors.
-        dropout_p: the rate.
+        scaling, lambda_: the numbers; not used where `Inputs` has a tensor instead.
+        dropout_p: the probability of dropping an element.
         dtype: of y and of the frozen product.
         x_dtype, residual_dtype: of x and of h0.
         adapter_dtype: of A and B, or autocast's.
@@ -54,7 +54,7 @@ class Settings(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads; None where the wanted gradients do not need it."""
+    """The tensors saved for the backward; None where no wanted gradient reads one."""
 
     x: Any
     weight: Any
@@ -67,6 +67,11 @@ class Saved(NamedTuple):
     seed: Any
     t: Any
     difference: Any
+
+
+def lambda_of(settings: Settings, tensors: Inputs | Saved) -> float | Tensor:
+    """lambda, a number or a tensor with one element."""
+    return settings.lambda_ if tensors.lambda_ is None else tensors.lambda_
 
 
 def scaling_of(settings: Settings, tensors: Inputs | Saved) -> float | Tensor:

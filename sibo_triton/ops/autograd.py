@@ -1,9 +1,9 @@
-"""The operations to autograd, in eager mode: one node for all layers that share x, whose outputs are all their y.
+"""Autograd in eager mode: one node for all layers that share x.
 
-An `autograd.Function` takes half of the host time of a registered operator, which compiled code needs
-(`registered.py`), and one for each layer would take longer on the host than all that the layers launch. With every dY
-in hand the node sums dx in place, and reads x once. A layer whose output is not used has no dY, and its tensors get no
-gradients.
+An `autograd.Function` takes half of the host time of a registered operator (`registered.py`, for compiled code), and a
+node for each layer would take longer on the host than all launches of the layers. Its backward has the dY of all
+layers, so that it reads x once and accumulates dx in place. A layer whose output is not used has no dY, and its tensors
+get no gradients.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ _X, _H0 = Inputs._fields.index("x"), Inputs._fields.index("initial_residual")
 
 
 class Node(NamedTuple):
-    """What the backward of some layers that share x and h0 knows beside tensors."""
+    """What the backward of layers that share x and h0 needs beside tensors."""
 
     settings: Sequence[Settings]
-    wants: Sequence[Inputs]  # whether each input of each layer wants a gradient
-    places: Sequence[tuple[int, int]]  # of each tensor that autograd gets: which layer's, and which of its inputs
+    wants: Sequence[Inputs]  # whether each input of each layer requires a gradient
+    places: Sequence[tuple[int, int]]  # of each tensor passed to autograd: the layer, and the field of its inputs
     mixing: Sequence[bool]
     in_series: bool
 
 
 def node_of(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Node:
-    """The node; what layers share is the first one's."""
+    """The node for some layers. The places of x and h0, which they share, are in the first layer that has each."""
     wants, places = [], []
     has_h0 = False
-    for i, of in enumerate(inputs):
-        wanted = [tensor is not None and tensor.requires_grad for tensor in of]
+    for i, layer in enumerate(inputs):
+        wanted = [tensor is not None and tensor.requires_grad for tensor in layer]
         wants.append(Inputs._make(wanted))
         for field in compress(_FIELDS, wanted):
             if not (field == _X and i > 0 or field == _H0 and has_h0):
                 places.append((i, field))
                 has_h0 = has_h0 or field == _H0
-    mixing = [of.initial_residual is not None for of in inputs]
+    mixing = [layer.initial_residual is not None for layer in inputs]
     return Node(settings, wants, places, mixing, inputs[0].weight is None and inputs[0].base is None)
 
 
@@ -57,15 +57,15 @@ def outputs_with_gradients(settings: Sequence[Settings], inputs: Sequence[Inputs
 
 
 def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply`` where no transform of `torch.func` is active, which `dispatch.py` has made sure of.
+    """``function.apply`` without its search for dead `torch.func` wrappers, which takes as long as the rest of it.
 
-    Without a look at every argument for a tensor that outlived one, which takes as long as the call.
+    No transform is active here: under one, `dispatch.py` chooses the reference.
     """
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 class Layers(torch.autograd.Function):
-    """The node. What is looked at are `inputs`; autograd gets, one by one, those of them that want a gradient."""
+    """The node. The tensors of `inputs` that require gradients are also passed one by one, for autograd to see them."""
 
     @staticmethod
     def forward(ctx: Any, node: Node, inputs: Sequence[Inputs], *_: Tensor) -> tuple[Tensor, ...]:
@@ -81,65 +81,59 @@ class Layers(torch.autograd.Function):
 
 
 def kept_of(node: Node, inputs: Sequence[Inputs], results: Sequence[Down]) -> list[Tensor | None]:
-    """What is kept for :func:`gradients`: x, h0, and what is each layer's own."""
+    """The tensors saved for :func:`gradients`: x, h0, and then ``KEPT_PER_LAYER`` of each layer."""
     x = h0 = None
-    own: list[Tensor | None] = []
-    for settings, of, wanted, result in zip(node.settings, inputs, node.wants, results, strict=True):
-        saved = saved_for(settings, of, wanted, result.t, result.difference)
+    of_layers: list[Tensor | None] = []
+    for settings, layer, wanted, result in zip(node.settings, inputs, node.wants, results, strict=True):
+        saved = saved_for(settings, layer, wanted, result.t, result.difference)
         x = saved.x if x is None else x
         h0 = saved.initial_residual if h0 is None else h0
-        own += (*saved[1:5], *saved[6:])
-    return [x, h0, *own]
+        of_layers += (*saved[1:5], *saved[6:])
+    return [x, h0, *of_layers]
 
 
-#: What is kept of a layer beside x and h0, which come first; its weight is the first.
-KEPT_OF_LAYER = len(Saved._fields) - 2
+#: The fields of `Saved` but for x and h0; the weight is the first.
+KEPT_PER_LAYER = len(Saved._fields) - 2
 
 
 def saved_of(node: Node, kept: Sequence[Any]) -> list[Saved]:
-    """Each layer's, of what :func:`kept_of` kept."""
-    x, h0, *own = kept
-    found = []
+    """What :func:`kept_of` returned, layer by layer."""
+    x, h0, *of_layers = kept
+    saved = []
     for i, mixes in enumerate(node.mixing):
-        of = own[KEPT_OF_LAYER * i : KEPT_OF_LAYER * (i + 1)]
-        found.append(Saved._make((x, *of[:4], h0 if mixes else None, *of[4:])))
-    return found
+        fields = of_layers[KEPT_PER_LAYER * i : KEPT_PER_LAYER * (i + 1)]
+        saved.append(Saved._make((x, *fields[:4], h0 if mixes else None, *fields[4:])))
+    return saved
 
 
 def gradients(node: Node, kept: Sequence[Tensor | None], grads_y: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Those of the tensors that autograd got: all, as it tells no node that it is asked for some only."""
-    called = [i for i, grad_y in enumerate(grads_y) if grad_y is not None]
-    if not called:
+    """The gradients of all tensors that were passed to autograd; which of them it needs, it does not say."""
+    used = [i for i, grad_y in enumerate(grads_y) if grad_y is not None]
+    if not used:
         return [None] * len(node.places)
     saved, dys = saved_of(node, kept), [grad_y for grad_y in grads_y if grad_y is not None]
-    settings, of_called = (
-        [node.settings[i] for i in called],
-        ([saved[i] for i in called], dys, [node.wants[i] for i in called]),
-    )
-    if not torch.is_grad_enabled():
-        return _by_place(node, called, backward(settings, *of_called, node.in_series))
-    with torch.no_grad():  # create_graph=True
-        found = _by_place(node, called, backward(settings, *of_called, node.in_series))
-    what = "A SIBO-LoRA layer" if settings[0].activation is None else "A bottleneck adapter"
-    return _RefuseSecondDerivative.apply(what, len(found), *found, *kept, *dys)
-
-
-def _by_place(node: Node, called: list[int], found: Sequence[Inputs]) -> list[Tensor | None]:
-    """Of the gradients of the layers that were called; of what they share they are the first one's."""
-    own = dict(zip(called, found, strict=True))
-    return [
-        found[0][field] if field == _X or field == _H0 else own[i][field] if i in own else None
+    settings = [node.settings[i] for i in used]
+    with torch.no_grad():  # with create_graph=True gradients are enabled here
+        found = backward(settings, [saved[i] for i in used], dys, [node.wants[i] for i in used], node.in_series)
+    by_layer = dict(zip(used, found, strict=True))
+    grads = [
+        # x and h0, which layers share, have theirs in the first
+        found[0][field] if field in (_X, _H0) else by_layer[i][field] if i in by_layer else None
         for i, field in node.places
     ]
+    if not torch.is_grad_enabled():
+        return grads
+    what = "A SIBO-LoRA layer" if settings[0].activation is None else "A bottleneck adapter"
+    return _RefuseSecondDerivative.apply(what, len(grads), *grads, *kept, *dys)
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Hands on first derivatives, and says, if they are differentiated, that they cannot be."""
+    """Returns the first derivatives, and raises if they are differentiated."""
 
     @staticmethod
     def forward(ctx: Any, what: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.what = what
-        # the others are what the gradients depend on: through them autograd comes here
+        # the other tensors are those that the gradients depend on, so that autograd calls this backward
         return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in tensors[:count])
 
     @staticmethod

@@ -41,12 +41,12 @@ class Choice:
     Attributes:
         name: "triton", "torch" or "reference"; "compiled" while `torch.compile` traces, which leaves the choice open.
         reason: why, in words.
-        fell_off: whether the kernels could be expected to run here, and do not.
+        is_fallback: whether the kernels could be expected to run here, and do not.
     """
 
     name: str
     reason: str
-    fell_off: bool = False
+    is_fallback: bool = False
 
 
 _TRANSFORM = Choice("reference", "inside a torch.func transform, which hand-written gradients do not take part in")
@@ -98,15 +98,15 @@ def _choose(requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...
         return Choice("triton", f"{BACKEND_VARIABLE}=triton")
     if obstacle is None:
         return Choice("triton", f"on {device}")
-    return Choice("torch", obstacle, fell_off=device.type == "cuda")
+    return Choice("torch", obstacle, is_fallback=device.type == "cuda")
 
 
 _said: set[str] = set()
 
 
-def say_if_fell_off(choice: Choice) -> None:
+def warn_of_fallback(choice: Choice) -> None:
     """Warn, once for each reason, that the kernels do not run on a GPU."""
-    if choice.fell_off and choice.reason not in _said:
+    if choice.is_fallback and choice.reason not in _said:
         _said.add(choice.reason)
         warnings.warn(
             f"SIBO-LoRA runs in plain PyTorch on this GPU and not on its Triton kernels, because {choice.reason}. It "

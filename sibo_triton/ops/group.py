@@ -1,8 +1,8 @@
-"""Layers that get the same x: their down-projections are one pass over it, and so is their backward."""
+"""Layers that get the same x: one pass over it computes all their down-projections, and one all their gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,103 +11,97 @@ from sibo_triton.kernels.siblings import UpProjection
 from sibo_triton.ops.arguments import Inputs, Settings, scaling_of
 from sibo_triton.ops.autograd import outputs_with_gradients
 from sibo_triton.ops.dispatch import implementation
-from sibo_triton.ops.products import down, down_projections, output, read_by_down, with_frozen
+from sibo_triton.ops.products import Request, down, down_inputs, down_projections, output, with_frozen
 from sibo_triton.ops.tensors import as_matrix, without_autocast
 
-#: Tokens up to which no pass is large, so that without gradients all low-rank products are made at once.
+#: Up to so many tokens, without gradients, all low-rank products are computed in the same launches.
 FEW_ROWS = 64
 
 
 def has_few_rows(settings: Settings, inputs: Inputs) -> bool:
-    """Whether a layer's low-rank product is made at once where no gradient is wanted."""
+    """Whether a layer's low-rank product takes the launches for few tokens, where no gradient is wanted."""
     few = inputs.x.shape[:-1].numel() <= FEW_ROWS
     return few and settings.activation is None and inputs.weight is not None
 
 
 class Group:
-    """The outputs of layers that share x, each to be asked for once, in any order.
-
-    With gradients, and for few rows, all are computed here; else, as memory is then what lasts no longer than it is
-    used, each when it is asked for.
+    """The outputs of layers that share x, each taken once, in any order.
 
     Args:
-        settings, inputs: of each layer, as `low_rank` prepares them: with one backend, x, h0 (or None, where a
-            layer does not mix), activation or none, and dtype of y, and no base output. Either all have a frozen weight
-            or, in series, none.
+        results: of each layer: its output, or what ``finish`` makes it of.
+        finish: takes a layer's place and its result, and returns its output; None: the results are the outputs.
     """
 
-    def __init__(self, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
-        self._settings, self._inputs = settings, inputs
-        self._ts: list[Tensor | None] = []
-        self._ys: list[Any] = []  # the outputs, or the low-rank products, where they are made at once
-        self._are_whole = False
-        outputs = outputs_with_gradients(settings, inputs)
-        if outputs is not None:
-            self._ys, self._are_whole = list(outputs), True
-            return
-        x = inputs[0].x
-        self._x = as_matrix(x)
-        if has_few_rows(settings[0], inputs[0]):
-            self._low_rank()
-        else:
-            self._ts = [result.activated for result in down(settings, inputs, [False] * len(inputs))]
-
-    @classmethod
-    def of_outputs(cls, outputs: Sequence[Tensor]) -> Group:
-        """A group whose outputs are computed."""
-        group = cls.__new__(cls)
-        group._ys, group._are_whole = list(outputs), True
-        return group
+    def __init__(self, results: Sequence[Tensor], finish: Callable[[int, Tensor], Tensor] | None = None) -> None:
+        self._results: list[Any] = list(results)
+        self._finish = finish
 
     def output(self, i: int) -> Tensor:
         """y of layer i, ``[..., N]``."""
-        if self._ys:
-            y, self._ys[i] = self._ys[i], None
-            assert y is not None
-            if self._are_whole:
-                return y
-        settings, inputs = self._settings[i], self._inputs[i]
-        if self._ys:
-            with without_autocast(self._x.device.type):
-                return with_frozen(y, inputs.x, self._x, inputs.weight, settings.dtype)
-        t, self._ts[i] = self._ts[i], None
-        assert t is not None
-        return output(settings, inputs, self._x, t)
-
-    def _low_rank(self) -> None:
-        """The low-rank product of each layer, at once: for few rows, whose launches take longer than what they do."""
-        settings, inputs = self._settings, self._inputs
-        ops, dtype = implementation(settings[0].backend), settings[0].dtype
-        with without_autocast(self._x.device.type):
-            x, h0, matrices = read_by_down(settings, inputs)
-
-            def compute() -> list[Tensor]:
-                siblings = down_projections(settings, inputs, matrices, [False] * len(inputs))
-                ups = [
-                    UpProjection(b, scaling_of(own, of), of.lora_bias, of.bias)
-                    for own, of, (_, b) in zip(settings, inputs, matrices, strict=True)
-                ]
-                return ops.low_rank_siblings(x, siblings, ups, None if h0 is None else as_matrix(h0), dtype)
-
-            key, tensors, _ = _asked(settings, inputs, x, h0, matrices)
-            self._ys = list(ops.replayed(key, tensors, compute))
+        result, self._results[i] = self._results[i], None
+        assert result is not None, "each output is taken once"
+        return result if self._finish is None else self._finish(i, result)
 
 
-def asked_of_few_rows(
-    settings: Sequence[Settings], inputs: Sequence[Inputs]
-) -> tuple[Hashable, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
-    """`products.asked_of_forward` of a group of few rows."""
-    return _asked(settings, inputs, *read_by_down(settings, inputs))
+def group(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Group:
+    """Compute layers that share x.
+
+    With gradients all outputs are computed here, and for few rows all low-rank products. Otherwise only t of each
+    layer is, and its output when it is taken: without gradients the peak of memory is what is alive at one time.
+
+    Args:
+        settings, inputs: of each layer. They have one backend, x, h0 (None where a layer does not mix), activation (or
+            none), dtype of y, and no base output. Either all have a frozen weight or, in series, none.
+    """
+    outputs = outputs_with_gradients(settings, inputs)
+    if outputs is not None:
+        return Group(outputs)
+    x = as_matrix(inputs[0].x)
+
+    def with_frozen_product(i: int, y: Tensor) -> Tensor:
+        with without_autocast(x.device.type):
+            return with_frozen(y, inputs[i].x, x, inputs[i].weight, settings[i].dtype)
+
+    def with_up_projection(i: int, t: Tensor) -> Tensor:
+        return output(settings[i], inputs[i], x, t)
+
+    if has_few_rows(settings[0], inputs[0]):
+        return Group(_low_rank_products(settings, inputs), with_frozen_product)
+    downs = down(settings, inputs, [False] * len(inputs))
+    return Group([result.activated for result in downs], with_up_projection)
 
 
-def _asked(
+def _low_rank_products(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> list[Any]:
+    """The low-rank product of each layer, ``[M, N]``, in as few launches as there are: for few rows."""
+    ops, dtype = implementation(settings[0].backend), settings[0].dtype
+    with without_autocast(inputs[0].x.device.type):
+        x, h0, matrices = down_inputs(settings, inputs)
+
+        def compute() -> list[Tensor]:
+            siblings = down_projections(settings, inputs, matrices, [False] * len(inputs))
+            ups = [
+                UpProjection(b, scaling_of(setting, layer), layer.lora_bias, layer.bias)
+                for setting, layer, (_, b) in zip(settings, inputs, matrices, strict=True)
+            ]
+            return ops.low_rank_siblings(x, siblings, ups, None if h0 is None else as_matrix(h0), dtype)
+
+        key, tensors, _ = _few_rows_request(settings, inputs, x, h0, matrices)
+        return list(ops.replayed(key, tensors, compute))
+
+
+def few_rows_request(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Request:
+    """What identifies the launches of a :func:`group` of few rows. Call it with autocast disabled."""
+    return _few_rows_request(settings, inputs, *down_inputs(settings, inputs))
+
+
+def _few_rows_request(
     settings: Sequence[Settings],
     inputs: Sequence[Inputs],
     x: Tensor,
     h0: Tensor | None,
-    matrices: Sequence[tuple[Tensor, Tensor]],
-) -> tuple[Hashable, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+    matrices: list[tuple[Tensor, Tensor]],
+) -> Request:
     tensors = [x, h0]
-    for of, (a, b) in zip(inputs, matrices, strict=True):
-        tensors += (a, b, of.lora_bias, of.bias, of.lambda_, of.scaling, of.seed)
-    return ("few rows", tuple(settings)), tensors, list(matrices)
+    for layer, (a, b) in zip(inputs, matrices, strict=True):
+        tensors += (a, b, layer.lora_bias, layer.bias, layer.lambda_, layer.scaling, layer.seed)
+    return Request(("few rows", tuple(settings)), tensors, matrices)

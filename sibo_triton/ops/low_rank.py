@@ -19,8 +19,8 @@ from sibo_triton.ops import repeated, small
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import outputs_with_gradients
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
-from sibo_triton.ops.dispatch import backend_for, implementation, say_if_fell_off
-from sibo_triton.ops.group import Group, has_few_rows
+from sibo_triton.ops.dispatch import backend_for, implementation, warn_of_fallback
+from sibo_triton.ops.group import Group, group, has_few_rows
 from sibo_triton.ops.products import forward
 from sibo_triton.ops.tensors import autocast_dtype
 
@@ -65,8 +65,8 @@ def lora_linear(
     """
     key = call = None
     if _may_repeat(x):
-        own = (weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, dropout_seed, dropout_p)
-        tensors, numbers = repeated.given_of(x, initial_residual, [own])
+        layer = (weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, dropout_seed, dropout_p)
+        tensors, numbers = repeated.flattened(x, initial_residual, [layer])
         key = repeated.key_of(tensors, numbers)
         call = repeated.known(key)
         outputs = None if call is None else repeated.outputs(call, tensors)
@@ -100,39 +100,40 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
         return None
     layers = [{**_DEFAULTS, **layer} for layer in layers]
     key = call = None
-    h0s = {id(of["initial_residual"]): of["initial_residual"] for of in layers if of["initial_residual"] is not None}
+    residuals = [layer["initial_residual"] for layer in layers]
+    mixes = [h0 is not None for h0 in residuals]
+    h0s = {id(h0): h0 for h0 in residuals if h0 is not None}
     if _may_repeat(x) and len(h0s) < 2 and all(layer.keys() == _NAMES for layer in layers):
-        tensors, numbers = repeated.given_of(x, next(iter(h0s.values()), None), list(map(_OWN, layers)))
-        mixing = [of["initial_residual"] is not None for of in layers]
-        key = repeated.key_of(tensors, (*numbers, *mixing))
+        tensors, numbers = repeated.flattened(x, next(iter(h0s.values()), None), list(map(_OF_LAYER, layers)))
+        key = repeated.key_of(tensors, (*numbers, *mixes))
         call = repeated.known(key)
         outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
-            return Group.of_outputs(outputs)
+            return Group(outputs)
     prepared = []
     for layer in layers:
         check_frozen(x, layer["weight"], layer["lora_b"])
         prepared.append(_prepared(None, x, **layer))
-    settings, inputs = [of.settings for of in prepared], [of.inputs for of in prepared]
-    group = group_of(settings, inputs)
-    if group is not None and key is not None and call is None:
+    settings, inputs = [layer.settings for layer in prepared], [layer.inputs for layer in prepared]
+    result = group_of(settings, inputs)
+    if result is not None and key is not None and call is None:
         repeated.remember(key, tensors, settings, inputs)
-    return group
+    return result
 
 
 def group_of(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Group | None:
-    """Layers of either kind of adapter as a group; None where they differ in what a group has once."""
-    if len({(of.backend, of.dtype, of.activation) for of in settings}) > 1:
+    """Layers with adapters of either kind as a group; None where they differ in what a group has in common."""
+    if len({(setting.backend, setting.dtype, setting.activation) for setting in settings}) > 1:
         return None
-    if len({of.weight is None for of in inputs}) > 1:  # some in series
+    if len({layer.weight is None for layer in inputs}) > 1:  # some in series
         return None
-    if len({id(of.initial_residual) for of in inputs if of.initial_residual is not None}) > 1:
+    if len({id(layer.initial_residual) for layer in inputs if layer.initial_residual is not None}) > 1:
         return None
-    return Group(settings, inputs)
+    return group(settings, inputs)
 
 
 def shares_passes(x: Tensor) -> bool:
-    """Whether layers that get this x may be one operation: what there is to know before their seeds are drawn."""
+    """Whether layers that get this x may be one operation. Asked before their seeds are drawn."""
     if torch.compiler.is_compiling():
         return False
     backend = backend_for(x.device, (x.dtype,)).name
@@ -140,13 +141,16 @@ def shares_passes(x: Tensor) -> bool:
 
 
 def _may_repeat(x: Tensor) -> bool:
-    """Whether a call on x may be one that is known to `repeated.py`."""
+    """Whether a call on x may take the short path of `repeated.py`."""
     if torch.compiler.is_compiling() or backend_for(x.device, (x.dtype,)).name != "triton":
         return False
     return implementation("triton").repeats()
 
 
-_OWN = itemgetter("weight", "bias", "lora_a", "lora_b", "lora_bias", "lambda_", "scaling", "dropout_seed", "dropout_p")
+#: In the order of `repeated.flattened`.
+_OF_LAYER = itemgetter(
+    *("weight", "bias", "lora_a", "lora_b", "lora_bias", "lambda_", "scaling", "dropout_seed", "dropout_p")
+)
 _DEFAULTS: dict[str, Any] = {
     "bias": None,
     "initial_residual": None,
@@ -231,7 +235,7 @@ def with_backend(
     mixing: tuple[Tensor | None, float | Tensor, float, Tensor | None],  # h0, lambda, the rate of dropout and its seed
     activation: str | None = None,
 ) -> tuple[Settings, Inputs]:
-    """What an adapter of either kind computes with, of arguments that were checked, and by which backend."""
+    """The settings, with the chosen backend, and the tensors of an adapter of either kind, from checked arguments."""
     (base, x, weight, _), (initial_residual, lambda_, dropout_p, seed) = frozen, mixing
     adapter_dtype = adapter[0].dtype
     autocast = None if torch.float64 in (x.dtype, adapter_dtype) else autocast_dtype(x.device.type)
@@ -241,8 +245,8 @@ def with_backend(
     dtype = added_to.dtype if weight is None or autocast is None else autocast
     residual_dtype = None if initial_residual is None else initial_residual.dtype
     choice = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
-    if choice.fell_off:
-        say_if_fell_off(choice)
+    if choice.is_fallback:
+        warn_of_fallback(choice)
     number, lambda_tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
     if lambda_tensor is None and number == 0:
         initial_residual = None
@@ -273,7 +277,7 @@ def fused(settings: Settings, inputs: Inputs) -> Tensor:
     if outputs is not None:
         return outputs[0]
     if has_few_rows(settings, inputs):
-        return Group([settings], [inputs]).output(0)
+        return group([settings], [inputs]).output(0)
     return forward([settings], [inputs], [False])[0][0]
 
 

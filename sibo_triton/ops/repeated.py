@@ -1,12 +1,12 @@
-"""Calls that repeat: of layers with their frozen linears and LoRA, on the kernels.
+"""The short path of `lora_linear` and its groups on the kernels, for calls whose form has been seen before.
 
-Training and generation call a layer with arguments of the same few forms again and again. All that lies between its
-arguments and the recorded launches (`kernels/replay.py`) follows from those: checks, the backend, what is kept, which
-gradient is whose. It is looked up once here and kept as a `Call`, in which a tensor is a place. On a small layer that
-way takes the host as long as all the rest.
+Training and generation call a layer with tensors of the same few shapes, strides and dtypes again and again. Everything
+between the arguments and the recorded launches (`kernels/replay.py`) follows from those: checks, the backend, what is
+saved for the backward, which gradient belongs to which tensor. It is worked out once, in the first such call, and kept
+as a `Call`, in which each tensor is an index. On a small layer that work takes the host as long as all the rest.
 
-Nothing is computed here that `products.py` does not: the first call of a form, and every one that is not like it, goes
-there.
+Nothing is computed here that `products.py` does not compute: the first call of a form, and every call that differs from
+it, goes there.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from sibo_triton.kernels.picking import picker
 from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Settings
-from sibo_triton.ops.autograd import KEPT_OF_LAYER, Node, applied, gradients, kept_of, node_of, saved_of
+from sibo_triton.ops.autograd import KEPT_PER_LAYER, Node, applied, gradients, kept_of, node_of, saved_of
 from sibo_triton.ops.dispatch import implementation
-from sibo_triton.ops.group import asked_of_few_rows, has_few_rows
-from sibo_triton.ops.products import PER_LAYER, Down, asked_of_backward, asked_of_forward
+from sibo_triton.ops.group import few_rows_request, has_few_rows
+from sibo_triton.ops.products import PER_LAYER, Down, backward_request, forward_request
 from sibo_triton.ops.tensors import as_matrix, autocast_dtype, without_autocast
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
+#: The tensors of a call, in this order: these two, and then those of each layer.
 _SHARED = ("x", "initial_residual")
-_OWN = tuple(name for name in Inputs._fields if name not in (*_SHARED, "base", "down_bias"))
-#: The gradients that recorded launches return as they are; what else is wanted, `products.py` computes of them.
+_OF_LAYER = tuple(name for name in Inputs._fields if name not in (*_SHARED, "base", "down_bias"))
+#: The gradients that recorded launches return; others are computed from their results, by `products.py`.
 _GRADIENTS = {"x", "initial_residual", "lora_a", "lora_b"}
 
 _facts = attrgetter("dtype", "shape", "device", "requires_grad")
@@ -38,49 +39,49 @@ _memory = attrgetter("dtype", "device")
 _strides = Tensor.stride
 
 
-def given_of(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple]) -> tuple[tuple, tuple]:
-    """The tensors of a call, and its numbers.
+def flattened(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple]) -> tuple[tuple, tuple]:
+    """The tensors of a call, None where there is none, and its numbers.
 
     Args:
-        layers: of each: weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, the seed and the rate of dropout.
+        layers: of each: weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, dropout_seed and dropout_p.
     """
     tensors: list[Any] = [x, initial_residual]
     numbers: list[Any] = []
     for weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, seed, dropout_p in layers:
-        number = share = None
+        lambda_number = lambda_tensor = scaling_number = scaling_tensor = None
         if isinstance(lambda_, Tensor):
-            share = lambda_
+            lambda_tensor = lambda_
         else:
-            number = lambda_
-        numbers += (number, dropout_p)
+            lambda_number = lambda_
         if isinstance(scaling, Tensor):
-            tensors += (weight, bias, lora_a, lora_b, lora_bias, share, scaling, seed)
+            scaling_tensor = scaling
         else:
-            numbers.append(scaling)
-            tensors += (weight, bias, lora_a, lora_b, lora_bias, share, None, seed)
+            scaling_number = scaling
+        numbers += (lambda_number, scaling_number, dropout_p)
+        tensors += (weight, bias, lora_a, lora_b, lora_bias, lambda_tensor, scaling_tensor, seed)
     return tuple(tensors), tuple(numbers)
 
 
 def key_of(tensors: tuple, numbers: tuple) -> Hashable:
-    """All that a call depends on: numbers, the forms of tensors, and modes of torch. None of what cannot be a key."""
+    """All that a call depends on: numbers, the tensors' forms, and modes of torch. None: it cannot be remembered."""
     try:
         hash(numbers)
-    except TypeError:  # an array with one element, which the long way converts
+    except TypeError:  # an array with one element, which the long path converts
         return None
     autocast = autocast_dtype(tensors[0].device.type)
     modes = torch.is_grad_enabled(), autocast, implementation("triton").float32_is_exact()
-    given = [tensor for tensor in tensors if tensor is not None]
-    return numbers, modes, tuple(map(type, tensors)), *map(_facts, given), *map(_strides, given)
+    present = [tensor for tensor in tensors if tensor is not None]
+    return numbers, modes, tuple(map(type, tensors)), *map(_facts, present), *map(_strides, present)
 
 
 def known(key: Hashable) -> Any:
-    """What was remembered of such a call, for :func:`outputs`, where launches repeat now; None: nothing yet."""
+    """What is remembered for such a call, to be passed to :func:`outputs`; None: nothing yet."""
     return implementation("triton").calls.get(key)
 
 
 def outputs(call: Any, tensors: tuple) -> Sequence[Tensor] | None:
-    """y of each layer by a known call; None where it must go the long way."""
-    if call is _NEVER:
+    """y of each layer by a known call; None where the call must take the long path."""
+    if call is _LONG_PATH:
         return None
     if not torch._C._is_any_autocast_enabled():
         return call(tensors)
@@ -88,12 +89,12 @@ def outputs(call: Any, tensors: tuple) -> Sequence[Tensor] | None:
         return call(tensors)
 
 
-#: Of calls that are known to go the long way always.
-_NEVER = object()
+#: Remembered for calls that always take the long path.
+_LONG_PATH = object()
 
 
 def remember(key: Hashable, tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
-    """Keep what follows of a call that was not known, once its launches are recorded; also that it never repeats."""
+    """Remember a call that was not known and has taken the long path, which has recorded its launches."""
     if not all(number == number for number in key[0]):  # type: ignore[index]  # NaN: a key that is never found
         return
     node = node_of(settings, inputs) if torch.is_grad_enabled() else None
@@ -102,78 +103,82 @@ def remember(key: Hashable, tensors: tuple, settings: Sequence[Settings], inputs
     few_rows = node is None and has_few_rows(settings[0], inputs[0])
     simple = _PLAIN.issuperset(map(type, tensors)) and all(map(_is_simple, settings, inputs))
     if node is None:
-        simple &= few_rows or len(inputs) == 1  # else each y is made when it is asked for
+        simple &= few_rows or len(inputs) == 1  # else each y is computed when it is taken
     else:
         simple &= {Inputs._fields[field] for _, field in node.places} <= _GRADIENTS
     keep = implementation("triton").calls.keep
     if not simple:
-        keep(key, _NEVER)
+        keep(key, _LONG_PATH)
         return
     call: Any = _call_of(tensors, settings, inputs, few_rows) if _differ(tensors) else None
     if call is not None and node is not None:
-        # what is kept, of the tensors and of what the launches return, for which others stand here
-        stand_ins = [object() for _ in range(PER_LAYER * len(inputs))]
-        downs = [Down(stand_ins[i], None, None) for i in range(0, len(stand_ins), PER_LAYER)]
+        # Which of the tensors and of the launches' results are saved for the backward: objects stand for the results.
+        results = [object() for _ in range(PER_LAYER * len(inputs))]
+        downs = [Down(results[i], None, None) for i in range(0, len(results), PER_LAYER)]
         kept = kept_of(node, inputs, downs)
-        keeps = _places([of for of in kept if of is not None], (*tensors, *stand_ins))
+        keeps = _places([one for one in kept if one is not None], (*tensors, *results))
         wants = _places([inputs[i][field] for i, field in node.places], tensors)
-        call = CallWithGradients(call, node, keeps, [of is not None for of in kept], wants)
+        call = CallWithGradients(call, node, keeps, [one is not None for one in kept], wants)
     if call is not None:
         keep(key, call)
 
 
 def _is_simple(settings: Settings, inputs: Inputs) -> bool:
-    """Whether a layer has nothing but what a `Call` knows of."""
+    """Whether a layer is one that a `Call` can compute: kernels, a frozen linear of one dtype, no activation."""
     has_frozen = inputs.base is None and inputs.weight is not None
     one_dtype = has_frozen and settings.dtype == settings.x_dtype == inputs.weight.dtype
     return settings.backend == "triton" and settings.activation is None and one_dtype
 
 
 def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs], few_rows: bool) -> Call | None:
-    """Without gradients; None where its launches are not recorded."""
+    """The call without gradients; None where its launches are not recorded."""
     count = len(inputs)
     with without_autocast(tensors[0].device.type):
         if few_rows:
-            key, read, matrices = asked_of_few_rows(settings, inputs)
+            key, read, matrices = few_rows_request(settings, inputs)
         else:
-            key, read, matrices = asked_of_forward(settings, inputs, [False] * count)
+            key, read, matrices = forward_request(settings, inputs, [False] * count)
     tape = implementation("triton").tape_of(key, read)
     x, (matrix, *others) = tensors[0], read
     if tape is None or matrix is None or matrix.data_ptr() != x.data_ptr():  # a copy is read, of an x that is no matrix
         return None
-    # of each layer: its weight among the tensors, and its low-rank y among what the launches return
+    # the index of each layer's weight among the tensors, and of its low-rank y among the launches' results
     ys = [i if few_rows else PER_LAYER * (i + 1) - 1 for i in range(count)]
-    frozen = [(len(_SHARED) + len(_OWN) * i, y) for i, y in enumerate(ys)]
+    frozen = [(len(_SHARED) + len(_OF_LAYER) * i, y) for i, y in enumerate(ys)]
     casts = _casts_of(inputs, matrices)
     return Call(_Read(tape, [x, *others], tensors, casts), frozen, settings[0].dtype)
 
 
 def _casts_of(layers: Sequence[Any], matrices: Sequence[tuple]) -> list[tuple[Tensor, Tensor]]:
-    """A and B of each layer where autocast's dtype is another, and as they are read then."""
-    pairs = [pair for of, (a, b) in zip(layers, matrices, strict=True) for pair in ((of.lora_a, a), (of.lora_b, b))]
-    return [(of, read) for of, read in pairs if of is not read]
+    """A and B of each layer, as given and as read, where autocast casts them."""
+    pairs = [
+        (given, read)
+        for layer, (a, b) in zip(layers, matrices, strict=True)
+        for given, read in ((layer.lora_a, a), (layer.lora_b, b))
+    ]
+    return [(given, read) for given, read in pairs if given is not read]
 
 
 class _Read:
-    """Launches, and what they read.
+    """Recorded launches, with the indices of the tensors that they read.
 
     Args:
         tape: the launches.
         read: the tensors that they read.
-        among: where these are, but for what is cast.
-        casts: what is cast, and as what it is read.
+        among: the tensors of the call, to which the indices refer.
+        casts: of the tensors that are cast first, the given and the cast one.
     """
 
     def __init__(
         self, tape: Any, read: Sequence[Any], among: Sequence[Any], casts: Sequence[tuple[Tensor, Tensor]]
     ) -> None:
         self._tape = tape
-        original = {id(of): tensor for tensor, of in casts}
-        self._pick = picker(_places([original.get(id(of), of) for of in read], among))
-        self._casts = [(i, of.dtype) for i, of in enumerate(read) if id(of) in original]
+        given = {id(cast): tensor for tensor, cast in casts}
+        self._pick = picker(_places([given.get(id(tensor), tensor) for tensor in read], among))
+        self._casts = [(i, tensor.dtype) for i, tensor in enumerate(read) if id(tensor) in given]
 
     def __call__(self, tensors: tuple) -> list[Tensor | None] | None:
-        """What is returned, for tensors with None behind them; None where the launches are not for these."""
+        """The results for a call's tensors, followed by None; None where the launches do not fit these."""
         read = self._pick(tensors)
         if self._casts:
             read = list(read)
@@ -183,24 +188,24 @@ class _Read:
 
 
 def _differ(tensors: Sequence[Any]) -> bool:
-    """Whether no two are one, which elsewhere they need not be."""
-    given = [id(tensor) for tensor in tensors if tensor is not None]
-    return len(set(given)) == len(given)
+    """Whether all are distinct objects. If two are the same here, another call may have two in their places."""
+    present = [id(tensor) for tensor in tensors if tensor is not None]
+    return len(set(present)) == len(present)
 
 
-def _places(of: Sequence[Any], among: Sequence[Any]) -> list[int]:
-    """Where in ``(*among, None)`` each is, among things that differ."""
+def _places(objects: Sequence[Any], among: Sequence[Any]) -> list[int]:
+    """The index of each object in ``(*among, None)``, whose entries are distinct."""
     place = {id(one): i for i, one in enumerate(among) if one is not None}
-    return [len(among) if one is None else place[id(one)] for one in of]
+    return [len(among) if one is None else place[id(one)] for one in objects]
 
 
 class Call:
-    """What a call of some form comes to, without gradients.
+    """A call of some form, without gradients.
 
     Args:
         launches: its launches.
-        frozen: of each layer, where its frozen weight is among the tensors, and its low-rank y among what the launches
-            return.
+        frozen: of each layer: the index of its frozen weight among the tensors, and of its low-rank y among the
+            launches' results.
         dtype: of y.
     """
 
@@ -208,28 +213,28 @@ class Call:
         self.launches, self._frozen, self._dtype = launches, frozen, dtype
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
-        """y of each layer; None where the launches are not for these tensors."""
+        """y of each layer; None where the launches do not fit these tensors."""
         tensors = (*tensors, None)
-        found = self.launches(tensors)
-        return None if found is None else self.with_frozen(tensors, found)
+        results = self.launches(tensors)
+        return None if results is None else self.with_frozen(tensors, results)
 
-    def with_frozen(self, tensors: tuple, found: list[Any]) -> list[Tensor]:
-        """The frozen products, onto the low-rank ones."""
+    def with_frozen(self, tensors: tuple, results: list[Any]) -> list[Tensor]:
+        """y of each layer: the frozen products accumulate onto the low-rank ones."""
         x = tensors[0]
         matrix = as_matrix(x)
         with_frozen, dtype = products.with_frozen, self._dtype
-        return [with_frozen(found[y], x, matrix, tensors[weight], dtype) for weight, y in self._frozen]
+        return [with_frozen(results[y], x, matrix, tensors[weight], dtype) for weight, y in self._frozen]
 
 
 class CallWithGradients:
-    """Likewise, one node to autograd.
+    """A call of some form as one autograd node.
 
     Args:
-        forward: without gradients.
-        node: what its backward knows.
-        keeps: what is kept for the backward, among its tensors and what the launches return: of `kept_of` what there
-            is, which `is_kept` tells.
-        wants: what autograd gets, among its tensors.
+        forward: the call without gradients.
+        node: what its backward needs beside tensors.
+        keeps: the indices of the tensors to save, among those of the call followed by the launches' results.
+        is_kept: which entries of `kept_of` these are; the others are None.
+        wants: the indices of the tensors that are passed to autograd.
     """
 
     def __init__(self, forward: Call, node: Node, keeps: list[int], is_kept: list[bool], wants: list[int]) -> None:
@@ -238,52 +243,52 @@ class CallWithGradients:
         self._backwards: dict[Hashable, _Backward] = {}
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
-        """y of each layer; None where the launches are not for these tensors."""
+        """y of each layer; None where the launches do not fit these tensors."""
         tensors = (*tensors, None)
-        found = self.forward.launches(tensors)
-        return None if found is None else applied(_Repeated, self, tensors, found, *self._wants(tensors))
+        results = self.forward.launches(tensors)
+        return None if results is None else applied(_Repeated, self, tensors, results, *self._wants(tensors))
 
     def all_kept(self, kept: Sequence[Any]) -> list[Any]:
-        """As `kept_of` has it, with None where nothing is kept."""
-        given = iter(kept)
-        return [next(given) if is_kept else None for is_kept in self._is_kept]
+        """The saved tensors as `kept_of` has them, with None between."""
+        tensors = iter(kept)
+        return [next(tensors) if is_kept else None for is_kept in self._is_kept]
 
     def backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> Sequence[Tensor | None] | None:
-        """The gradients; None where the launches are not known, or not for these tensors."""
+        """The gradients; None where the launches are not known, or do not fit these tensors."""
         gs = [as_matrix(grad_y) for grad_y in grads_y]
-        found = self._backwards.get(self._key_of(kept, gs))
-        return None if found is None else found(kept, gs, grads_y[0].shape[:-1])
+        known = self._backwards.get(self._key_of(kept, gs))
+        return None if known is None else known(kept, gs, grads_y[0].shape[:-1])
 
     def remember_backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> None:
-        """Keep what follows of a backward, once its launches are recorded."""
+        """Remember a backward that has taken the long path, which has recorded its launches."""
         node, gs = self.node, [as_matrix(grad_y) for grad_y in grads_y]
         key_of_call = self._key_of(kept, gs)
         if key_of_call in self._backwards or len(self._backwards) >= _KEPT or not _differ((*gs, *kept)):
             return
         saved = saved_of(node, self.all_kept(kept))
-        key, read, matrices = asked_of_backward(node.settings, saved, gs, node.wants, node.in_series)
+        key, read, matrices = backward_request(node.settings, saved, gs, node.wants, node.in_series)
         tape = implementation("triton").tape_of(key, read)
         if tape is not None:
             launches = _Read(tape, read, (*gs, *kept), _casts_of(saved, matrices))
             self._backwards[key_of_call] = _Backward(node, launches, self._weights())
 
     def _weights(self) -> list[int]:
-        """Where each layer's frozen weight is among what is kept; not looked at where dx is not wanted."""
-        starts = [len(_SHARED) + KEPT_OF_LAYER * i for i in range(len(self.node.settings))]
+        """The index of each layer's frozen weight among the saved tensors; not used where dx is not wanted."""
+        starts = [len(_SHARED) + KEPT_PER_LAYER * i for i in range(len(self.node.settings))]
         return [sum(self._is_kept[:start]) for start in starts]
 
     @staticmethod
     def _key_of(kept: Sequence[Any], gs: list[Tensor]) -> Hashable:
-        """What is kept may come back in another form: hooks on saved tensors pack them as they like."""
+        """Saved tensors are part of the key: hooks on them may bring them back in another layout."""
         forms = *map(_facts, gs), *map(_memory, kept), *map(_strides, (*gs, *kept))
         return implementation("triton").float32_is_exact(), forms
 
 
-_KEPT = 64  # of one call: forms of dY and of what is kept
+_KEPT = 64  # backwards remembered of one call, by the forms of dY and of the saved tensors
 
 
 class _Backward:
-    """What the backward of a call comes to, for dY of some form."""
+    """The backward of a call, for dY of some form."""
 
     def __init__(self, node: Node, launches: _Read, weights: list[int]) -> None:
         count = len(node.settings)
@@ -297,29 +302,29 @@ class _Backward:
         self._places = picker([by_field[Inputs._fields[field]](i) for i, field in node.places])
 
     def __call__(self, kept: Sequence[Any], gs: list[Tensor], leading: torch.Size) -> Sequence[Tensor | None] | None:
-        found = self._launches((*gs, *kept, None))
-        if found is None:
+        results = self._launches((*gs, *kept, None))
+        if results is None:
             return None
-        dx, dh0, *_ = found
+        dx, dh0, *_ = results
         if dx is not None:
             for g, weight in zip(gs, self._weights, strict=True):
                 dx.addmm_(g, kept[weight])
-            found[0] = dx.view(*leading, dx.shape[1])
+            results[0] = dx.view(*leading, dx.shape[1])
         if dh0 is not None:
-            found[1] = dh0.view(*leading, dh0.shape[1])
-        return self._places(found)
+            results[1] = dh0.view(*leading, dh0.shape[1])
+        return self._places(results)
 
 
 class _Repeated(torch.autograd.Function):
-    """The node of a known call; `gradients` is the long way of its backward."""
+    """The node of a known call; `gradients` is the long path of its backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: CallWithGradients, tensors: tuple, found: list[Tensor | None], *_: Tensor
+        ctx: Any, call: CallWithGradients, tensors: tuple, results: list[Tensor | None], *_: Tensor
     ) -> tuple[Tensor, ...]:
-        ys = call.forward.with_frozen(tensors, found)
+        ys = call.forward.with_frozen(tensors, results)
         ctx.call = call
-        ctx.save_for_backward(*call.keeps((*tensors[:-1], *found, None)))
+        ctx.save_for_backward(*call.keeps((*tensors[:-1], *results, None)))
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -329,12 +334,12 @@ class _Repeated(torch.autograd.Function):
         repeats = (
             all([grad_y is not None for grad_y in grads_y])  # noqa: C419 (a list is faster)
             and not torch.is_grad_enabled()
-            and not torch._C._is_any_autocast_enabled()  # under it one does not go backward
+            and not torch._C._is_any_autocast_enabled()  # unusual in a backward
             and implementation("triton").repeats()
         )
-        found = call.backward(kept, grads_y) if repeats else None
-        if found is None:
-            found = gradients(call.node, call.all_kept(kept), grads_y)
+        grads = call.backward(kept, grads_y) if repeats else None
+        if grads is None:
+            grads = gradients(call.node, call.all_kept(kept), grads_y)
             if repeats:
                 call.remember_backward(kept, grads_y)
-        return (None, None, None, *found)
+        return (None, None, None, *grads)

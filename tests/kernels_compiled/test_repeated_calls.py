@@ -45,7 +45,7 @@ def expected_of(driver, step, tensors):
 
 
 @contextmanager
-def the_long_way_is_closed(backward=True):
+def the_long_path_is_closed(backward=True):
     """Neither arguments are prepared nor gradients put together."""
     closed = mock.Mock(side_effect=AssertionError("the call is not known"))
     with mock.patch.object(low_rank, "_prepared", closed):
@@ -79,7 +79,7 @@ def test_a_known_call_takes_one_step(name):
         expected = expected_of(driver, step, tensors)
         assert driver.run(step, tensors) == expected  # records
         assert driver.run(step, tensors) == expected
-        with the_long_way_is_closed():
+        with the_long_path_is_closed():
             assert driver.run(step, tensors) == expected
 
 
@@ -95,7 +95,7 @@ def test_under_autocast_the_adapter_is_cast_in_each_call(tokens):
         assert expected[0] != expected[1]
         for _ in range(2):
             assert [driver.run(each, tensors) for each in (step, under_autocast)] == expected
-        with the_long_way_is_closed():
+        with the_long_path_is_closed():
             assert [driver.run(each, tensors) for each in (under_autocast, step)] == expected[::-1]
         if len(tokens) == 1:  # nothing wanted, few rows
             alone = torch.no_grad()(
@@ -104,7 +104,7 @@ def test_under_autocast_the_adapter_is_cast_in_each_call(tokens):
             expected = expected_of(driver, alone, tensors)
             for _ in range(2):
                 assert driver.run(alone, tensors) == expected
-            with the_long_way_is_closed():
+            with the_long_path_is_closed():
                 assert driver.run(alone, tensors) == expected
 
 
@@ -123,9 +123,9 @@ def test_layers_that_share_x_take_one_step(mixes):
         of_two = expected_of(driver, lambda: step((0, 2)), tensors)
         for _ in range(2):
             assert driver.run(step, tensors) == expected
-        with the_long_way_is_closed():
+        with the_long_path_is_closed():
             assert driver.run(step, tensors) == expected
-        with the_long_way_is_closed(backward=False):  # a sibling whose output is not used
+        with the_long_path_is_closed(backward=False):  # a sibling whose output is not used
             assert driver.run(lambda: step((0, 2)), tensors) == of_two
             assert driver.run(step, tensors) == expected
 
@@ -275,7 +275,7 @@ def test_a_call_that_goes_the_long_way_leaves_what_is_known():
     with driver_with_nothing_known() as driver:
         for of in (arguments, arguments, shifted, arguments, shifted):
             driver.run(step_of(of), tensors_of(of))
-        with the_long_way_is_closed():
+        with the_long_path_is_closed():
             driver.run(step_of(arguments), tensors_of(arguments))
         learns = make(replace(MIXING, mixes="learnable"))
         driver.run(step_of(learns), tensors_of(learns))
@@ -295,7 +295,7 @@ def test_numbers_and_names_are_those_of_the_long_way():
         layers = [{name: of for name, of in layer.items() if name != "x"} for layer in make_group([MIXING] * 2)]
         for _ in range(2):
             low_rank.lora_linear_group(arguments["x"], layers)
-        with the_long_way_is_closed():
+        with the_long_path_is_closed():
             low_rank.lora_linear_group(arguments["x"], layers)
         with pytest.raises(TypeError, match="intial_residual"):
             low_rank.lora_linear_group(arguments["x"], [layers[0], {**layers[1], "intial_residual": None}])
