@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import Launch, Launches, form
+from .launching import BoundedCache, Launch, tensor_key
 from .targets import cdiv
 
 #: Every name that the two functions know.
@@ -145,7 +145,7 @@ def _sum_of(b_p_first, mask, parts, stride_part, BLOCK: tl.constexpr):
 
 BLOCK = 1024  # elements to a program
 
-_launches, _gradient_launches = Launches(), Launches()
+_launches, _gradient_launches = BoundedCache(), BoundedCache()
 
 
 def activate_parts(
@@ -158,7 +158,7 @@ def activate_parts(
     count, M, r = parts.shape
     p, activated = (torch.empty((M, r), dtype=dtype, device=parts.device) for _ in range(2))
     if M * r:
-        key = (form(parts), form(bias), activation, dtype, parts.device)
+        key = (tensor_key(parts), tensor_key(bias), activation, dtype, parts.device)
         launch = _launches.get(key)
         if launch is None:
             arguments = {
@@ -186,7 +186,7 @@ def activation_gradient_of_parts(
     """The sum of the parts of u, times f'(p), in float32; all contiguous. f(p) is written where it is given room."""
     u = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
     if u.numel():
-        key = (form(parts), form(pre_activation), activation, form(activated), parts.device)
+        key = (tensor_key(parts), tensor_key(pre_activation), activation, tensor_key(activated), parts.device)
         launch = _gradient_launches.get(key)
         if launch is None:
             arguments = {

@@ -1,4 +1,4 @@
-"""What the launchers check of their arguments: shapes, dtypes and what must not be missing."""
+"""Checks of the launchers' arguments: shapes, dtypes, and what must not be missing."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def check_matrix(name: str, tensor: Tensor, rows: int | str, cols: int | str, fits: str = "the kernel") -> None:
-    """Raise unless the kernels take the matrix and it has these sizes, of which a letter stands for any."""
+    """Raise unless the kernels take the matrix and it has these sizes; a letter stands for any size."""
     check_dtype(name, tensor.dtype)
     shape = tensor.shape
     if len(shape) != 2 or rows not in ("M", "N", "r", shape[0]) or cols not in ("K", "N", "r", shape[1]):
@@ -22,7 +22,7 @@ def check_matrix(name: str, tensor: Tensor, rows: int | str, cols: int | str, fi
 
 
 def check_activation(name: str | None) -> None:
-    """Raise a ValueError for an activation that has no kernel; None is none."""
+    """Raise a ValueError for an activation that has no kernel; None, no activation, passes."""
     if name is not None and name not in NAMES:
         raise ValueError(f"activation={name!r} has no kernel: choose one of {', '.join(NAMES)}")
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from . import targets
 from .activations import activate, activate_parts
 from .autotune import tuned
-from .down_plan import Kind, check_down, cut, form_of_sibling, lay_out, plan
-from .dropout import drawn, dropout_rows, keep_tile
-from .launching import Launch, Launches, form
+from .down_plan import PreparedLaunch, check_down, cut, lay_out, plan, sibling_key
+from .dropout import dropout_rows, keep_from_and_scale, keep_tile
+from .launching import BoundedCache, Launch, tensor_key
 from .partial_sums import sum_parts
 from .precision import float32_is_exact, split_dot
 from .siblings import DownProjection, rank_dtype
@@ -45,7 +45,7 @@ def down_kernel(
     p_bias,  # [r], of a bottleneck adapter, or None
     p_seed,  # int64, [1]
     lambda_,  # numbers, or pointers to one
-    keep_from,  # these two from dropout.drawn
+    keep_from,  # these two from dropout.keep_from_and_scale
     dropout_scale,
     r,
     first_tile,  # of the sibling's tiles along its rank, among those of all siblings
@@ -293,18 +293,18 @@ def down_parts(
     return [results[i] for i in range(len(siblings))]
 
 
-_launches = Launches()
+_launches = BoundedCache()
 
 
 def _launch_kinds(
     x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None
-) -> list[tuple[Kind, Tensor, Tensor | None]]:
+) -> list[tuple[PreparedLaunch, Tensor, Tensor | None]]:
     """A launch for each kind: with the parts of all its results and, where there are any, those of f(t)."""
     device = x.device
     key = (
-        tuple([form_of_sibling(sibling) for sibling in siblings]),
-        form(x),
-        form(initial_residual),
+        tuple([sibling_key(sibling) for sibling in siblings]),
+        tensor_key(x),
+        tensor_key(initial_residual),
         device,
         targets.target_of(device),
         float32_is_exact(),
@@ -316,7 +316,7 @@ def _launch_kinds(
 
 
 def _launch(
-    kind: Kind, x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None
+    kind: PreparedLaunch, x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The parts, and f(t), for siblings of one kind."""
     if kind.launch is None:
@@ -338,30 +338,33 @@ def _launch(
     return parts, activated
 
 
-def _prepared(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> list[Kind]:
+def _prepared(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Tensor | None) -> list[PreparedLaunch]:
     """The launches for such arguments, checked and planned."""
     check_down(x, siblings, initial_residual)
     places: dict[tuple, list[int]] = {}
     for i, sibling in enumerate(siblings):
         places.setdefault(sibling.kind, []).append(i)
-    return [_of_kind(own, kind, x, siblings, initial_residual) for kind, own in places.items()]
+    return [_prepared_for(own, kind, x, siblings, initial_residual) for kind, own in places.items()]
 
 
-def _of_kind(places: list[int], kind: tuple, x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None) -> Kind:
+def _prepared_for(
+    places: list[int], kind: tuple, x: Tensor, siblings: Sequence[DownProjection], h0: Tensor | None
+) -> PreparedLaunch:
+    """The launch for siblings of one kind; ``places``: which of all siblings these are."""
     own = [siblings[i] for i in places]
     (M, K), ranks = x.shape, tuple(sibling.lora_a.shape[0] for sibling in own)
     a_dtype, mixes, drops, difference, has_bias, activation = kind
     dtype, activates = rank_dtype(x.dtype, a_dtype), activation is not None
     if M == 0 or K == 0 or max(ranks) == 0:
         t_start, size = lay_out(M, ranks, 1 + difference)
-        return Kind(places, ranks, t_start, (1, size), dtype, None, False, False, False, False, activates)
+        return PreparedLaunch(places, ranks, t_start, (1, size), dtype, None, False, False, False, False, activates)
     target = targets.target_of(x.device)
     h0_strides, h0_dtype = (h0.stride(), h0.dtype) if mixes else ((0, 0), None)
     chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact(), len(own))
     product = chosen.operands
-    rates = [drawn(sibling.dropout_p) for sibling in own]
+    rates = [keep_from_and_scale(sibling.dropout_p) for sibling in own]
 
-    def prepare(config: dict[str, int]) -> Kind:
+    def prepare(config: dict[str, int]) -> PreparedLaunch:
         how = cut(M, K, ranks, 1 + difference, config["BM"], config["BK"], config["BR"], target.multiprocessors)
         whole = how.splits == 1
         adds_bias = has_bias and whole
@@ -399,7 +402,7 @@ def _of_kind(places: list[int], kind: tuple, x: Tensor, siblings: Sequence[DownP
         }
         launch = Launch(down_kernel, (how.programs, how.splits), x.device, arguments)
         flags = mixes, drops, adds_bias, activates and whole, activates and not whole
-        return Kind(places, ranks, how.t_start, (how.splits, how.size), dtype, launch, *flags)
+        return PreparedLaunch(places, ranks, how.t_start, (how.splits, how.size), dtype, launch, *flags)
 
     key = ("down", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
     return prepare(tuned(key, chosen.config, lambda config: _launch(prepare(config), x, siblings, h0), "BM"))

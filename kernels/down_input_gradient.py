@@ -22,8 +22,8 @@ from torch import Tensor
 from . import targets
 from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_one_value
-from .dropout import column_hashes, drawn, keep_hashed, row_hashes, seed_keys
-from .launching import Launch, Launches, form, form_of_value
+from .dropout import column_hashes, keep_from_and_scale, keep_hashed, row_hashes, seed_keys
+from .launching import BoundedCache, Launch, tensor_key, value_key
 from .precision import Operands, float32_is_exact, operands, split_dot
 from .siblings import DownGradients
 from .targets import Target, cdiv
@@ -38,7 +38,7 @@ def down_input_gradient_kernel(
     p_lora_a,  # [r, K]
     p_seed,  # int64, [1], or None
     lambda_,  # numbers, or pointers to one
-    keep_from,  # these two from dropout.drawn
+    keep_from,  # these two from dropout.keep_from_and_scale
     dropout_scale,
     stride_a_r,
     stride_a_k,
@@ -231,12 +231,12 @@ def down_input_gradient(
     device = siblings[0].u.device
     key = (
         tuple(
-            (form(of.u), form(of.lora_a), form_of_value(of.lambda_), of.dropout_p, form(of.dropout_seed))
+            (tensor_key(of.u), tensor_key(of.lora_a), value_key(of.lambda_), of.dropout_p, tensor_key(of.dropout_seed))
             for of in siblings
         ),
         dtype,
         residual_dtype,
-        form(base),
+        tensor_key(base),
         device,
         targets.target_of(device),
         float32_is_exact(),
@@ -267,7 +267,7 @@ def down_input_gradient(
     return run(prepared)
 
 
-_launches = Launches()
+_launches = BoundedCache()
 
 
 class Prepared(NamedTuple):
@@ -312,7 +312,7 @@ def _prepared(
         ranks, lora_a_dtype, frozenset(written), sums, targets.target_of(device), float32_is_exact(), any(drops)
     )
     product = chosen.operands
-    rates = [drawn(sibling.dropout_p) for sibling in siblings]
+    rates = [keep_from_and_scale(sibling.dropout_p) for sibling in siblings]
 
     def prepare(config: dict[str, int]) -> Prepared:
         k_tiles, m_tiles = cdiv(K, config["BK"]), cdiv(M, config["BM"])

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .checks import check_activation, check_bias, check_dropout, check_matrix, check_mix
-from .launching import Launch, form, form_of_value
+from .launching import Launch, tensor_key, value_key
 from .precision import Operands, operands
 from .siblings import DownProjection
 from .targets import Target, cdiv
@@ -142,7 +142,7 @@ def check_down(x: Tensor, siblings: Sequence[DownProjection], initial_residual: 
         check_matrix("initial_residual", initial_residual, M, K, "x")
 
 
-class Kind(NamedTuple):
+class PreparedLaunch(NamedTuple):
     """A launch for siblings of one kind, and how their results lie in one buffer."""
 
     siblings: list[int]  # which of all
@@ -163,7 +163,7 @@ class Kind(NamedTuple):
         return self.launch is not None and self.parts[0] == 1
 
 
-def form_of_sibling(of: DownProjection) -> Hashable:
+def sibling_key(of: DownProjection) -> Hashable:
     """What a launch depends on of a sibling."""
-    of_tensors = form(of.lora_a), form_of_value(of.lambda_), form(of.dropout_seed), form(of.bias)
+    of_tensors = tensor_key(of.lora_a), value_key(of.lambda_), tensor_key(of.dropout_seed), tensor_key(of.bias)
     return of_tensors, of.dropout_p, of.difference, of.activation

@@ -24,8 +24,8 @@ from torch import Tensor
 from . import targets
 from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_mix
-from .dropout import column_hashes, drawn, keep_hashed, row_hashes, seed_keys
-from .launching import Launch, Launches, form, form_of_value
+from .dropout import column_hashes, keep_from_and_scale, keep_hashed, row_hashes, seed_keys
+from .launching import BoundedCache, Launch, tensor_key, value_key
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, operands, split_dot
 from .siblings import DownGradients
@@ -40,7 +40,7 @@ def down_weight_gradient_kernel(
     p_partial,  # [parts, r, K], contiguous
     p_seed,  # int64, [1], or None
     lambda_,  # numbers, or pointers to one
-    keep_from,  # these two from dropout.drawn
+    keep_from,  # these two from dropout.keep_from_and_scale
     dropout_scale,
     r,
     first,  # of the sibling's columns among those of all, of which a tile has BR
@@ -281,17 +281,17 @@ def down_weight_gradient(
     key = (
         tuple(
             (
-                form(of.u),
+                tensor_key(of.u),
                 of.adapter_dtype,
-                form_of_value(of.lambda_),
+                value_key(of.lambda_),
                 of.dropout_p,
-                form(of.dropout_seed),
+                tensor_key(of.dropout_seed),
                 of.grad_dtype,
             )
             for of in siblings
         ),
-        form(x),
-        form(initial_residual),
+        tensor_key(x),
+        tensor_key(initial_residual),
         x.device,
         targets.target_of(x.device),
         float32_is_exact(),
@@ -306,10 +306,10 @@ def down_weight_gradient(
     return sum_parts(parts, [sibling.grad_dtype for sibling in siblings])
 
 
-_launches = Launches()
+_launches = BoundedCache()
 
 
-class Kind(NamedTuple):
+class PreparedLaunch(NamedTuple):
     """A launch for siblings of one kind."""
 
     siblings: list[int]  # which of all
@@ -319,7 +319,7 @@ class Kind(NamedTuple):
     shapes: list[tuple[int, int, int]]  # of each sibling's parts
 
 
-def _parts(kind: Kind, siblings: Sequence[DownGradients], x: Tensor, h0: Tensor | None) -> list[Tensor]:
+def _parts(kind: PreparedLaunch, siblings: Sequence[DownGradients], x: Tensor, h0: Tensor | None) -> list[Tensor]:
     """The parts of dA, ``[parts, r, K]``, for siblings of one kind."""
     if kind.launch is None:
         return [torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in kind.shapes]
@@ -336,7 +336,7 @@ def _parts(kind: Kind, siblings: Sequence[DownGradients], x: Tensor, h0: Tensor 
     return partial
 
 
-def _prepared(siblings: Sequence[DownGradients], x: Tensor, initial_residual: Tensor | None) -> list[Kind]:
+def _prepared(siblings: Sequence[DownGradients], x: Tensor, initial_residual: Tensor | None) -> list[PreparedLaunch]:
     """The launches for such arguments, checked and planned."""
     check_matrix("x", x, "M", "K")
     (M, K), kinds, prepared = x.shape, {}, []
@@ -346,10 +346,10 @@ def _prepared(siblings: Sequence[DownGradients], x: Tensor, initial_residual: Te
         _check(sibling, x, initial_residual)
         r = sibling.u.shape[1]
         if M == 0 or K == 0 or r == 0:
-            prepared.append(Kind([i], None, False, False, [(1, r, K)]))
+            prepared.append(PreparedLaunch([i], None, False, False, [(1, r, K)]))
         else:
             kinds.setdefault(sibling.kind, []).append(i)
-    return prepared + [_of_kind(own, siblings, x, initial_residual) for own in kinds.values()]
+    return prepared + [_prepared_for(own, siblings, x, initial_residual) for own in kinds.values()]
 
 
 def _check(sibling: DownGradients, x: Tensor, initial_residual: Tensor | None) -> None:
@@ -363,7 +363,7 @@ def _check(sibling: DownGradients, x: Tensor, initial_residual: Tensor | None) -
         check_matrix("initial_residual", initial_residual, *x.shape, "x")
 
 
-def _of_kind(places: list[int], siblings: Sequence[DownGradients], x: Tensor, h0: Tensor | None) -> Kind:
+def _prepared_for(places: list[int], siblings: Sequence[DownGradients], x: Tensor, h0: Tensor | None) -> PreparedLaunch:
     own = [siblings[i] for i in places]
     (M, K), ranks = x.shape, tuple(sibling.u.shape[1] for sibling in own)
     kind = own[0].kind
@@ -372,9 +372,9 @@ def _of_kind(places: list[int], siblings: Sequence[DownGradients], x: Tensor, h0
     target = targets.target_of(x.device)
     chosen = plan(ranks, x.dtype, h0_dtype, kind, target, float32_is_exact())
     product, product_h = chosen.product, chosen.product_h
-    rates = [drawn(sibling.dropout_p) for sibling in own]
+    rates = [keep_from_and_scale(sibling.dropout_p) for sibling in own]
 
-    def prepare(config: dict[str, int]) -> Kind:
+    def prepare(config: dict[str, int]) -> PreparedLaunch:
         BR = config["BR"]
         programs = chosen.programs * target.multiprocessors
         tiles, parts, steps = cut(M, K, chosen.columns, config["BM"], config["BK"], BR, programs)
@@ -406,7 +406,7 @@ def _of_kind(places: list[int], siblings: Sequence[DownGradients], x: Tensor, h0
             **config,
         }
         launch = Launch(down_weight_gradient_kernel, (tiles * parts,), x.device, arguments)
-        return Kind(places, launch, mixes, drops, [(parts, r, K) for r in ranks])
+        return PreparedLaunch(places, launch, mixes, drops, [(parts, r, K) for r in ranks])
 
     key = ("weight gradient", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
     return prepare(tuned(key, chosen.config, lambda config: _parts(prepare(config), siblings, x, h0), "BM"))

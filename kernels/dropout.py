@@ -6,8 +6,8 @@ A kernel hashes the rows of its tile once and asks for the mask of each tile alo
     b_keep = keep_tile(row1, row2, col_key1, col_key2, o_k + i_k * BK, keep_from)   # [BM, BK], in the loop
     b_x = b_x.to(DOT_DTYPE) * b_keep.to(DOT_DTYPE)  # times 0 or 1: NaN under the mask stays NaN
 
-and multiplies by ``scale`` once, at the end. ``keep_from`` and ``scale`` come from :func:`drawn`. The product is taken
-in DOT_DTYPE because the interpreter multiplies the raw bits of bfloat16.
+and multiplies by ``scale`` once, at the end; ``keep_from`` and ``scale`` come from :func:`keep_from_and_scale`. The
+product is taken in DOT_DTYPE because the interpreter multiplies the raw bits of bfloat16.
 """
 
 import math
@@ -18,11 +18,11 @@ import triton.language as tl
 
 
 @cache
-def drawn(p: float) -> tuple[int, float]:
-    """What a kernel needs of the rate ``p``, in [0, 1): ``keep_from``, an int32, and ``scale``, ``1 / (1 - p')``.
+def keep_from_and_scale(p: float) -> tuple[int, float]:
+    """``keep_from``, an int32, and ``scale``, ``1 / (1 - p')``, for the probability ``p``, in [0, 1).
 
-    p' is the rate that is drawn, ``T / 65536`` with ``T = min(floor(65536 p + 1/2), 65535)``. A 16-bit decision keeps
-    an element from ``T - 2^15`` up; ``keep_from`` is that number in the high half of a word.
+    p' is p on the grid of 16-bit decisions, ``T / 65536`` with ``T = min(floor(65536 p + 1/2), 65535)``. An element is
+    kept if its decision is at least ``T - 2^15``; ``keep_from`` is that number in the high half of a word.
     """
     threshold = min(math.floor(p * 2**16 + 0.5), 2**16 - 1)
     return (threshold - 2**15) * 2**16, 1 / (1 - threshold / 2**16)
@@ -75,7 +75,7 @@ def keep_tile(
     col_key1,
     col_key2,
     o_k,  # int32, [BK]: the columns
-    keep_from,  # see drawn
+    keep_from,  # see keep_from_and_scale
 ):
     """True where an element is kept, [BM, BK]."""
     col1, col2 = column_hashes(o_k, col_key1, col_key2)

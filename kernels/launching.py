@@ -1,9 +1,9 @@
-"""Launches that repeat: host time is what small models and short batches wait for.
+"""Launches with cached preparation, to save host time, which is what small models and short batches wait for.
 
-Step after step a layer launches the same but for the tensors. So a launcher keeps, by the shapes, strides, dtypes and
-flags of its arguments, what follows from them: the checks that passed, the plan, the grid and every argument that is no
-tensor. And of what Triton found for such a launch the binary is kept: to bind and look at some 35 arguments again takes
-Triton a multiple of what all the rest of a launch takes.
+In each step a layer makes the same launches on other tensors. A launcher caches what follows from the shapes, strides,
+dtypes and flags of its arguments: the checks that passed, the plan, the grid, and every argument that is not a tensor.
+The binary that Triton compiled for such a launch is cached too: for Triton, binding and inspecting some 35 arguments
+again takes several times as long as the rest of a launch.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from triton.runtime import jit
 
 from . import autotune
 
-#: Of one launcher: enough for a model's layers and some dozens of lengths of batches.
+#: Entries of one cache: enough for a model's layers at some dozens of batch lengths.
 KEPT = 1024
 
 _lock = threading.Lock()
-_all: list[Launches] = []
+_all: list[BoundedCache] = []
 
 
-class Launches:
-    """What a launcher prepared, by all that it depends on; the oldest makes room."""
+class BoundedCache:
+    """A dictionary of at most ``KEPT`` entries: launches, tapes or calls, by all that they depend on."""
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, Any] = {}
@@ -38,7 +38,7 @@ class Launches:
         _all.append(self)
 
     def keep(self, key: Hashable, prepared: Any) -> Any:
-        """Returns what it keeps. Nothing is kept where tiles are tuned, as a launch in a captured graph is not."""
+        """Returns what it keeps. Keeps nothing under autotuning, as launches that a CUDA graph captures are untuned."""
         if not autotune.ENABLED:
             with _lock:
                 if len(self._kept) >= KEPT and key not in self._kept:
@@ -48,33 +48,33 @@ class Launches:
 
 
 def forget_launches() -> None:
-    """Of every launcher: for tests that replace a plan or a kernel, which no key knows of."""
+    """Clear every cache: for tests that replace a plan or a kernel, which are not part of the keys."""
     with _lock:
         for launches in _all:
             launches._kept.clear()
 
 
-def form(tensor: Tensor | None) -> Hashable:
-    """What a launch depends on of a tensor, beside the alignment of its pointer.
+def tensor_key(tensor: Tensor | None) -> Hashable:
+    """dtype, shape, strides and device index (-1: CPU): a launch depends on these and on the pointer's alignment.
 
-    Of the device its number, -1 of a CPU: the first launch of a form is Triton's, which refuses what is elsewhere.
+    The device's type is not needed: Triton makes the first launch for a key, and refuses tensors of other types.
     """
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
 
 
-def form_of_value(value: float | Tensor) -> Hashable:
-    """Likewise, of what may be a number."""
-    return form(value) if isinstance(value, Tensor) else value
+def value_key(value: float | Tensor) -> Hashable:
+    """:func:`tensor_key` of a tensor; a number is its own key."""
+    return tensor_key(value) if isinstance(value, Tensor) else value
 
 
 class Launch:
-    """A launch but for its tensors, on one device.
+    """A launch without its tensors, on one device.
 
     Args:
         kernel: the kernel.
         grid: its programs.
         device: of the tensors: Triton launches on the current device, which may be another.
-        arguments: those that are no tensors, and Triton's options.
+        arguments: those that are not tensors, and Triton's options.
     """
 
     __slots__ = ("_arguments", "_device", "_found", "_grid", "_kernel", "_programs", "_rest")
@@ -87,7 +87,7 @@ class Launch:
         self._rest: tuple = ()
 
     def __call__(self, **tensors: Any) -> None:
-        """Launch. The tensors, tuples of them, numbers that might be one, and None: the kernel's first parameters."""
+        """Launch, given the kernel's first parameters: tensors, tuples of them, None, or numbers in their place."""
         if _recording.launches is not None:
             _recording.launches.append((self, tensors))
         if self._device is None or self._device == torch.cuda.current_device():
@@ -105,7 +105,7 @@ class Launch:
             if found is not None:
                 _, run, function, metadata = found
                 stream = driver.get_current_stream(device)
-                # None: what hooks, of which there are none, would get
+                # None, three times: what launch hooks would get
                 run(*self._programs, stream, function, metadata, None, None, None, *values, *self._rest)
                 return
         kernel = self._kernel[self._grid](**tensors, **self._arguments)
@@ -113,24 +113,25 @@ class Launch:
             self._keep(kernel, tensors)
 
     def direct(self, tensors: dict[str, Any]) -> tuple | None:
-        """How it is launched directly, on the current device, with tensors that it was launched with; None: not at all.
+        """How to launch directly, on the current device, with tensors that it was launched with before.
 
-        Triton's function, the programs, the binary's function and metadata, and the arguments that are no tensors.
+        Triton's function, the programs, the binary's function and metadata, and the arguments that are not tensors;
+        None: it cannot.
         """
         found = self._found.get((jit.driver.active.get_current_device(), _addresses(tensors.values())[1]))
         return None if found is None else (found[1], self._programs, *found[2:], self._rest)
 
     @property
     def hooks(self) -> list[Any]:
-        """The kernel's own hooks, which come and go."""
+        """The kernel's own hooks, which users add and remove."""
         return self._kernel.pre_run_hooks
 
     def _keep(self, kernel: CompiledKernel, tensors: dict[str, Any]) -> None:
-        """Keep the binary for launches that differ in nothing that Triton would look at.
+        """Keep the binary for launches that Triton would compile alike.
 
-        Which is dtypes, what numbers are 1 or divisible by 16, constants and options, all of them fixed here; the
-        device and whether each pointer is aligned, in the key; and what `_binary_is_all` asks for. AMD's backend looks
-        also at the size of each storage, so that there every launch is Triton's own.
+        Triton looks at dtypes, at which numbers are 1 or divisible by 16, at constants and options, all fixed here; at
+        the device and at whether each pointer is aligned, which are in the key; and at what `_binary_is_all` asks for.
+        AMD's backend also looks at the size of each storage: there every launch is Triton's own.
         """
         function = self._kernel
         if not isinstance(function, jit.JITFunction) or kernel.metadata.target.backend != "cuda":
@@ -153,7 +154,7 @@ _recording = _Recording()
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[Launch, dict[str, Any]]]]:
-    """The launches of this thread inside, with their tensors, which it keeps, so that no two have one address."""
+    """The launches of this thread inside, with their tensors, which it keeps alive, so that no address is reused."""
     launches: list[tuple[Launch, dict[str, Any]]] = []
     _recording.launches = launches
     try:
@@ -167,10 +168,9 @@ def no_launch(**tensors: Any) -> None:
 
 
 def _addresses(values: Iterable[Any]) -> tuple[list[Any], int]:
-    """The values with addresses in place of tensors, and a bit for each: whether it is a multiple of 16.
+    """The values with addresses in place of tensors, and a bit for each address: whether it is a multiple of 16.
 
-    Which is all that Triton compiles for. It takes an address as it takes a tensor, but asks the driver no questions
-    about it.
+    Triton compiles for these bits only. It takes an address like a tensor, without asking the driver about it.
     """
     found: list[Any] = []
     bits = 1
@@ -194,8 +194,8 @@ def _addresses(values: Iterable[Any]) -> tuple[list[Any], int]:
     return found, bits
 
 
-#: The versions whose `JITFunction.run` was read: it ends in the very call that `Launch` makes. With others, and where
-#: somebody has replaced it before this import, every launch is Triton's own.
+#: Known versions, whose `JITFunction.run` ends in the very call that `Launch` makes. With others, and where it was
+#: replaced before this import, every launch is Triton's own.
 _RUN = getattr(jit.JITFunction, "run", None)
 _DIRECT = (
     (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
@@ -207,12 +207,12 @@ _DIRECT = (
 
 
 def _binary_is_all(kernel: Any) -> bool:
-    """Whether nobody watches launches, or asks for other binaries than usual: profilers, sanitizers, debuggers."""
+    """Whether no profiler, sanitizer or debugger watches launches, or asks for other binaries than usual."""
     return not kernel.pre_run_hooks and type(kernel).run is _RUN and _nobody_watches()
 
 
 def _nobody_watches() -> bool:
-    """Likewise, of all kernels."""
+    """:func:`_binary_is_all`, as far as it concerns all kernels."""
     runtime, compilation = knobs.runtime, knobs.compilation
     return not (
         getattr(runtime.launch_enter_hook, "calls", True)
@@ -225,5 +225,5 @@ def _nobody_watches() -> bool:
 
 
 def direct() -> bool:
-    """Whether launches are handed to the driver directly, but for kernels that have hooks of their own."""
+    """Whether launches go to the driver directly, except for kernels that have hooks of their own."""
     return _DIRECT and jit.JITFunction.run is _RUN and _nobody_watches()

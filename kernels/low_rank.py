@@ -19,7 +19,7 @@ from . import targets
 from .autotune import tuned
 from .checks import check_bias, check_dtype, check_matrix, check_one_value
 from .down import down_parts
-from .launching import Launch, Launches, form, form_of_value
+from .launching import BoundedCache, Launch, tensor_key, value_key
 from .precision import float32_is_exact, split_dot
 from .siblings import DownProjection, UpProjection
 from .targets import cdiv
@@ -131,9 +131,14 @@ def low_rank_siblings(
     if len(ups) != len(siblings):
         raise ValueError(f"{len(siblings)} siblings and {len(ups)} up-projections: pass one for each")
     parts, device = down_parts(x, siblings, initial_residual), x.device
-    of_ups = tuple([(form(of.lora_b), form_of_value(of.scaling), form(of.lora_bias), form(of.base_bias)) for of in ups])
-    of_parts = tuple([(of.shape, of.stride(0)) for of in parts])
-    key = (of_ups, of_parts, dtype, device, targets.target_of(device), float32_is_exact())
+    up_keys = tuple(
+        [
+            (tensor_key(up.lora_b), value_key(up.scaling), tensor_key(up.lora_bias), tensor_key(up.base_bias))
+            for up in ups
+        ]
+    )
+    part_keys = tuple([(part.shape, part.stride(0)) for part in parts])
+    key = (up_keys, part_keys, dtype, device, targets.target_of(device), float32_is_exact())
     ys = [torch.empty((x.shape[0], up.lora_b.shape[0]), dtype=dtype, device=device) for up in ups]
     launches = _launches.get(key)
     if launches is None:
@@ -143,7 +148,7 @@ def low_rank_siblings(
     return ys
 
 
-_launches = Launches()
+_launches = BoundedCache()
 
 
 def _launch(launch: Launch, parts: Sequence[Tensor], ups: Sequence[UpProjection], ys: Sequence[Tensor]) -> None:

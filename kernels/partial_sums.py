@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import Launch, Launches
+from .launching import BoundedCache, Launch
 from .targets import cdiv
 
 BLOCK = 256  # elements to a program
@@ -85,7 +85,7 @@ def sum_parts(parts: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | Non
     return totals
 
 
-_launches = Launches()
+_launches = BoundedCache()
 
 
 def _prepared(

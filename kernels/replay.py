@@ -1,12 +1,12 @@
-"""What launches the same again, launched without asking the launchers: host time is what small models wait for.
+"""Recorded launches: repeats the launches of a forward or backward without the launchers, to save host time.
 
-A forward or a backward is some launches on tensors that it is given, that it returns, and that live in between. When it
-first runs with arguments of some form, its launches are recorded: of each argument whether it is a given tensor, a part
-of a returned one, or scratch. From then on it allocates what it returns, all scratch at once, and hands the driver
-addresses. Neither plans, nor checks, nor keys of single launches are looked at again, as all of them follow from the
-form.
+A forward or a backward is a few launches on tensors that it gets, that it returns, and scratch between them. When it
+first runs with tensors of certain shapes, strides and dtypes, its launches are recorded as a `Tape`, which knows of
+each argument whether it is a given tensor, a part of a returned one, or scratch. From then on the tape allocates the
+returned tensors, and all scratch at once, and passes addresses to the driver. Plans, checks and the keys of single
+launches follow from the shapes, strides and dtypes, and are not looked at again.
 
-Only where every launch is direct (`launching.py`), and where nothing but launches computes.
+This holds only where every launch is direct (`launching.py`), and where nothing but launches computes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import jit
 
 from . import autotune, launching
-from .launching import Launch, Launches
-from .picking import picker
+from .launching import BoundedCache, Launch
 from .targets import cdiv
+from .tuple_getter import tuple_getter
 
 aten = torch.ops.aten
 
-#: torch's operations that compute nothing: those that allocate, and those that make views.
+#: torch's operations that compute nothing: allocations, and views.
 _ALLOCATE = {
     aten.empty.memory_format,
     aten.empty_like.default,
@@ -54,15 +54,15 @@ _UNKNOWN: Any = object()
 
 
 def replayed(
-    tapes: Launches, key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Sequence[Tensor | None]]
+    tapes: BoundedCache, key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Sequence[Tensor | None]]
 ) -> Sequence[Tensor | None]:
-    """What ``compute`` returns: by its launches alone, once they are recorded.
+    """What ``compute`` returns: by its recorded launches, from the second call on.
 
     Args:
-        tapes: where they are kept.
-        key: all that the launches depend on, which is also the form of each tensor (`launching.form`).
-        tensors: all that ``compute`` reads, each by its address.
-        compute: returns fresh tensors, or None in their places; the same ones for the same key.
+        tapes: the tapes recorded so far.
+        key: all that the launches depend on, with the `launching.tensor_key` of each tensor.
+        tensors: all tensors that ``compute`` reads.
+        compute: calls launchers, and returns new tensors, or None in their places; which, depends on the key only.
     """
     if not runs_now():
         return compute()
@@ -74,21 +74,21 @@ def replayed(
 
 
 def runs_now() -> bool:
-    """Whether tapes may run, and be made."""
+    """Whether tapes may be recorded and run."""
     return launching.direct() and not autotune.ENABLED and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _recorded(
-    tapes: Launches, key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Sequence[Tensor | None]]
+    tapes: BoundedCache, key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Sequence[Tensor | None]]
 ) -> Sequence[Tensor | None]:
-    """What ``compute`` returns. Keeps its tape, or None if there is none; nothing where another call may tell more."""
+    """What ``compute`` returns. Keeps its tape, or None if it can have none; nothing if a later call may record one."""
     given = [tensor for tensor in tensors if tensor is not None]
     index = given[0].device.index
     if index is not None and index != torch.cuda.current_device():
         return compute()
     addresses = {tensor.data_ptr() for tensor in given}
     if len(addresses) < len(given) or 0 in addresses:
-        return compute()  # two that are one here (h0 and the first layer's x) need not be one elsewhere
+        return compute()  # two tensors at one address (h0 and the first layer's x) may be distinct in the next call
     with _Watch() as watch, launching.recorded() as launches:
         outputs = compute()
     tapes.keep(key, None if watch.computed else _Taping(tensors, watch.allocated).tape(launches, outputs))
@@ -96,7 +96,7 @@ def _recorded(
 
 
 class _Watch(TorchDispatchMode):
-    """Notes what is allocated, by the addresses of storages, and whether anything but launches computes."""
+    """Notes the addresses of allocated storages, and whether anything but launches computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,15 +115,15 @@ class _Watch(TorchDispatchMode):
 class Tape:
     """Launches, and where their arguments come from.
 
-    Addresses are numbered: the given tensors', then those of returned tensors and of parts of scratch.
+    Addresses are numbered: first those of the given tensors, then those in the buffers that the tape allocates.
 
     Args:
-        launches: of each: itself, how it is launched directly, and the arguments, with numbers in place of addresses.
-        alignment: of the given tensors, as :func:`_alignment` has it, and None where none is given.
+        launches: each launch, what `Launch.direct` returned for it, and its arguments, with numbers for addresses.
+        alignment: of each given tensor, as :func:`_alignment` has it; None where none is given.
         device: of the tensors.
-        buffers: shape and dtype of what is allocated, scratch the last.
-        addresses: of each number behind the given tensors': its buffer, and how many bytes from its start.
-        outputs: of what is returned: its buffer and, unless it is all of it, shape, strides and offset.
+        buffers: shape and dtype of each buffer to allocate; the last is scratch.
+        addresses: of each number after those of given tensors: its buffer, and the offset in bytes.
+        outputs: of each returned tensor its buffer and, unless it is all of it, shape, strides and offset.
     """
 
     __slots__ = (
@@ -142,15 +142,15 @@ class Tape:
     ) -> None:
         self._device = jit.driver.active.get_current_device()
         given = [i for i, aligned in enumerate(alignment) if aligned is not None]
-        self._pick_given = picker(given)
+        self._pick_given = tuple_getter(given)
         self._alignment = [aligned for aligned in alignment if aligned is not None]
         self._aligned = all(self._alignment)
         self._allocate = _empty_strided_of(device.type)
         self._buffers = [(shape, torch.empty(shape, device="meta").stride(), dtype) for shape, dtype in buffers]
-        self._pick_starts = picker([buffer for buffer, _ in addresses])
+        self._pick_starts = tuple_getter([buffer for buffer, _ in addresses])
         self._offsets = tuple(offset for _, offset in addresses)
-        # Everything has its place in one tuple, from which one call picks all arguments of a launch: the addresses that
-        # are given, those of what is allocated, constants, and tuples of these.
+        # One tuple holds all values, so that one call picks the arguments of a launch: given addresses, those in
+        # allocated buffers, constants, and tuples of these.
         place_of = {number: place for place, number in enumerate(given)}
         place_of |= {len(alignment) + i: len(given) + i for i in range(len(addresses))}
         constants: list[Any] = []
@@ -175,18 +175,18 @@ class Tape:
         for number, (i, j, _) in enumerate(tuples):
             placed[i][j] = first + len(constants) + number
         self._constants = tuple(constants)
-        self._pick_tuples = [picker(of) for *_, of in tuples]
+        self._pick_tuples = [tuple_getter(of) for *_, of in tuples]
         self._launches = [
-            (run, programs, (function, metadata, None, None, None), picker(of), rest)
+            (run, programs, (function, metadata, None, None, None), tuple_getter(of), rest)
             for (_, (run, programs, function, metadata, rest), _), of in zip(launches, placed, strict=True)
         ]
         self._hooks = [launch.hooks for launch, *_ in launches]
-        self._alive = [launch for launch, *_ in launches]  # and with them the binaries, which Triton may unload
-        self._pick_outputs = picker([len(buffers) if of is None else of[0] for of in outputs])
+        self._alive = [launch for launch, *_ in launches]  # they keep the binaries, which Triton may unload otherwise
+        self._pick_outputs = tuple_getter([len(buffers) if of is None else of[0] for of in outputs])
         self._views = [(i, of[1]) for i, of in enumerate(outputs) if of is not None and of[1] is not None]
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-        """What is returned for given tensors of the recorded form; None where these launches are not for them."""
+        """The returned tensors, for given ones with the recorded key; None where the launches do not fit these."""
         driver = jit.driver.active
         device = driver.get_current_device()
         given = tuple(map(_data_ptr, self._pick_given(tensors)))
@@ -213,7 +213,7 @@ _data_ptr = torch.Tensor.data_ptr
 
 
 def _empty_strided_of(device_type: str) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
-    """Allocates on the current device of a kind; what Inductor's code calls, in half of the time, where there is it."""
+    """Allocates on the current device of a type: by the function that Inductor's code calls, in half of the time."""
     fast = getattr(getattr(torch._C._dynamo, "guards", None), f"_empty_strided_{device_type}", None)
     if fast is not None:
         return fast
@@ -226,11 +226,11 @@ def _alignment(addresses: Sequence[int]) -> list[bool]:
 
 
 class _Taping:
-    """Makes a tape: who is who among the addresses.
+    """Makes a tape: tells which tensor each address of a launch belongs to.
 
     Args:
-        tensors: those that are given.
-        allocated: the storages that are not.
+        tensors: the given tensors.
+        allocated: the addresses of the storages that were allocated.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], allocated: set[int]) -> None:
@@ -247,7 +247,7 @@ class _Taping:
         self._places: list[tuple[int, int]] = []
 
     def tape(self, launches: list[tuple[Launch, dict[str, Any]]], outputs: Sequence[Tensor | None]) -> Tape | None:
-        """None where it cannot be told where an argument comes from, or where Triton must launch by itself."""
+        """None where the origin of an argument is unknown, or where a launch cannot be direct."""
         try:
             made = [None if output is None else self._output(output) for output in outputs]
             taped = [(launch, self._direct(launch, of), self._arguments(of)) for launch, of in launches]

@@ -1,6 +1,6 @@
-"""What one of several layers that share x and h0 brings to a pass over them. Needs torch only, not Triton.
+"""The arguments of one layer among siblings, which share x and h0 and a pass over them. Needs torch only, not Triton.
 
-Siblings (q, k and v; gate and up) read the same x, so one pass over it, and over the gradient of it, serves them all.
+Siblings (q, k and v; gate and up) read the same x: one pass over x, and one over its gradient, is enough for all.
 """
 
 from typing import NamedTuple
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def rank_dtype(x_dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.dtype:
-    """Of t, d and a pre-activation: the 16 bits that x and the adapter share, else float32.
+    """The dtype of t, d and the pre-activation: x's and the adapter's if they are the same, else at least float32.
 
-    As torch's modules have them: the next product rounds t to them anyway, and what overflows float16 there does here.
+    In torch's modules they have x's dtype too: the next product rounds t to it anyway, and float16 overflows alike.
     """
     if x_dtype == adapter_dtype:
         return adapter_dtype
@@ -72,7 +72,7 @@ class UpGradients(NamedTuple):
 
 
 class DownGradients(NamedTuple):
-    """``dA = u^T drop(x~)``, and the share of ``dx~ = drop'(u A)`` that goes to x and to h0."""
+    """``dA = u^T drop(x~)``, and ``dx~ = drop'(u A)``, of which x gets 1 - lambda and h0 lambda."""
 
     u: Tensor  # [M, r], the gradient of t
     lora_a: Tensor | None  # [r, K]; may be None where no gradient of x or h0 is wanted
@@ -84,7 +84,7 @@ class DownGradients(NamedTuple):
 
     @property
     def mixes(self) -> bool:
-        """Whether h0 has a share."""
+        """Whether h0 gets a gradient."""
         return isinstance(self.lambda_, Tensor) or self.lambda_ != 0
 
     @property

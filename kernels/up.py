@@ -25,7 +25,7 @@ from torch import Tensor
 from . import targets
 from .autotune import tuned
 from .checks import check_bias, check_dtype, check_low_rank, check_matrix, check_one_value
-from .launching import Launch, Launches, form, form_of_value, no_launch
+from .launching import BoundedCache, Launch, no_launch, tensor_key, value_key
 from .precision import Operands, float32_is_exact, operands, split_dot
 from .targets import Target, cdiv
 
@@ -205,7 +205,7 @@ def add_up(
     return _launch(t, lora_b, scaling, base.dtype, lora_bias, None, base)
 
 
-_launches = Launches()
+_launches = BoundedCache()
 
 
 def _launch(
@@ -218,8 +218,8 @@ def _launch(
     base: Tensor | None,
 ) -> Tensor:
     device = t.device
-    of_matrices = form(t), form(lora_b), form(base), dtype
-    of_vectors = form_of_value(scaling), form(lora_bias), form(base_bias)
+    of_matrices = tensor_key(t), tensor_key(lora_b), tensor_key(base), dtype
+    of_vectors = value_key(scaling), tensor_key(lora_bias), tensor_key(base_bias)
     key = (of_matrices, of_vectors, device, targets.target_of(device), float32_is_exact())
 
     def run(launch: Callable[..., None]) -> Tensor:

@@ -22,7 +22,7 @@ from . import targets
 from .activations import activate, activate_parts, activation_gradient, activation_gradient_of_parts
 from .autotune import tuned
 from .checks import check_activation, check_dtype, check_low_rank, check_matrix, check_one_value
-from .launching import Launch, Launches, form, form_of_value
+from .launching import BoundedCache, Launch, tensor_key, value_key
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, split_dot
 from .siblings import UpGradients
@@ -214,14 +214,14 @@ def _check(sibling: UpGradients) -> None:
     check_matrix("grad_y", grad_y, t.shape[0] if reads_t else "M", lora_b.shape[0], "t and lora_b")
 
 
-_launches = Launches()
+_launches = BoundedCache()
 
 
 def _launch(sibling: UpGradients) -> UpResults:
     """Each result in parts, of which there is a first dimension."""
     grad_y, t, lora_b, scaling, wants_u, grad_dtype, wants_sum, activation = sibling
     device = grad_y.device
-    of_tensors = form(grad_y), form(t), form(lora_b), form_of_value(scaling)
+    of_tensors = tensor_key(grad_y), tensor_key(t), tensor_key(lora_b), value_key(scaling)
     wanted = wants_u, grad_dtype, wants_sum, activation
     key = (of_tensors, wanted, device, targets.target_of(device), float32_is_exact())
     prepared = _launches.get(key)

@@ -9,7 +9,7 @@ from sibo_triton.kernels import replay, targets
 from sibo_triton.kernels.down import down_activated_siblings, down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
-from sibo_triton.kernels.launching import Launches
+from sibo_triton.kernels.launching import BoundedCache
 from sibo_triton.kernels.low_rank import low_rank_siblings
 from sibo_triton.kernels.precision import float32_is_exact
 from sibo_triton.kernels.siblings import DownGradients
@@ -83,11 +83,11 @@ def _with_forms(key: Hashable, tensors: Sequence[Tensor | None]) -> Hashable:
     first = tensors[0]
     assert first is not None
     device = first.device
-    # `form` of each, without the calls
+    # `tensor_key` of each, without the calls
     forms = tuple([None if of is None else (of.dtype, of.shape, of.stride(), of.get_device()) for of in tensors])
     return key, forms, device, targets.target_of(device), float32_is_exact()
 
 
-_tapes = Launches()
+_tapes = BoundedCache()
 #: `ops/repeated.py`'s, which are forgotten with the launches that they repeat.
-calls = Launches()
+calls = BoundedCache()

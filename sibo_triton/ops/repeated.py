@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sibo_triton.kernels.picking import picker
+from sibo_triton.kernels.tuple_getter import tuple_getter
 from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import KEPT_PER_LAYER, Node, applied, gradients, kept_of, node_of, saved_of
@@ -174,7 +174,7 @@ class _Read:
     ) -> None:
         self._tape = tape
         given = {id(cast): tensor for tensor, cast in casts}
-        self._pick = picker(_places([given.get(id(tensor), tensor) for tensor in read], among))
+        self._pick = tuple_getter(_places([given.get(id(tensor), tensor) for tensor in read], among))
         self._casts = [(i, tensor.dtype) for i, tensor in enumerate(read) if id(tensor) in given]
 
     def __call__(self, tensors: tuple) -> list[Tensor | None] | None:
@@ -238,8 +238,8 @@ class CallWithGradients:
     """
 
     def __init__(self, forward: Call, node: Node, keeps: list[int], is_kept: list[bool], wants: list[int]) -> None:
-        self.node, self.forward, self.keeps = node, forward, picker(keeps)
-        self._is_kept, self._wants = is_kept, picker(wants)
+        self.node, self.forward, self.keeps = node, forward, tuple_getter(keeps)
+        self._is_kept, self._wants = is_kept, tuple_getter(wants)
         self._backwards: dict[Hashable, _Backward] = {}
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
@@ -299,7 +299,7 @@ class _Backward:
             "lora_a": lambda i: len(_SHARED) + i,
             "lora_b": lambda i: len(_SHARED) + count + PER_LAYER * i + 1,
         }
-        self._places = picker([by_field[Inputs._fields[field]](i) for i, field in node.places])
+        self._places = tuple_getter([by_field[Inputs._fields[field]](i) for i, field in node.places])
 
     def __call__(self, kept: Sequence[Any], gs: list[Tensor], leading: torch.Size) -> Sequence[Tensor | None] | None:
         results = self._launches((*gs, *kept, None))

@@ -15,7 +15,7 @@ from kernel_launches import Up, name_of
 from triton import knobs
 
 from sibo_triton.kernels import launching
-from sibo_triton.kernels.launching import KEPT, Launches, forget_launches
+from sibo_triton.kernels.launching import KEPT, BoundedCache, forget_launches
 from sibo_triton.kernels.up import up_kernel
 
 pytestmark = pytest.mark.skipif(
@@ -106,7 +106,7 @@ def test_a_kernel_that_does_not_fit_raises_on_every_launch():
 
 
 def test_the_oldest_makes_room():
-    launches = Launches()
+    launches = BoundedCache()
     for i in range(KEPT + 1):
         assert launches.keep(i, f"launch {i}") == f"launch {i}"
     assert launches.get(0) is None and launches.get(1) == "launch 1" and launches.get(KEPT) == f"launch {KEPT}"

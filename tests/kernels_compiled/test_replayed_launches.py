@@ -147,9 +147,9 @@ def test_a_layer_with_its_frozen_weight_is_not_taken_for_one_without(with_weight
 def test_what_lies_on_another_device_is_of_another_form():
     """So that its first launch is Triton's, which refuses it: addresses are not looked at again."""
     if not torch.cuda.is_available():
-        assert launching.form(torch.empty(1))[-1] == -1
+        assert launching.tensor_key(torch.empty(1))[-1] == -1
     else:
-        assert launching.form(torch.empty(1)) != launching.form(torch.empty(1, device="cuda"))
+        assert launching.tensor_key(torch.empty(1)) != launching.tensor_key(torch.empty(1, device="cuda"))
 
 
 def test_another_alignment_and_hooks_are_left_to_the_launchers(monkeypatch):
@@ -183,7 +183,7 @@ def test_what_torch_computes_too_is_not_replayed():
         def launched(of):
             return down_siblings(of, [DownProjection(lora_a)])[0][0]
 
-        tapes = launching.Launches()
+        tapes = launching.BoundedCache()
         for compute in (lambda: [launched(x), x * 2], lambda: [launched(other)]):
             for key in (1, 1):
                 replay.replayed(tapes, key, [x, lora_a], compute)

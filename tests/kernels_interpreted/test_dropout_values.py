@@ -10,7 +10,7 @@ import triton.language as tl
 
 from sibo_triton import reference
 from sibo_triton.dropout import dropout_threshold
-from sibo_triton.kernels.dropout import drawn, dropout_rows, keep_tile
+from sibo_triton.kernels.dropout import dropout_rows, keep_from_and_scale, keep_tile
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def kernel_mask(rows, cols, p, seed, row_offset=0, col_offset=0, bm=64, bk=64):
     mask_kernel[(triton.cdiv(rows, bm),)](
         p_seed=torch.tensor([seed]),
         p_mask=mask,
-        keep_from=drawn(p)[0],
+        keep_from=keep_from_and_scale(p)[0],
         row_offset=row_offset,
         col_offset=col_offset,
         M=rows,
@@ -85,7 +85,7 @@ def test_mask_past_2_32(row_offset, col_offset):
 
 @pytest.mark.parametrize("p", [0.0, 1e-9, 2**-17, 0.05, 0.1, 0.5, 0.99, 1 - 1e-12])
 def test_drawn_is_the_references_rate(p):
-    keep_from, scale = drawn(p)
+    keep_from, scale = keep_from_and_scale(p)
     threshold = dropout_threshold(p)
     assert keep_from == (threshold - 2**15) * 2**16 and -(2**31) <= keep_from < 2**31
     if p > 0:
