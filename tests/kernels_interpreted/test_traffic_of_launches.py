@@ -29,7 +29,7 @@ from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
 from sibo_triton.kernels.low_rank import low_rank_siblings
 from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
 from sibo_triton.kernels.up_backward import up_backward_siblings
-from sibo_triton.ops import add_lora, lora_linear
+from sibo_triton.ops import add_lora, lora_linear, lora_linear_group
 
 SM_90 = targets.KNOWN["sm_90"]  # with many multiprocessors, sums are cut into parts
 M, K, N = 80, 200, 270
@@ -134,6 +134,38 @@ def test_a_layer(dtype, adapter_dtype, r, mixes, dropout_p, learns):
     interpreted.assert_as_modelled()
     with FakeTensorMode() as mode, counted(SM_90) as operations:
         run_layer(*(mode.from_tensor(tensor) for tensor in inputs), mixes, dropout_p)
+    assert [of for of in operations if of.grid is not None] == interpreted.launches
+
+
+@pytest.mark.parametrize(("adapter_dtype", "dropout_p"), [(BF16, 0.0), (FP32, 0.05)])
+def test_siblings(adapter_dtype, dropout_p):
+    """Likewise of q, k and v, of which two mix: what they share is launched, and counted, once."""
+    x, h0 = (torch.randn(M, K).to(BF16).requires_grad_() for _ in range(2))
+    layers = []
+    for n, r, mixes in ((N, 16, True), (40, 16, True), (40, 4, False)):
+        weight, a, b = (torch.randn(*shape) for shape in ((n, K), (r, K), (n, r)))
+        layer = {
+            "weight": weight.to(BF16),
+            "lora_a": a.to(adapter_dtype).requires_grad_(),
+            "lora_b": b.to(adapter_dtype).requires_grad_(),
+            "dropout_seed": torch.tensor([n]),
+        }
+        layers.append(layer | ({"initial_residual": h0, "lambda_": 0.3} if mixes else {}))
+
+    def run(x, layers):
+        group = lora_linear_group(x, [{**layer, "scaling": 2.0, "dropout_p": dropout_p} for layer in layers])
+        ys = [group.output(i) for i in range(len(layers))]
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+
+    with Interpreted() as interpreted:
+        run(x, layers)
+    interpreted.assert_as_modelled()
+    with FakeTensorMode() as mode, counted(SM_90) as operations:
+        fake_layers = [
+            {name: value if isinstance(value, float) else mode.from_tensor(value) for name, value in layer.items()}
+            for layer in layers
+        ]
+        run(mode.from_tensor(x), fake_layers)  # of one tensor, as h0, always the same fake one
     assert [of for of in operations if of.grid is not None] == interpreted.launches
 
 
