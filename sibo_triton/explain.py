@@ -75,7 +75,7 @@ class Explanation(list[ModuleExplanation]):
 
     def __str__(self) -> str:
         if not self:
-            return "No LoRA layers."
+            return "No adapters."
         header = ("module", "n", "adapter", "computes", "lambda", "initial residual", "why", "runs")
         groups: dict[tuple, list[ModuleExplanation]] = {}
         for row in self:
