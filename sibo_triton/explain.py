@@ -13,7 +13,7 @@ from torch import nn
 
 from sibo_triton.bottleneck.layer import SiboAdapterLayer, linear_features
 from sibo_triton.bottleneck.model import adapter_layers
-from sibo_triton.bottleneck.paths import obstacle_to_adapter
+from sibo_triton.bottleneck.paths import obstacle_to_bottleneck
 from sibo_triton.initial_residual import InitialResidual
 from sibo_triton.injection.obstacles import obstacle_in_frozen
 from sibo_triton.injection.siblings import siblings_below
@@ -201,7 +201,7 @@ def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | No
 def _speed_of_bottleneck(layer: SiboAdapterLayer, adapter: str) -> tuple[str, str | None, str | None]:
     """`runs`, `backend` and `runs_reason` of a module with a bottleneck adapter."""
     down, up, dropout = layer.modules_of(adapter)
-    obstacle, weight = obstacle_to_adapter(down, up, dropout), down.weight
+    obstacle, weight = obstacle_to_bottleneck(down, up, dropout), down.weight
     path, options = "modules", layer.sibo_adapter_options[adapter]
     if obstacle is None:
         path = "adapter"

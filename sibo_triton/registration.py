@@ -30,7 +30,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from sibo_triton.bottleneck.config import SIBO_ADAPTER_TYPE, SiboAdapterConfig
 from sibo_triton.bottleneck.model import SiboAdapterModel
-from sibo_triton.injection import checkpoints
+from sibo_triton.injection import saved_weights
 from sibo_triton.injection.options import SiboOptions
 from sibo_triton.injection.snapshot import Snapshot, loading
 from sibo_triton.lora import acceleration, refusals
@@ -214,27 +214,27 @@ def _refuse_mixed_model(
 
 def _check_hotswap(original: Callable, old: PeftConfig, new: PeftConfig) -> None:
     original(old, new)
-    checkpoints.check_same_source(old, new)
+    saved_weights.check_same_source(old, new)
 
 
 def _hotswap(original: Callable, model: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    return original(model, checkpoints.without_guard(state_dict), *args, **kwargs)
+    return original(model, saved_weights.without_guard(state_dict), *args, **kwargs)
 
 
 def _get_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     tensors = original(model, *args, **kwargs)
     given = _arguments(original, model, *args, **kwargs)
     model = getattr(model, "_orig_mod", model) if given.get("unwrap_compiled") else model
-    tensors = checkpoints.without_others(model, tensors, given.get("adapter_name", "default"))
-    return checkpoints.with_guard(model, tensors, given.get("state_dict"))
+    tensors = saved_weights.without_others(model, tensors, given.get("adapter_name", "default"))
+    return saved_weights.with_guard(model, tensors, given.get("state_dict"))
 
 
 def _set_state_dict(original: Callable, model: nn.Module, peft_model_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
     adapter_name = _arguments(original, model, peft_model_state_dict, *args, **kwargs).get("adapter_name", "default")
-    checkpoints.check_same_method(model, adapter_name, peft_model_state_dict)
-    checkpoints.check_adapter_mixes(model, adapter_name, peft_model_state_dict)
-    result = original(model, checkpoints.without_guard(peft_model_state_dict), *args, **kwargs)
-    checkpoints.check_all_lambdas_taken(adapter_name, result.unexpected_keys)
+    saved_weights.check_same_method(model, adapter_name, peft_model_state_dict)
+    saved_weights.check_adapter_mixes(model, adapter_name, peft_model_state_dict)
+    result = original(model, saved_weights.without_guard(peft_model_state_dict), *args, **kwargs)
+    saved_weights.check_all_lambdas_taken(adapter_name, result.unexpected_keys)
     return result
 
 
@@ -258,8 +258,8 @@ def _transformers_load(original: Callable, model: nn.Module, state_dict: Any, *a
     adapter_name = _loaded_by_transformers.get()
     if adapter_name is None:  # a base model's weights
         return original(model, state_dict, *args, **kwargs)
-    checkpoints.check_adapter_mixes(model, adapter_name, state_dict)
-    return original(model, checkpoints.without_guard(state_dict), *args, **kwargs)
+    saved_weights.check_adapter_mixes(model, adapter_name, state_dict)
+    return original(model, saved_weights.without_guard(state_dict), *args, **kwargs)
 
 
 def _from_pretrained(original: Callable, cls: type[PeftModel], *args: Any, **kwargs: Any) -> Any:
@@ -288,8 +288,8 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
         result = original(model, *args, **kwargs)
         if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SiboOptions):
             without_value = [*result.missing_keys, *(key for key, *_ in result.mismatched_keys)]
-            checkpoints.check_loaded_lambdas(model, adapter_name, without_value)
-        checkpoints.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
+            saved_weights.check_loaded_lambdas(model, adapter_name, without_value)
+        saved_weights.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
         return result
 
 
@@ -302,7 +302,7 @@ def _config_of_weights(model: Any, adapter_name: str, model_id: Any, hub_kwargs:
         saved = PeftConfig.from_pretrained(model_id, **hub_kwargs)
     except (ValueError, OSError):  # weights alone are enough for PEFT
         return None
-    checkpoints.check_same_source(existing, saved)
+    saved_weights.check_same_source(existing, saved)
     return saved
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from sibo_triton.injection.card import update_model_card
+from sibo_triton.injection.model_card import update_model_card
 from sibo_triton.injection.options import SiboOptions
 from sibo_triton.reference import check_activation
 

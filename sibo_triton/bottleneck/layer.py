@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sibo_triton import reference
 from sibo_triton.bottleneck.config import SiboAdapterConfig
-from sibo_triton.bottleneck.paths import obstacle_to_adapter
+from sibo_triton.bottleneck.paths import obstacle_to_bottleneck
 from sibo_triton.initial_residual.binding import first_hidden_state
-from sibo_triton.injection.obstacles import dropped, obstacle_in_frozen, parameter
+from sibo_triton.injection.obstacles import apply_dropout, obstacle_in_frozen, parameter
 from sibo_triton.injection.siblings import shared_output
 from sibo_triton.injection.sites import (
     BOTTLENECK_LAMBDA_NAME,
@@ -196,14 +196,14 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.sibo_adapter_options]
         return names[0] if len(names) == 1 else None
 
-    def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
+    def tensors_read(self, adapter_name: str) -> list[torch.Tensor]:
         """The weights and biases, lambda where it mixes, and a learnable scaling."""
         down, up, _ = self.modules_of(adapter_name)
         modules = (down, up) if self.sibo_adapter_options[adapter_name].in_front else (down, up, self.base_layer)
         tensors = [parameter(module, name) for module in modules for name in ("weight", "bias")]
         if adapter_name in self.sibo_adapter_lambda:
-            share: Any = self.sibo_adapter_lambda[adapter_name]
-            tensors += share.stored
+            lambda_module: Any = self.sibo_adapter_lambda[adapter_name]
+            tensors += lambda_module.stored
         if adapter_name in self.sibo_adapter_scaling:
             tensors += self.sibo_adapter_scaling[adapter_name].parameters()
         return [tensor for tensor in tensors if tensor is not None]
@@ -213,7 +213,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         name = self.only_active()
         if name is None or self.sibo_adapter_options[name].reads_output:
             return None
-        if obstacle_to_adapter(*self.modules_of(name), x) is not None:
+        if obstacle_to_bottleneck(*self.modules_of(name), x) is not None:
             return None  # `_add_branch` looks again and says it
         if self.sibo_adapter_options[name].in_front:
             return name
@@ -222,7 +222,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
             return name
         if linear_features(self.base_layer) is not None:  # of a sub-layer nobody expects it
             site = self.sibo_sites[name]
-            site.notices.say(site.name, "the frozen layer and its adapter run apart", obstacle)
+            site.notices.warn_once(site.name, "the frozen layer and its adapter run apart", obstacle)
         return None
 
     @staticmethod
@@ -301,18 +301,18 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
     def _add_branch(self, name: str, base: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """``base + g(v)``."""
         down, up, dropout = self.modules_of(name)
-        obstacle = obstacle_to_adapter(down, up, dropout, v)
+        obstacle = obstacle_to_bottleneck(down, up, dropout, v)
         if obstacle is None:
             (arguments,) = self._arguments_of([self], name, v)
             return add_bottleneck(base, v, **arguments)
         site = self.sibo_sites[name]
-        site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
+        site.notices.warn_once(site.name, "the adapter's modules are called one by one", obstacle)
         h0, lambda_ = None, 0.0
         if name in self.sibo_adapter_lambda:
             h0, lambda_ = initial_residual_for(self, name, v), self.sibo_adapter_lambda[name]()
         v_mixed = reference.mix(v.to(down.weight.dtype), h0, lambda_)
         activation = reference.ACTIVATIONS[self.sibo_adapter_options[name].activation]
-        hidden = activation(down(dropped(dropout, v_mixed)))
+        hidden = activation(down(apply_dropout(dropout, v_mixed)))
         return (base + up(hidden) * self.scaling_of(name)).to(base.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:

@@ -15,15 +15,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.bottleneck.layer import SiboAdapterLayer, SubLayer, linear_features, refuse_merge
-from sibo_triton.initial_residual import BlockStack, Feeds, find_block_stacks, trace_feeds
+from sibo_triton.initial_residual import BlockStack, TrialRun, find_block_stacks, trial_run
 from sibo_triton.injection.mixing_modules import (
     Decisions,
     Method,
+    abbreviated,
     bind,
     decide,
     remove_unused_hooks,
     requested_modules,
-    some,
 )
 from sibo_triton.injection.reversible import inject_reversibly, note_config
 from sibo_triton.injection.siblings import attach_siblings, find_siblings
@@ -60,10 +60,10 @@ class SiboAdapterModel(BaseTuner):
                 layer.delete_adapter(adapter_name)  # an earlier one of this name
         requested, known = requested_modules(config)
         known = known and config.target_modules is not None and not _targets_sub_layers(model, config)
-        stacks, feeds = _look_at(model, config)
+        stacks, trial = _look_at(model, config)
         if config.target_modules is None:
-            config.target_modules = _feed_forward_linears(model, stacks, feeds)  # a set, as PEFT has it
-        self._widths = _widths(stacks, feeds)
+            config.target_modules = _feed_forward_linears(model, stacks, trial)  # a set, as PEFT has it
+        self._widths = _widths(stacks, trial)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
         layers = {name: layer for name, layer in adapter_layers(model) if adapter_name in layer.sibo_adapter_options}
@@ -71,7 +71,7 @@ class SiboAdapterModel(BaseTuner):
             raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
         if config.mixes:
             method = _method(adapter_name, config)
-            decisions = decide(layers, requested, stacks, None if known else feeds, method)
+            decisions = decide(layers, requested, stacks, None if known else trial, method)
             if config.side == "output" and requested is None:
                 _refuse_other_widths(layers, decisions, self._widths)
             sites = bind(model, config, layers, decisions, method)
@@ -82,7 +82,7 @@ class SiboAdapterModel(BaseTuner):
         for name, layer in layers.items():
             _install(layer, adapter_name, sites[name], config, train)
         reading_x = ((n, of) for n, of in adapter_layers(model) if not _reads_output(of))
-        attach_siblings(model, find_siblings(reading_x, feeds))
+        attach_siblings(model, find_siblings(reading_x, trial))
 
     def _prepare_adapter_config(self, peft_config: SiboAdapterConfig, model_config: dict) -> SiboAdapterConfig:
         return peft_config  # `_inject` has found the default of target_modules
@@ -199,7 +199,7 @@ def _install(
     layer.sibo_adapter_lambda[adapter_name] = lambda_.requires_grad_(train)
 
 
-def _look_at(model: nn.Module, config: SiboAdapterConfig) -> tuple[list[BlockStack], Feeds]:
+def _look_at(model: nn.Module, config: SiboAdapterConfig) -> tuple[list[BlockStack], TrialRun]:
     """The stacks of blocks, and what a trial run saw."""
     needs_stacks = config.target_modules is None or config.mixes or _targets_sub_layers(model, config)
     try:
@@ -207,8 +207,8 @@ def _look_at(model: nn.Module, config: SiboAdapterConfig) -> tuple[list[BlockSta
     except ValueError:
         if needs_stacks:
             raise
-        return [], Feeds()  # no transformer: every module runs alone
-    return stacks, trace_feeds(model, stacks)  # also of a saved adapter: who shares x is in no file
+        return [], TrialRun()  # no transformer: every module runs alone
+    return stacks, trial_run(model, stacks)  # also of a saved adapter: who shares x is in no file
 
 
 def _targets_sub_layers(model: nn.Module, config: SiboAdapterConfig) -> bool:
@@ -219,16 +219,16 @@ def _targets_sub_layers(model: nn.Module, config: SiboAdapterConfig) -> bool:
     return any(linear_features(module) is None and not isinstance(module, BaseTunerLayer) for _, module in modules)
 
 
-def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], feeds: Feeds) -> set[str]:
+def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: TrialRun) -> set[str]:
     """The default of target_modules."""
     found = [
         name
         for stack in stacks
-        for name in feeds.marks
-        if stack.holds(name) and feeds.reads_into_feed_forward(name, stack)
+        for name in trial.marks
+        if stack.holds(name) and trial.reads_into_feed_forward(name, stack)
     ]
     if not found:
-        problems = "".join(f"; {name}: {problem}" for name, problem in feeds.problems.items())
+        problems = "".join(f"; {name}: {problem}" for name, problem in trial.problems.items())
         raise ValueError(
             f"No linear of a feed-forward network that reads the residual stream was found in {type(model).__name__}"
             f"{problems}. Name the modules in target_modules."
@@ -236,8 +236,8 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], feeds: Fee
     return set(shortest_names(found, [name for name, _ in model.named_modules() if name]))
 
 
-def _widths(stacks: list[BlockStack], feeds: Feeds) -> dict[str, int]:
-    return {stack.name: feeds.widths[stack.name] for stack in stacks if stack.name in feeds.widths}
+def _widths(stacks: list[BlockStack], trial: TrialRun) -> dict[str, int]:
+    return {stack.name: trial.widths[stack.name] for stack in stacks if stack.name in trial.widths}
 
 
 def _method(adapter_name: str, config: SiboAdapterConfig) -> Method:
@@ -255,17 +255,17 @@ def _method(adapter_name: str, config: SiboAdapterConfig) -> Method:
     )
 
 
-def _reads(name: str, layer: SiboAdapterLayer, stack: BlockStack, feeds: Feeds) -> tuple[bool, str]:
-    return feeds.reads(name, stack)
+def _reads(name: str, layer: SiboAdapterLayer, stack: BlockStack, trial: TrialRun) -> tuple[bool, str]:
+    return trial.reads(name, stack)
 
 
-def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, feeds: Feeds) -> tuple[bool, str]:
+def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, trial: TrialRun) -> tuple[bool, str]:
     """Whether what a module returns can be mixed with h0: of the same tokens, and as wide."""
-    _, reason = feeds.reads(name, stack)
-    unknown = name not in feeds.marks or stack.name in feeds.problems or stack.name in feeds.repeated
-    if unknown or feeds.marks[name] - {None, stack.name}:  # of another stack's stream: other tokens
+    _, reason = trial.reads(name, stack)
+    unknown = name not in trial.marks or stack.name in trial.problems or stack.name in trial.repeated
+    if unknown or trial.marks[name] - {None, stack.name}:  # of another stack's stream: other tokens
         return False, reason
-    width = feeds.widths[stack.name]
+    width = trial.widths[stack.name]
     if layer.out_features != width:
         return False, f"returns {layer.out_features} features, and the initial residual of {stack.name} has {width}"
     return True, "returns what is as wide as the residual stream"
@@ -281,7 +281,7 @@ def _refuse_other_widths(layers: dict[str, SiboAdapterLayer], decisions: Decisio
     if others:
         name, reason = next(iter(others.items()))
         raise ValueError(
-            f"side='output': {name} {reason}, so its output cannot be mixed (as of {some(others)}). Use side='input', "
-            "target modules whose output is as wide (down projections), or name those that mix in sibo_target_modules: "
-            "the others then get a plain adapter."
+            f"side='output': {name} {reason}, so its output cannot be mixed (as of {abbreviated(others)}). Use "
+            "side='input', target modules whose output is as wide (down projections), or name those that mix in "
+            "sibo_target_modules: the others then get a plain adapter."
         )

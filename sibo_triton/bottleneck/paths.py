@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from sibo_triton.injection.obstacles import DTYPES, obstacle_in, obstacle_in_dropout, obstacle_of_input
 
 
-def obstacle_to_adapter(
+def obstacle_to_bottleneck(
     down: nn.Module, up: nn.Module, dropout: nn.Module, x: torch.Tensor | None = None
 ) -> str | None:
     """Why the projections and the dropout must be called as modules (for an input x), or None."""

@@ -3,15 +3,15 @@
 from sibo_triton.initial_residual.binding import InitialResidual
 from sibo_triton.initial_residual.hooks import attach, attached, detach
 from sibo_triton.initial_residual.stacks import BlockStack, find_block_stacks
-from sibo_triton.initial_residual.tracing import Feeds, trace_feeds
+from sibo_triton.initial_residual.tracing import TrialRun, trial_run
 
 __all__ = [
     "BlockStack",
-    "Feeds",
+    "TrialRun",
     "InitialResidual",
     "attach",
     "attached",
     "detach",
     "find_block_stacks",
-    "trace_feeds",
+    "trial_run",
 ]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sibo_triton.initial_residual.routes import any_requires_grad, needs_gradient
+from sibo_triton.initial_residual.needs_gradient import any_requires_grad, needs_gradient
 
 
 class Frame:

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from sibo_triton.initial_residual.binding import first_hidden_state
+from sibo_triton.initial_residual.output_uses import OutputUses, is_linear_like
 from sibo_triton.initial_residual.stacks import BlockStack, path_between
-from sibo_triton.initial_residual.uses import OutputUses, is_linear_like
 
 _TOKENS = 5  # a prime that is no common width, so that shapes tell tokens from features
 
@@ -38,13 +38,13 @@ _KEEPING = {
 
 
 @dataclass
-class Feeds:
+class TrialRun:
     """What was seen to feed the modules of the stacks.
 
     Attributes:
         marks: module name -> the streams that its input carried, one entry a call: a stack's name, or None.
         inputs: module name -> a number for the tensor of each call: modules that got the same one have the same number.
-        feed_forward: the linears whose output goes into other linears, token by token (`uses.py`).
+        feed_forward: the linears whose output goes into other linears, token by token (`output_uses.py`).
         widths: stack name -> that of its residual stream.
         problems: stack name -> why it could not be run.
         repeated: the stacks that one sequence passes several times, in calls of their own.
@@ -133,31 +133,31 @@ class _StreamMode(TorchDispatchMode):
         return None
 
 
-def trace_feeds(root: nn.Module, stacks: Sequence[BlockStack]) -> Feeds:
+def trial_run(root: nn.Module, stacks: Sequence[BlockStack]) -> TrialRun:
     """Run `root`, or where that does not reach a stack the model around it, and see what feeds each module.
 
     The model is left as it was: modes and the generators' states are restored, and no gradient is computed.
     """
-    feeds = Feeds()
+    trial = TrialRun()
     for stack in stacks:
-        if any(name.startswith(stack.name + ".") for name in feeds.marks):
+        if any(name.startswith(stack.name + ".") for name in trial.marks):
             continue
         problems: list[str] = []
         for module, inputs in _trial_runs(root, stack):
             try:
-                _run(root, module, inputs, stacks, feeds)
+                _run(root, module, inputs, stacks, trial)
             except Exception as error:  # whatever a foreign model raises on an input it does not like
                 problems.append(f"{type(module).__name__}({', '.join(inputs)}): {type(error).__name__}: {error}")
-            if any(name.startswith(stack.name + ".") for name in feeds.marks):
+            if any(name.startswith(stack.name + ".") for name in trial.marks):
                 break
         else:
             reasons = "; ".join(dict.fromkeys(problem.splitlines()[0][:200] for problem in problems))
             reasons = reasons or "no known kind of input"
-            feeds.problems[stack.name] = reasons
-    return feeds
+            trial.problems[stack.name] = reasons
+    return trial
 
 
-def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[BlockStack], feeds: Feeds) -> None:
+def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[BlockStack], trial: TrialRun) -> None:
     names = {id(submodule): name for name, submodule in root.named_modules()}
     mode, outputs = _StreamMode(), OutputUses()
     seen: dict[str, set] = {stack.name: set() for stack in stacks}
@@ -170,10 +170,10 @@ def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[Bloc
         def hook(block: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden_states = first_hidden_state(args, kwargs)
             if calls[stack.name] > 1 and block is stack.blocks[0] and mode.mark_of(hidden_states) == stack.name:
-                feeds.repeated.add(stack.name)  # what an earlier call returned comes in again
+                trial.repeated.add(stack.name)  # what an earlier call returned comes in again
             if not seen[stack.name] and hidden_states is not None:
                 mode.mark(hidden_states, stack.name)
-                feeds.widths[stack.name] = hidden_states.shape[-1]
+                trial.widths[stack.name] = hidden_states.shape[-1]
             elif all(seen[name] == kinds[name] for name in kinds if reached[name]):
                 raise _Finished
 
@@ -187,10 +187,10 @@ def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[Bloc
 
     def see_input(submodule: nn.Module, args: tuple, kwargs: dict) -> None:
         name, hidden_states = names[id(submodule)], first_hidden_state(args, kwargs)
-        feeds.marks.setdefault(name, set()).add(mode.mark_of(hidden_states))
+        trial.marks.setdefault(name, set()).add(mode.mark_of(hidden_states))
         if hidden_states is not None:
             number = mode.number_of(hidden_states)
-            feeds.inputs[name] = (*feeds.inputs.get(name, ()), number)
+            trial.inputs[name] = (*trial.inputs.get(name, ()), number)
 
     def enter_linear(linear: nn.Module, args: tuple, kwargs: dict) -> None:
         outputs.enter_linear(names[id(linear)], first_hidden_state(args, kwargs))
@@ -234,28 +234,28 @@ def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[Bloc
             handle.remove()
         for submodule, training in modes.items():
             submodule.training = training
-    feeds.feed_forward.update(name for name in outputs.uses if outputs.feeds_forward(name))
+    trial.feed_forward.update(name for name in outputs.uses if outputs.feeds_forward(name))
     for stack in stacks:
-        _spread_to_like_blocks(stack, feeds, names)
+        _spread_to_like_blocks(stack, trial, names)
 
 
-def _spread_to_like_blocks(stack: BlockStack, feeds: Feeds, names: dict[int, str]) -> None:
+def _spread_to_like_blocks(stack: BlockStack, trial: TrialRun, names: dict[int, str]) -> None:
     """Blocks that did not run are fed as a block of the same kind that did."""
     examples: dict[tuple, str] = {}
     for block in stack.blocks:
         name = names[id(block)]
-        if name in feeds.marks or any(key.startswith(name + ".") for key in feeds.marks):
+        if name in trial.marks or any(key.startswith(name + ".") for key in trial.marks):
             examples.setdefault(_kind(block), name)
     for block in stack.blocks:
         name, example = names[id(block)], examples.get(_kind(block))
         if example is None or example == name:
             continue
-        for key in [key for key in feeds.marks if key.startswith(example + ".")]:
-            feeds.marks.setdefault(name + key[len(example) :], set()).update(feeds.marks[key])
-            if key in feeds.inputs:  # alike within the block is all that they say
-                feeds.inputs.setdefault(name + key[len(example) :], feeds.inputs[key])
-            if key in feeds.feed_forward:
-                feeds.feed_forward.add(name + key[len(example) :])
+        for key in [key for key in trial.marks if key.startswith(example + ".")]:
+            trial.marks.setdefault(name + key[len(example) :], set()).update(trial.marks[key])
+            if key in trial.inputs:  # alike within the block is all that they say
+                trial.inputs.setdefault(name + key[len(example) :], trial.inputs[key])
+            if key in trial.feed_forward:
+                trial.feed_forward.add(name + key[len(example) :])
 
 
 def _trial_runs(root: nn.Module, stack: BlockStack) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:

@@ -80,7 +80,7 @@ def has_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def dropped(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def apply_dropout(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What the module returns, by the operations' mask: a checkpoint may recompute the layer by another path."""
     if type(dropout) is not nn.Dropout or not dropout.training or not 0 < dropout.p < 1:
         return dropout(x)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from sibo_triton.initial_residual import Feeds
+from sibo_triton.initial_residual import TrialRun
 from sibo_triton.ops import Group, autocast_dtype, shares_passes
 
 Names = tuple[tuple[str, ...], ...]
@@ -36,7 +36,7 @@ class Shares(Protocol):
     def only_active(self) -> str | None:
         """The one adapter that is active, and that the layer has; None if several are, or none."""
 
-    def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
+    def tensors_read(self, adapter_name: str) -> list[torch.Tensor]:
         """What may be read when the first sibling is called: a change shows that what was computed is out of date."""
 
     @staticmethod
@@ -72,7 +72,7 @@ class _Run:
         adapter_name = self._key[1]
         if x is not self._x or self._key_of(x, adapter_name) != self._key:
             return None
-        if layer.only_active() != adapter_name or _versions(layer.read_at_once(adapter_name)) != versions:
+        if layer.only_active() != adapter_name or _versions(layer.tensors_read(adapter_name)) != versions:
             return None
         return self._group.output(place)
 
@@ -120,7 +120,7 @@ class _Scope:
         adapter_name = layer.fused_adapter(x)
         if adapter_name is None:
             return None
-        read = {first: layer.read_at_once(adapter_name)}
+        read = {first: layer.tensors_read(adapter_name)}
         if not _have_versions(read[first]):
             return None
         members = [layer]
@@ -128,7 +128,7 @@ class _Scope:
             sibling: Any = self.parent._modules.get(name)
             if name == first or type(sibling) is not type(layer) or sibling.fused_adapter(x) != adapter_name:
                 continue
-            of_sibling = sibling.read_at_once(adapter_name)
+            of_sibling = sibling.tensors_read(adapter_name)
             if _have_versions(of_sibling):
                 read[name] = of_sibling
                 members.append(sibling)
@@ -172,16 +172,16 @@ class _CloseScope(_SiblingHook):
             pass
 
 
-def find_siblings(layers: Iterable[tuple[str, Any]], feeds: Feeds) -> dict[str, Names]:
+def find_siblings(layers: Iterable[tuple[str, Any]], trial: TrialRun) -> dict[str, Names]:
     """The layers below one parent that got the same tensor in the trial run: parent's name -> its groups.
 
     Args:
         layers: those of a method, each with its name from the model's root.
-        feeds: what the trial run saw.
+        trial: what the trial run saw.
     """
     found: dict[str, dict[tuple[int, ...], list[str]]] = {}
     for name, layer in layers:
-        inputs = feeds.inputs.get(name)
+        inputs = trial.inputs.get(name)
         if inputs and isinstance(layer.get_base_layer(), nn.Linear):
             parent, _, own = name.rpartition(".")
             found.setdefault(parent, {}).setdefault(inputs, []).append(own)

@@ -28,7 +28,7 @@ class Notices:
 
     said: set[str] = field(default_factory=set)
 
-    def say(self, module_name: str, what: str, reason: str) -> None:
+    def warn_once(self, module_name: str, what: str, reason: str) -> None:
         """Warn that a module does not run by the fastest path, unless the reason has been given before."""
         if torch.compiler.is_compiling() or reason in self.said:
             return
@@ -126,9 +126,10 @@ def mixing_arguments(
             if id(residual) not in residuals:  # siblings get the same tensor
                 residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
             arguments["initial_residual"] = residuals[id(residual)]
-            share = layer._modules[lambdas]._modules[adapter_name]
-            hooked = share._forward_hooks or share._forward_pre_hooks
-            arguments["lambda_"] = share() if hooked else share.forward()  # a call takes the host as long as a product
+            lambda_module = layer._modules[lambdas]._modules[adapter_name]
+            hooked = lambda_module._forward_hooks or lambda_module._forward_pre_hooks
+            # a call takes the host as long as a product
+            arguments["lambda_"] = lambda_module() if hooked else lambda_module.forward()
         if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             arguments["dropout_p"] = dropout.p
             dropping.append(arguments)

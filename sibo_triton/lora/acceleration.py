@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.xlora import XLoraModel
 from torch import nn
 
-from sibo_triton.initial_residual import find_block_stacks, trace_feeds
+from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection.siblings import attach_siblings, detach_unused_siblings, find_siblings
 from sibo_triton.injection.sites import Notices
 from sibo_triton.lora.forward import SiboLoraVariant
@@ -82,7 +82,7 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
         from sibo_triton.registration import wrap_layer_classes  # which imports this file
 
         wrap_layer_classes(root)
-        _let_siblings_meet(root)
+        _attach_siblings(root)
     elif obstacles:
         reasons = "; ".join(f"{where}: {obstacle}" for obstacle, where in obstacles.items())
         message = f"accelerate changed nothing: no adapter is plain LoRA on a linear layer ({reasons})."
@@ -153,12 +153,12 @@ def as_peft_made_it(layer: LoraLayer) -> Iterator[None]:
         layer.lora_variant.update(hidden)
 
 
-def _let_siblings_meet(root: nn.Module) -> None:
+def _attach_siblings(root: nn.Module) -> None:
     try:
         stacks = find_block_stacks(root)
     except ValueError:  # no transformer: every layer runs alone
         return
-    attach_siblings(root, find_siblings(lora_layers(root), trace_feeds(root, stacks)))
+    attach_siblings(root, find_siblings(lora_layers(root), trial_run(root, stacks)))
 
 
 def _root_of(model: nn.Module) -> nn.Module:

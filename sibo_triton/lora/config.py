@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from sibo_triton.injection.card import update_model_card
+from sibo_triton.injection.model_card import update_model_card
 from sibo_triton.injection.options import SiboOptions
 
 # The type in adapter_config.json. Stock PEFT does not know it and fails, instead of loading the adapter as plain LoRA

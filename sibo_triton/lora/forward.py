@@ -10,11 +10,11 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 
 from sibo_triton import reference
-from sibo_triton.injection.obstacles import dropped, parameter
+from sibo_triton.injection.obstacles import apply_dropout, parameter
 from sibo_triton.injection.siblings import shared_output
 from sibo_triton.injection.sites import mixing_arguments
 from sibo_triton.lora.layer import LAMBDA_NAME, initial_residual_for, lambda_of, site_of
-from sibo_triton.lora.paths import adapter_modules, obstacle_to_adapter, obstacle_to_fusing
+from sibo_triton.lora.paths import adapter_modules, obstacle_to_fusing, obstacle_to_lora
 from sibo_triton.ops import Group, add_lora, lora_linear, lora_linear_group
 
 
@@ -54,7 +54,7 @@ class FusedLinear(LoraLinear):
         """The operation of these layers, which get the same x; None where they must run alone."""
         return lora_linear_group(x, FusedLinear.arguments_of(layers, adapter_name, x))
 
-    def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
+    def tensors_read(self, adapter_name: str) -> list[torch.Tensor]:
         """The weights and biases, and lambda where it mixes."""
         base: Any = self._modules["base_layer"]
         tensors: list[torch.Tensor] = []
@@ -71,12 +71,12 @@ class FusedLinear(LoraLinear):
         name = self.only_active()
         if name is None or name not in self.__dict__.get("sibo_sites", ()):
             return None
-        if obstacle_to_adapter(self, name, x) is not None:
+        if obstacle_to_lora(self, name, x) is not None:
             return None  # PEFT's forward calls the variant, which looks again and says it
         obstacle = obstacle_to_fusing(self, x)
         if obstacle is not None:
             site = site_of(self, name)
-            site.notices.say(site.name, "the frozen layer and its adapter run apart", obstacle)
+            site.notices.warn_once(site.name, "the frozen layer and its adapter run apart", obstacle)
             return None
         return name
 
@@ -118,15 +118,15 @@ class SiboLoraVariant(LoraVariant):
             RuntimeError: no forward of the layer's stack runs in this thread.
             ValueError: h0 and x are not of the same tokens.
         """
-        obstacle = obstacle_to_adapter(module, active_adapter, x)
+        obstacle = obstacle_to_lora(module, active_adapter, x)
         if obstacle is None:
             return add_lora(result, x, **_adapter_arguments([module], active_adapter, x)[0])
         site = site_of(module, active_adapter)
-        site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
+        site.notices.warn_once(site.name, "the adapter's modules are called one by one", obstacle)
         if site.residual is not None:
             h0 = initial_residual_for(module, active_adapter, x)
             x = reference.mix(x, h0, lambda_of(module, active_adapter))
-        down = module.lora_A[active_adapter](dropped(module.lora_dropout[active_adapter], x))
+        down = module.lora_A[active_adapter](apply_dropout(module.lora_dropout[active_adapter], x))
         return result + module.lora_B[active_adapter](down) * module.scaling[active_adapter]
 
     @staticmethod

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from sibo_triton.initial_residual import find_block_stacks, trace_feeds
+from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection import mixing_modules
 from sibo_triton.injection.mixing_modules import Method, bind, decide, requested_modules
 from sibo_triton.injection.reversible import inject_reversibly, note_config
@@ -62,12 +62,12 @@ def _inject_sibo(
         )
     stacks = find_block_stacks(model, config.sibo_blocks)
     requested, known = requested_modules(config)
-    shared = trace_feeds(model, stacks)  # also of a saved adapter, which names what mixes: who shares x is in no file
-    feeds = None if known else shared
+    shared = trial_run(model, stacks)  # also of a saved adapter, which names what mixes: who shares x is in no file
+    trial = None if known else shared
     original(tuner, model, adapter_name, *args, **kwargs)
 
     layers = {name: layer for name, layer in lora_layers(model) if _has_adapter(layer, adapter_name)}
-    decisions = decide(layers, requested, stacks, feeds, _LORA)
+    decisions = decide(layers, requested, stacks, trial, _LORA)
     sites = bind(model, config, layers, decisions, _LORA)
     train = adapter_name in tuner.active_adapters and not config.inference_mode
     for name, layer in layers.items():

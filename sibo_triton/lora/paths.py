@@ -30,7 +30,7 @@ PathName = Literal["fused", "adapter", "modules"]
 
 def path_of(layer: LoraLayer, adapter_name: str) -> tuple[PathName, str | None]:
     """The path of a layer that runs one SIBO adapter, and why it is not a faster one; of its input nothing is known."""
-    obstacle = obstacle_to_adapter(layer, adapter_name)
+    obstacle = obstacle_to_lora(layer, adapter_name)
     if obstacle is not None:
         return "modules", obstacle
     # accelerate's hook runs the forward that the object had when the hook came
@@ -48,7 +48,7 @@ def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str |
     return obstacle_in_frozen(base, x)
 
 
-def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | None = None) -> str | None:
+def obstacle_to_lora(layer: LoraLayer, adapter_name: str, x: torch.Tensor | None = None) -> str | None:
     """Why `lora_dropout`, `lora_A` and `lora_B` must be called as modules (for an input x), or None."""
     if torch_module._has_any_global_hook():
         return "hooks are registered on all modules"

@@ -119,7 +119,7 @@ def _is_lambda(key: str, adapter_name: str | None = None) -> bool:
     return re.search(rf"\.({_LAMBDA_PATTERN})\.{optional}[^.]+$", key) is not None
 
 
-def check_checkpoint(
+def check_state_dict(
     model: nn.Module,
     state_dict: dict[str, torch.Tensor],
     prefix: str,
@@ -145,7 +145,7 @@ def check_checkpoint(
                 key = f"{stem}{lambda_name}.{adapter_name}.{entry}"
                 problem = lambda_.problem_with(entry, state_dict[key]) if key in state_dict else "is missing"
                 if problem is not None:
-                    _refuse_checkpoint(f"{name}.{lambda_name}.{entry}", problem)
+                    _refuse_weights(f"{name}.{lambda_name}.{entry}", problem)
 
 
 def check_loaded_lambdas(model: nn.Module, adapter_name: str, missing: Sequence[str]) -> None:
@@ -160,7 +160,7 @@ def check_loaded_lambdas(model: nn.Module, adapter_name: str, missing: Sequence[
             if any(key.endswith(other) or other.endswith(key) for other in missing):
                 problem = "is missing"
             if problem is not None:
-                _refuse_checkpoint(f"{name}.{lambda_name}.{entry}", problem)
+                _refuse_weights(f"{name}.{lambda_name}.{entry}", problem)
 
 
 def check_adapter_mixes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]) -> None:
@@ -219,7 +219,7 @@ def check_same_method(model: nn.Module, adapter_name: str, tensors: Iterable[str
         )
 
 
-def _refuse_checkpoint(key: str, problem: str) -> None:
+def _refuse_weights(key: str, problem: str) -> None:
     raise ValueError(
         f"{key} {problem} in the adapter's weights. A SIBO adapter without its lambda would compute something else "
         "than what was trained. Load the complete adapter folder as save_pretrained wrote it; a plain LoRA adapter "
