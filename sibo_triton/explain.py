@@ -17,9 +17,10 @@ from sibo_triton.bottleneck.paths import obstacle_to_bottleneck
 from sibo_triton.initial_residual import InitialResidual
 from sibo_triton.injection.obstacles import obstacle_in_frozen
 from sibo_triton.injection.siblings import siblings_below
+from sibo_triton.injection.sites import LORA_LAMBDA_NAME, MixingSite, sibo_adapters
 from sibo_triton.lora.acceleration import obstacle_to_acceleration
 from sibo_triton.lora.forward import SiboLoraVariant
-from sibo_triton.lora.layer import LAMBDA_NAME, MixingSite, lora_layers, sibo_adapters
+from sibo_triton.lora.layer import lora_layers
 from sibo_triton.lora.paths import path_of
 from sibo_triton.ops import backend_for
 
@@ -150,7 +151,7 @@ def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
                 yield ModuleExplanation(name, adapter, False, None, False, None, reason, *speed, siblings)
                 continue
             assert site is not None and site.residual is not None
-            lambda_ = getattr(layer, LAMBDA_NAME)[adapter]
+            lambda_ = getattr(layer, LORA_LAMBDA_NAME)[adapter]
             origin = _origin(site.residual)
             yield ModuleExplanation(
                 name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason, *speed, siblings

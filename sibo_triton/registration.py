@@ -1,4 +1,4 @@
-"""Everything that sibo_triton changes in PEFT and transformers, in one place.
+"""Everything that sibo_triton changes in PEFT and transformers; methods of LoRA layers are in `lora/wrapping.py`.
 
 Plain LoRA is left alone: each wrapper calls what it wraps with the same arguments, and acts only where an adapter's
 config is a `SiboLoraConfig`. PEFT's own mapping of LORA is not touched, so configs print, warn, save and pickle as
@@ -7,7 +7,6 @@ ever.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.mixed import MixedModel
 from peft.tuners.xlora import XLoraModel
 from peft.utils import PeftType, hotswap, register_peft_method, save_and_load
@@ -36,34 +34,31 @@ from sibo_triton.injection.snapshot import Snapshot, loading
 from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
-from sibo_triton.lora.forward import refuse_merge
-from sibo_triton.lora.layer import lora_layers, mixed_batch, sibo_adapters, site_of
-
-_REGISTERED = "_sibo_triton_wraps"
+from sibo_triton.lora.wrapping import wrap, wrap_layer_class, wrap_layer_classes
 
 
 def register() -> None:
     """Make PEFT know SIBO adapters. Called by `import sibo_triton`; more than once does no harm."""
     PEFT_TYPE_TO_CONFIG_MAPPING[SIBO_LORA_TYPE] = SiboLoraConfig  # what adapter_config.json of a SIBO adapter says
     _register_method(SIBO_ADAPTER_TYPE, SiboAdapterConfig, SiboAdapterModel)
-    _wrap(LoraModel, "inject_adapter", _inject_adapter)
-    _wrap(LoraModel, "merge_adapter", _merge_adapter)
-    _wrap(LoraModel, "_unload_and_optionally_merge", _unload)
-    _wrap(LoraModel, "_check_add_weighted_adapter", _check_weighted)
-    _wrap(LoraModel, "delete_adapter", _delete_adapter)
-    _wrap(LoraModel, "_enable_peft_forward_hooks", _check_mixed_batch)
-    _wrap_layer_class(LoraLinear)
-    _wrap(MixedModel, "inject_adapter", _refuse_mixed_model)
-    _wrap(XLoraModel, "__init__", _x_lora)
-    _wrap(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
-    _wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap)
+    wrap(LoraModel, "inject_adapter", _inject_adapter)
+    wrap(LoraModel, "merge_adapter", _merge_adapter)
+    wrap(LoraModel, "_unload_and_optionally_merge", _unload)
+    wrap(LoraModel, "_check_add_weighted_adapter", _check_weighted)
+    wrap(LoraModel, "delete_adapter", _delete_adapter)
+    wrap(LoraModel, "_enable_peft_forward_hooks", _check_mixed_batch)
+    wrap_layer_class(LoraLinear)
+    wrap(MixedModel, "inject_adapter", _refuse_mixed_model)
+    wrap(XLoraModel, "__init__", _x_lora)
+    wrap(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
+    wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap)
     _wrap_everywhere_in_peft(save_and_load, "get_peft_model_state_dict", _get_state_dict)
     _wrap_everywhere_in_peft(save_and_load, "set_peft_model_state_dict", _set_state_dict)
-    _wrap(modeling_utils, "convert_and_load_state_dict_in_model", _transformers_load)
-    _wrap(PeftModel, "from_pretrained", _from_pretrained)
-    _wrap(PeftModel, "load_adapter", _load_adapter)
-    _wrap(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
-    _wrap(PeftAdapterMixin, "delete_adapter", _transformers_delete_adapter)
+    wrap(modeling_utils, "convert_and_load_state_dict_in_model", _transformers_load)
+    wrap(PeftModel, "from_pretrained", _from_pretrained)
+    wrap(PeftModel, "load_adapter", _load_adapter)
+    wrap(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
+    wrap(PeftAdapterMixin, "delete_adapter", _transformers_delete_adapter)
 
 
 def _register_method(name: str, config_class: type, tuner_class: type) -> None:
@@ -81,43 +76,13 @@ def _register_method(name: str, config_class: type, tuner_class: type) -> None:
     register_peft_method(name=name.lower(), config_cls=config_class, model_cls=tuner_class)
 
 
-def _wrap(owner: type | ModuleType, name: str, wrapper: Callable) -> None:
-    attribute = inspect.getattr_static(owner, name)
-    is_classmethod = isinstance(attribute, classmethod)
-    original = attribute.__func__ if is_classmethod else attribute
-    if hasattr(original, _REGISTERED):
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    setattr(wrapped, _REGISTERED, original)
-    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
-
-
 def _wrap_everywhere_in_peft(owner: ModuleType, name: str, wrapper: Callable) -> None:
     """Wrap a function also where PEFT's other modules have imported it by name."""
     original = getattr(owner, name)
-    _wrap(owner, name, wrapper)
+    wrap(owner, name, wrapper)
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").partition(".")[0] == "peft" and vars(module).get(name) is original:
             setattr(module, name, getattr(owner, name))
-
-
-def wrap_layer_classes(model: nn.Module) -> None:
-    """Wrap the classes of LoRA layers on which adapters of ours are, which PEFT may have imported just now."""
-    for _, layer in lora_layers(model):
-        if layer.__dict__.get("sibo_sites"):
-            _wrap_layer_class(type(layer))
-
-
-def _wrap_layer_class(layer_class: type) -> None:
-    """Wrap what a class of LoRA layers defines or inherits. PEFT imports those of its backends when it needs them."""
-    for name, wrapper in _LAYER_WRAPPERS.items():
-        owner = next((base for base in layer_class.__mro__ if name in vars(base)), None)
-        if owner is not None:
-            _wrap(owner, name, wrapper)
 
 
 def _inject_adapter(
@@ -157,38 +122,6 @@ def _check_mixed_batch(original: Callable, tuner: LoraModel, *args: Any, **kwarg
     if kwargs.get("adapter_names") is not None:  # here, for PEFT leaves its hooks behind when a forward raises
         refusals.check_mixed_batch_allowed(tuner.model, kwargs["adapter_names"])
     return original(tuner, *args, **kwargs)
-
-
-def _merge_layer(
-    original: Callable, layer: LoraLayer, safe_merge: bool = False, adapter_names: Any = None, **kwargs: Any
-) -> Any:
-    for name in adapter_names or layer.active_adapters:  # before PEFT merges a plain one in front
-        if name in sibo_adapters(layer):
-            refuse_merge(f"{site_of(layer, name).name}, adapter {name!r}")
-    with acceleration.as_peft_made_it(layer):
-        return original(layer, safe_merge, adapter_names, **kwargs)
-
-
-def _unmerge_layer(original: Callable, layer: LoraLayer, *args: Any, **kwargs: Any) -> Any:
-    with acceleration.as_peft_made_it(layer):
-        return original(layer, *args, **kwargs)
-
-
-def _supports_lora_conversion(original: Callable, layer: LoraLayer, adapter_name: str = "default") -> bool:
-    return adapter_name not in sibo_adapters(layer) and original(layer, adapter_name)  # PEFT 0.19 asks no variant
-
-
-def _mixed_batch_forward(original: Callable, layer: LoraLayer, x: Any, *args: Any, **kwargs: Any) -> Any:
-    with mixed_batch(kwargs["adapter_names"]):
-        return original(layer, x, *args, **kwargs)
-
-
-_LAYER_WRAPPERS: dict[str, Callable] = {
-    "merge": _merge_layer,
-    "unmerge": _unmerge_layer,
-    "supports_lora_conversion": _supports_lora_conversion,
-    "_mixed_batch_forward": _mixed_batch_forward,
-}
 
 
 def _x_lora(original: Callable, tuner: XLoraModel, model: nn.Module, *args: Any, **kwargs: Any) -> None:

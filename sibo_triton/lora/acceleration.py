@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -20,19 +19,13 @@ from torch import nn
 
 from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection.siblings import attach_siblings, detach_unused_siblings, find_siblings
-from sibo_triton.injection.sites import Notices
-from sibo_triton.lora.forward import SiboLoraVariant
+from sibo_triton.injection.sites import MixingSite, Notices
+from sibo_triton.lora.forward import AcceleratedLora, SiboLoraVariant
 from sibo_triton.lora.install import add_site, forget, is_linear
-from sibo_triton.lora.layer import MixingSite, dispatches_variants, lora_layers
+from sibo_triton.lora.layer import dispatches_variants, lora_layers
+from sibo_triton.lora.wrapping import wrap_layer_classes
 
-_state = {"all": False}
-
-
-class AcceleratedLora(SiboLoraVariant):
-    """Plain LoRA, computed by the fused operations. PEFT merges and converts it as if this were not there."""
-
-    def supports_lora_conversion(self) -> bool:
-        return True
+_accelerates_all = False
 
 
 def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> nn.Module:
@@ -79,8 +72,6 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
             elif not isinstance(layer.lora_variant.get(adapter_name), SiboLoraVariant):  # which is fused anyway
                 obstacles.setdefault(obstacle, f"{name}, adapter {adapter_name!r}")
     if found:
-        from sibo_triton.registration import wrap_layer_classes  # which imports this file
-
         wrap_layer_classes(root)
         _attach_siblings(root)
     elif obstacles:
@@ -117,12 +108,13 @@ def accelerate_all(enabled: bool = True) -> None:
     For adapters that are made inside of another library (TRL's trainers). Models that have theirs already are left
     alone: `accelerate` and `restore` are for them.
     """
-    _state["all"] = bool(enabled)
+    global _accelerates_all
+    _accelerates_all = bool(enabled)
 
 
 def accelerate_if_all(root: nn.Module, adapter_name: str) -> None:
     """What `accelerate_all` asks for, for an adapter that was just made on a base model."""
-    if _state["all"] and any(adapter_name in _adapters_of(layer) for _, layer in lora_layers(root)):
+    if _accelerates_all and any(adapter_name in _adapters_of(layer) for _, layer in lora_layers(root)):
         accelerate(root, [adapter_name])
 
 
@@ -139,18 +131,6 @@ def obstacle_to_acceleration(layer: LoraLayer, adapter_name: str) -> str | None:
     if not dispatches_variants(layer):
         return f"PEFT's {type(layer).__name__} computes without asking"
     return None
-
-
-@contextmanager
-def as_peft_made_it(layer: LoraLayer) -> Iterator[None]:
-    """While PEFT merges or takes apart, an accelerated adapter is a plain one."""
-    hidden = {name: of for name, of in layer.lora_variant.items() if isinstance(of, AcceleratedLora)}
-    for name in hidden:
-        del layer.lora_variant[name]
-    try:
-        yield
-    finally:
-        layer.lora_variant.update(hidden)
 
 
 def _attach_siblings(root: nn.Module) -> None:

@@ -12,8 +12,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from sibo_triton import reference
 from sibo_triton.injection.obstacles import apply_dropout, parameter
 from sibo_triton.injection.siblings import shared_output
-from sibo_triton.injection.sites import mixing_arguments
-from sibo_triton.lora.layer import LAMBDA_NAME, initial_residual_for, lambda_of, site_of
+from sibo_triton.injection.sites import LORA_LAMBDA_NAME, initial_residual_for, mixing_arguments, site_of
 from sibo_triton.lora.paths import adapter_modules, obstacle_to_fusing, obstacle_to_lora
 from sibo_triton.ops import Group, add_lora, lora_linear, lora_linear_group
 
@@ -61,7 +60,7 @@ class FusedLinear(LoraLinear):
         for module in (base, *adapter_modules(self, adapter_name)[:2]):
             bias = parameter(module, "bias")
             tensors += (parameter(module, "weight"),) if bias is None else (parameter(module, "weight"), bias)
-        lambdas: Any = self._modules.get(LAMBDA_NAME)
+        lambdas: Any = self._modules.get(LORA_LAMBDA_NAME)
         if lambdas is not None and adapter_name in lambdas:
             tensors += lambdas[adapter_name].stored
         return tensors
@@ -125,7 +124,7 @@ class SiboLoraVariant(LoraVariant):
         site.notices.warn_once(site.name, "the adapter's modules are called one by one", obstacle)
         if site.residual is not None:
             h0 = initial_residual_for(module, active_adapter, x)
-            x = reference.mix(x, h0, lambda_of(module, active_adapter))
+            x = reference.mix(x, h0, getattr(module, LORA_LAMBDA_NAME)[active_adapter]())
         down = module.lora_A[active_adapter](apply_dropout(module.lora_dropout[active_adapter], x))
         return result + module.lora_B[active_adapter](down) * module.scaling[active_adapter]
 
@@ -142,6 +141,13 @@ class SiboLoraVariant(LoraVariant):
         refuse_merge(f"{site_of(module, active_adapter).name}, adapter {active_adapter!r}")
 
 
+class AcceleratedLora(SiboLoraVariant):
+    """Plain LoRA, computed by the fused operations. PEFT merges and converts it as if this were not there."""
+
+    def supports_lora_conversion(self) -> bool:
+        return True
+
+
 def refuse_merge(what: str) -> NoReturn:
     """Raise the error that says why a SIBO adapter is never merged."""
     raise ValueError(
@@ -155,7 +161,7 @@ def refuse_merge(what: str) -> NoReturn:
 def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
     """What the operations take of an adapter of each layer, beside x."""
     modules = [adapter_modules(layer, adapter_name) for layer in layers]
-    all_arguments = mixing_arguments(layers, adapter_name, x, [dropout for *_, dropout in modules], LAMBDA_NAME)
+    all_arguments = mixing_arguments(layers, adapter_name, x, [dropout for *_, dropout in modules], LORA_LAMBDA_NAME)
     for layer, (lora_a, lora_b, _), arguments in zip(layers, modules, all_arguments, strict=True):
         arguments |= {
             "lora_a": parameter(lora_a, "weight"),

@@ -6,8 +6,9 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from sibo_triton.injection.sites import LORA_LAMBDA_NAME, MixingSite, sibo_adapters
 from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
-from sibo_triton.lora.layer import LAMBDA_NAME, MixingSite, dispatches_variants, sibo_adapters
+from sibo_triton.lora.layer import dispatches_variants
 from sibo_triton.mixing import SiboLambda
 
 _NOT_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d)
@@ -29,13 +30,13 @@ def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float,
         layer.lora_variant[adapter_name] = SiboLoraVariant()
     if site.residual is None:
         return
-    if LAMBDA_NAME not in layer._modules:
-        setattr(layer, LAMBDA_NAME, nn.ModuleDict())
-        layer.adapter_layer_names = (*layer.adapter_layer_names, LAMBDA_NAME)
+    if LORA_LAMBDA_NAME not in layer._modules:
+        setattr(layer, LORA_LAMBDA_NAME, nn.ModuleDict())
+        layer.adapter_layer_names = (*layer.adapter_layer_names, LORA_LAMBDA_NAME)
     device = layer.lora_A[adapter_name].weight.device
     lambda_ = SiboLambda(value, learnable, None if device.type == "meta" else device)
     lambda_.requires_grad_(train)
-    getattr(layer, LAMBDA_NAME)[adapter_name] = lambda_
+    getattr(layer, LORA_LAMBDA_NAME)[adapter_name] = lambda_
 
 
 def add_site(layer: LoraLayer, adapter_name: str, site: MixingSite) -> None:
@@ -53,7 +54,7 @@ def forget(layer: LoraLayer, adapter_name: str) -> None:
     if getattr(layer, "sibo_sites", {}).pop(adapter_name, None) is not None:
         layer.lora_variant.pop(adapter_name, None)
     if adapter_name in sibo_adapters(layer):
-        del getattr(layer, LAMBDA_NAME)[adapter_name]
+        del getattr(layer, LORA_LAMBDA_NAME)[adapter_name]
     match_class(layer)
 
 
@@ -63,7 +64,7 @@ def match_class(layer: LoraLayer) -> None:
     if not has_sibo and "sibo_sites" in layer.__dict__:
         for name in ("sibo_sites", "adapter_layer_names", "other_param_names"):
             layer.__dict__.pop(name, None)
-        layer._modules.pop(LAMBDA_NAME, None)
+        layer._modules.pop(LORA_LAMBDA_NAME, None)
     wrapped = "forward" in layer.__dict__ or "_old_forward" in layer.__dict__  # by accelerate: bound to the class
     if type(layer) is LoraLinear or (type(layer) is FusedLinear and not wrapped):
         fuses = has_sibo and type(layer.base_layer) is nn.Linear

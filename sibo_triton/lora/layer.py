@@ -1,33 +1,12 @@
-"""A PEFT LoRA layer as a SIBO adapter sees it: its lambda, and which layers there are."""
+"""PEFT's LoRA layers: which ones a model has, and whether one of them calls its variants."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 
-import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-
-from sibo_triton.injection.sites import LORA_LAMBDA_NAME as LAMBDA_NAME
-from sibo_triton.injection.sites import MixingSite, initial_residual_for, mixed_batch, sibo_adapters, site_of
-
-__all__ = [
-    "LAMBDA_NAME",
-    "MixingSite",
-    "dispatches_variants",
-    "initial_residual_for",
-    "lambda_of",
-    "lora_layers",
-    "mixed_batch",
-    "sibo_adapters",
-    "site_of",
-]
-
-
-def lambda_of(module: LoraLayer, adapter_name: str) -> torch.Tensor:
-    """lambda of a mixing layer: fp32, shape [1]; a gradient flows to it when it is learnable."""
-    return getattr(module, LAMBDA_NAME)[adapter_name]()
 
 
 def dispatches_variants(layer: LoraLayer, method: str = "forward") -> bool:
