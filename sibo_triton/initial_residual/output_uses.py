@@ -48,7 +48,7 @@ class OutputUses(TorchDispatchMode):
         self.uses.setdefault(name, set())
         self.readers.setdefault(name, set())
         if isinstance(output, torch.Tensor):
-            self._tags[_memory(output)] = (output, frozenset([name]))
+            self._tags[memory_of(output)] = (output, frozenset([name]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -61,7 +61,7 @@ class OutputUses(TorchDispatchMode):
                 for name in tags:
                     self.uses[name].add(use)
             if use != LINEAR:
-                self._tags.update((_memory(tensor), (tensor, tags)) for tensor in _tensors(result))
+                self._tags.update((memory_of(tensor), (tensor, tags)) for tensor in _tensors(result))
         return result
 
     def feeds_forward(self, name: str) -> bool:
@@ -70,7 +70,7 @@ class OutputUses(TorchDispatchMode):
         return self.uses.get(name) == {LINEAR} and all(MIXES_TOKENS not in self.uses[reader] for reader in readers)
 
     def _tags_of(self, tensor: torch.Tensor) -> frozenset[str]:
-        return self._tags.get(_memory(tensor), (None, frozenset()))[1]
+        return self._tags.get(memory_of(tensor), (None, frozenset()))[1]
 
 
 def is_linear_like(module: nn.Module) -> bool:
@@ -100,5 +100,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def _memory(tensor: torch.Tensor) -> tuple:
+def memory_of(tensor: torch.Tensor) -> tuple:
+    """The memory that a tensor shows, by which it is known: views of the same are other objects."""
     return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
