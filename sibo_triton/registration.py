@@ -26,11 +26,13 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.integrations.peft import PeftAdapterMixin
 
-from sibo_triton.bottleneck.config import SIBO_ADAPTER_TYPE, SiboAdapterConfig
+from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.bottleneck.model import SiboAdapterModel
 from sibo_triton.injection import saved_weights
 from sibo_triton.injection.options import SiboOptions
-from sibo_triton.injection.snapshot import Snapshot, loading
+from sibo_triton.injection.reversible import loading
+from sibo_triton.injection.sites import BOTTLENECK_TYPE
+from sibo_triton.injection.snapshot import Snapshot
 from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
@@ -40,7 +42,7 @@ from sibo_triton.lora.wrapping import wrap, wrap_layer_class, wrap_layer_classes
 def register() -> None:
     """Make PEFT know SIBO adapters. Called by `import sibo_triton`; more than once does no harm."""
     PEFT_TYPE_TO_CONFIG_MAPPING[SIBO_LORA_TYPE] = SiboLoraConfig  # what adapter_config.json of a SIBO adapter says
-    _register_method(SIBO_ADAPTER_TYPE, SiboAdapterConfig, SiboAdapterModel)
+    _register_method(BOTTLENECK_TYPE, SiboAdapterConfig, SiboAdapterModel)
     wrap(LoraModel, "inject_adapter", _inject_adapter)
     wrap(LoraModel, "merge_adapter", _merge_adapter)
     wrap(LoraModel, "_unload_and_optionally_merge", _unload)

@@ -13,10 +13,8 @@ from peft.utils import PeftType
 
 from sibo_triton.injection.model_card import update_model_card
 from sibo_triton.injection.options import SiboOptions
+from sibo_triton.injection.sites import BOTTLENECK_TYPE
 from sibo_triton.reference import check_activation
-
-# The method's name in PEFT's registry and in adapter_config.json. Stock PEFT does not know it and fails.
-SIBO_ADAPTER_TYPE = "SIBO_ADAPTER"
 
 
 @dataclass
@@ -102,7 +100,7 @@ class SiboAdapterConfig(SiboOptions, PeftConfig):
         # a config that was read from a file is given the type that the file says
         self._note_origin(from_file=self.peft_type is not None)
         super().__post_init__()
-        self.peft_type: Any = PeftType(SIBO_ADAPTER_TYPE)
+        self.peft_type: Any = PeftType(BOTTLENECK_TYPE)  # which stock PEFT does not know, and fails
         self.check_options()
 
     def check_options(self) -> None:

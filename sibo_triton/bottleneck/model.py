@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ from sibo_triton.injection.mixing_modules import (
 )
 from sibo_triton.injection.reversible import inject_reversibly, note_config
 from sibo_triton.injection.siblings import attach_siblings, find_siblings
-from sibo_triton.injection.sites import MixingSite, Notices
+from sibo_triton.injection.sites import BOTTLENECK_PREFIX, MixingSite, Notices
 from sibo_triton.injection.targets import matches, shortest_names
 from sibo_triton.mixing import SiboLambda
 
@@ -35,7 +36,7 @@ from sibo_triton.mixing import SiboLambda
 class SiboAdapterModel(BaseTuner):
     """A model with bottleneck adapters; made by `peft.get_peft_model` for a `SiboAdapterConfig`."""
 
-    prefix = "sibo_adapter_"
+    prefix = BOTTLENECK_PREFIX
     tuner_layer_cls = SiboAdapterLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -120,7 +121,7 @@ class SiboAdapterModel(BaseTuner):
             )
         if features is not None:
             return SiboAdapterLayer(target, *features)
-        width = next((width for stack, width in self._widths.items() if name.startswith(stack + ".")), None)
+        width = _stream_width(name, self._widths)
         in_front = config.placement == "series" and config.side == "input"
         if in_front or width is None or not any(True for _ in target.children()):
             raise ValueError(
@@ -240,23 +241,17 @@ def _widths(stacks: list[BlockStack], trial: TrialRun) -> dict[str, int]:
     return {stack.name: trial.widths[stack.name] for stack in stacks if stack.name in trial.widths}
 
 
+def _stream_width(name: str, widths: dict[str, int]) -> int | None:
+    """Width of the residual stream of the stack that holds a module, where it is known."""
+    return next((width for stack, width in widths.items() if name.startswith(stack + ".")), None)
+
+
 def _method(adapter_name: str, config: SiboAdapterConfig) -> Method:
+    method = Method(name="adapter", plain="a plain adapter", width=lambda layer: layer.width_mixed(adapter_name))
     if config.side == "output":
-        advice, can_mix = "modules whose output is as wide as the residual stream (down projections)", _as_wide
-    else:
-        advice, can_mix = "linears that read the residual stream (q/k/v, gate/up, the first of an MLP)", _reads
-    return Method(
-        name="adapter",
-        plain="a plain adapter",
-        advice=advice,
-        obstacle=lambda layer: None,
-        width=lambda layer: layer.width_mixed(adapter_name),
-        can_mix=can_mix,
-    )
-
-
-def _reads(name: str, layer: SiboAdapterLayer, stack: BlockStack, trial: TrialRun) -> tuple[bool, str]:
-    return trial.reads(name, stack)
+        advice = "modules whose output is as wide as the residual stream (down projections)"
+        return replace(method, advice=advice, can_mix=_as_wide)
+    return method
 
 
 def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, trial: TrialRun) -> tuple[bool, str]:
@@ -275,8 +270,8 @@ def _refuse_other_widths(layers: dict[str, SiboAdapterLayer], decisions: Decisio
     """On the output side nothing is left plain silently for its width."""
     others = {}
     for name, layer in layers.items():
-        width = next((width for stack, width in widths.items() if name.startswith(stack + ".")), layer.out_features)
-        if decisions[name][0] is None and layer.out_features != width:
+        width = _stream_width(name, widths)
+        if decisions[name][0] is None and width not in (None, layer.out_features):
             others[name] = decisions[name][1]
     if others:
         name, reason = next(iter(others.items()))

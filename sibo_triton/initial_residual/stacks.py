@@ -17,13 +17,11 @@ class BlockStack:
 
     Attributes:
         name: of the list, from the base model's root ("model.layers").
-        block_list: the `nn.ModuleList` itself; wrappers may have replaced its items.
         blocks: the blocks, without checkpoint wrappers.
         owner: the module whose forward runs the blocks, and `owner_name`, its name from the root.
     """
 
     name: str
-    block_list: nn.Module
     blocks: tuple[nn.Module, ...]
     owner: nn.Module
     owner_name: str
@@ -104,7 +102,7 @@ def _stack(root: nn.Module, name: str, module: nn.Module) -> BlockStack:
     while isinstance(root.get_submodule(owner_name), _CONTAINERS):  # a container has no forward of its own
         owner_name = owner_name.rpartition(".")[0]
     blocks = tuple(unwrap_block(block) for block in module.children())
-    return BlockStack(name, module, blocks, root.get_submodule(owner_name), owner_name)
+    return BlockStack(name, blocks, root.get_submodule(owner_name), owner_name)
 
 
 def path_between(root: nn.Module, name: str) -> Iterator[nn.Module]:

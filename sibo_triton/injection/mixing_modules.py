@@ -11,10 +11,10 @@ from torch import nn
 
 from sibo_triton.initial_residual import BlockStack, TrialRun, attach, attached, detach
 from sibo_triton.injection.options import SiboOptions
+from sibo_triton.injection.reversible import is_loading
 from sibo_triton.injection.saved_weights import check_state_dict
 from sibo_triton.injection.siblings import detach_unused_siblings
 from sibo_triton.injection.sites import MixingSite, Notices, tuner_layers
-from sibo_triton.injection.snapshot import is_loading
 from sibo_triton.injection.targets import matches, shortest_names
 
 _ON_TRUST = "named by sibo_target_modules, not verified"
@@ -33,18 +33,18 @@ class Method:
     Attributes:
         name: as in "the LoRA targets".
         plain: what a layer computes that does not mix.
+        width: of what a layer mixes.
+        advice: what to target where nothing can mix.
         obstacle: why a layer cannot mix whatever feeds it, or None.
         refuse: raises for a layer that would mix, and could not compute it.
         can_mix: whether a layer can mix in its stack's initial residual, by what the trial run saw, and why (not).
-        width: of what a layer mixes.
-        advice: what to target where nothing can mix.
     """
 
     name: str
     plain: str
-    advice: str
-    obstacle: Callable[[Any], str | None]
     width: Callable[[Any], int]
+    advice: str = "linears that read the residual stream (q/k/v, gate/up, the first of an MLP)"
+    obstacle: Callable[[Any], str | None] = lambda layer: None
     refuse: Callable[[str, Any], None] = lambda name, layer: None
     can_mix: Callable[[str, Any, BlockStack, TrialRun], tuple[bool, str]] = _reads
 
@@ -99,7 +99,7 @@ def bind(
     residuals = {name: attach(model, stack, config.sibo_source, embeddings[name]) for name, stack in used.items()}
     notices = Notices()
     config._sibo_resolved = shortest_names(list(mixing), list(layers))
-    if not any(getattr(hook, "hook", hook) is check_state_dict for hook in model._load_state_dict_pre_hooks.values()):
+    if not _check_hooks(model):
         model.register_load_state_dict_pre_hook(check_state_dict)
     return {
         name: MixingSite(name, residuals[stack.name] if stack is not None else None, reason, notices)
@@ -116,9 +116,14 @@ def remove_unused_hooks(model: nn.Module) -> None:
         if id(residual) not in used:
             detach(model, residual)
     if not attached(model):
-        for key, hook in list(model._load_state_dict_pre_hooks.items()):
-            if getattr(hook, "hook", hook) is check_state_dict:
-                del model._load_state_dict_pre_hooks[key]
+        for key in _check_hooks(model):
+            del model._load_state_dict_pre_hooks[key]
+
+
+def _check_hooks(model: nn.Module) -> list[int]:
+    """The keys of `check_state_dict` among the hooks that a model calls before it loads a state dict."""
+    hooks = model._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if getattr(hook, "hook", hook) is check_state_dict]
 
 
 def _decide(

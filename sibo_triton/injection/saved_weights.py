@@ -16,8 +16,9 @@ from torch import nn
 from sibo_triton.injection.options import SiboOptions
 from sibo_triton.injection.sites import (
     BOTTLENECK_LAMBDA_NAME,
-    LAMBDA_NAMES,
-    LORA_LAMBDA_NAME,
+    BOTTLENECK_PREFIX,
+    BOTTLENECK_TYPE,
+    FIRST_WEIGHTS,
     lambda_name_of,
     sibo_adapters,
     sibo_lambdas,
@@ -28,9 +29,7 @@ from sibo_triton.injection.sites import (
 # one-dimensional parameter may be empty.
 _GUARD_SHAPE = (0, 0)
 
-# A weight that every adapter of the method has, and the name of its lambda.
-_FIRST_WEIGHTS = {LORA_LAMBDA_NAME: "lora_A", BOTTLENECK_LAMBDA_NAME: "sibo_adapter_down"}
-_LAMBDA_PATTERN = "|".join(map(re.escape, LAMBDA_NAMES))
+_LAMBDA_PATTERN = "|".join(map(re.escape, FIRST_WEIGHTS))
 
 
 def with_guard(
@@ -61,7 +60,7 @@ def without_others(model: nn.Module, tensors: dict[str, torch.Tensor], adapter_n
     others = [re.escape(name) for name in getattr(model, "peft_config", {}) if name != adapter_name]
     if not others:
         return tensors
-    of_others = re.compile(rf"\.sibo_adapter_[a-z]+\.({'|'.join(others)})\.[^.]+$")
+    of_others = re.compile(rf"\.{BOTTLENECK_PREFIX}[a-z]+\.({'|'.join(others)})\.[^.]+$")
     return {key: tensor for key, tensor in tensors.items() if of_others.search(key) is None}
 
 
@@ -139,7 +138,7 @@ def check_state_dict(
     for name, layer in tuner_layers(model):
         for adapter_name, lambda_ in sibo_lambdas(layer).items():
             stem, lambda_name = f"{prefix}{name}.", lambda_name_of(layer)
-            if f"{stem}{_FIRST_WEIGHTS[lambda_name]}.{adapter_name}.weight" not in state_dict:
+            if f"{stem}{FIRST_WEIGHTS[lambda_name]}.{adapter_name}.weight" not in state_dict:
                 continue
             for entry in lambda_.tensors():
                 key = f"{stem}{lambda_name}.{adapter_name}.{entry}"
@@ -209,8 +208,8 @@ def check_same_method(model: nn.Module, adapter_name: str, tensors: Iterable[str
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None:
         return
-    expected = config.peft_type == "SIBO_ADAPTER"
-    found = any(f".{_FIRST_WEIGHTS[BOTTLENECK_LAMBDA_NAME]}." in key for key in tensors)
+    expected = config.peft_type == BOTTLENECK_TYPE
+    found = any(f".{FIRST_WEIGHTS[BOTTLENECK_LAMBDA_NAME]}." in key for key in tensors)
     if expected != found:
         weights = "those of" if found else "not those of"
         raise ValueError(

@@ -16,10 +16,16 @@ from torch import nn
 from sibo_triton import reference
 from sibo_triton.initial_residual import InitialResidual
 
-# Where layers keep their lambdas by adapter; the prefix is PEFT's, which tells the weights of a method by it.
+# The bottleneck adapter's name in PEFT's registry and in adapter_config.json, and the prefix of its weights' names.
+BOTTLENECK_TYPE = "SIBO_ADAPTER"
+BOTTLENECK_PREFIX = "sibo_adapter_"
+
+# Where layers keep their lambdas by adapter; each begins with the prefix by which PEFT tells a method's weights.
 LORA_LAMBDA_NAME = "lora_sibo_lambda"
 BOTTLENECK_LAMBDA_NAME = "sibo_adapter_lambda"
-LAMBDA_NAMES = (LORA_LAMBDA_NAME, BOTTLENECK_LAMBDA_NAME)
+
+# By the name of a method's lambdas: a weight that each of its adapters has.
+FIRST_WEIGHTS = {LORA_LAMBDA_NAME: "lora_A", BOTTLENECK_LAMBDA_NAME: "sibo_adapter_down"}
 
 
 @dataclass
@@ -151,7 +157,7 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def lambda_name_of(layer: nn.Module) -> str:
     """The name under which a layer keeps its lambdas, or would."""
-    return next((name for name in LAMBDA_NAMES if name in layer._modules), LORA_LAMBDA_NAME)
+    return next((name for name in FIRST_WEIGHTS if name in layer._modules), LORA_LAMBDA_NAME)
 
 
 def sibo_lambdas(layer: nn.Module) -> dict[str, Any]:

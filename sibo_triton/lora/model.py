@@ -102,8 +102,7 @@ def _refuse(name: str, layer: LoraLayer) -> None:
 _LORA = Method(
     name="LoRA",
     plain="plain LoRA",
-    advice="linears that read the residual stream (q/k/v, gate/up, the first of an MLP)",
-    obstacle=_obstacle,
     width=lambda layer: layer.in_features,
+    obstacle=_obstacle,
     refuse=_refuse,
 )
