@@ -161,6 +161,6 @@ def checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tenso
     if not isinstance(seed, Tensor):
         raise TypeError(f"the dropout seed is {seed!r}: pass an int, or a tensor as draw_seed returns it")
     if seed.dtype != torch.int64 or seed.numel() != 1:
-        found = f"a {seed.dtype} tensor of shape {list(seed.shape)}"
-        raise ValueError(f"the dropout seed is {found}: pass one int64 value, of shape [] or [1]")
+        description = f"a {seed.dtype} tensor of shape {list(seed.shape)}"
+        raise ValueError(f"the dropout seed is {description}: pass one int64 value, of shape [] or [1]")
     return seed.reshape(()).to(device=device)

@@ -341,8 +341,8 @@ def check_activation(activation: str) -> None:
 def _checked_lambda(lambda_: float | Tensor) -> float | Tensor:
     if isinstance(lambda_, Tensor):
         if not lambda_.is_floating_point() or lambda_.numel() != 1:
-            found = f"a {lambda_.dtype} tensor of shape {list(lambda_.shape)}"
-            raise ValueError(f"lambda_ is {found}: pass one floating point value, of shape [] or [1]")
+            description = f"a {lambda_.dtype} tensor of shape {list(lambda_.shape)}"
+            raise ValueError(f"lambda_ is {description}: pass one floating point value, of shape [] or [1]")
         return lambda_
     if not isinstance(lambda_, Real) or isinstance(lambda_, bool):
         raise TypeError(f"lambda_ is {lambda_!r}: pass a number in [0, 1] or a tensor with one element")

@@ -158,10 +158,10 @@ def _hotswap(original: Callable, model: nn.Module, state_dict: Any, *args: Any, 
 
 def _get_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     tensors = original(model, *args, **kwargs)
-    given = _arguments(original, model, *args, **kwargs)
-    model = getattr(model, "_orig_mod", model) if given.get("unwrap_compiled") else model
-    tensors = saved_weights.without_others(model, tensors, given.get("adapter_name", "default"))
-    return saved_weights.with_guard(model, tensors, given.get("state_dict"))
+    arguments = _arguments(original, model, *args, **kwargs)
+    model = getattr(model, "_orig_mod", model) if arguments.get("unwrap_compiled") else model
+    tensors = saved_weights.without_others(model, tensors, arguments.get("adapter_name", "default"))
+    return saved_weights.with_guard(model, tensors, arguments.get("state_dict"))
 
 
 def _set_state_dict(original: Callable, model: nn.Module, peft_model_state_dict: Any, *args: Any, **kwargs: Any) -> Any:

@@ -284,10 +284,10 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         if x is None:
             x = next(iter((*args, *kwargs.values())), None)
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            found = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            first = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
             raise TypeError(
                 f"An adapter on a {type(self.get_base_layer()).__name__} got no hidden states among its arguments, but "
-                f"{found}: take the module out of target_modules."
+                f"{first}: take the module out of target_modules."
             )
         return x
 

@@ -82,7 +82,7 @@ class SiboAdapterModel(BaseTuner):
         train = adapter_name in self.active_adapters and not config.inference_mode
         for name, layer in layers.items():
             _install(layer, adapter_name, sites[name], config, train)
-        reading_x = ((n, of) for n, of in adapter_layers(model) if not _reads_output(of))
+        reading_x = ((name, layer) for name, layer in adapter_layers(model) if not _reads_output(layer))
         attach_siblings(model, find_siblings(reading_x, trial))
 
     def _prepare_adapter_config(self, peft_config: SiboAdapterConfig, model_config: dict) -> SiboAdapterConfig:
@@ -222,19 +222,19 @@ def _targets_sub_layers(model: nn.Module, config: SiboAdapterConfig) -> bool:
 
 def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: TrialRun) -> set[str]:
     """The default of target_modules."""
-    found = [
+    names = [
         name
         for stack in stacks
         for name in trial.marks
         if stack.holds(name) and trial.reads_into_feed_forward(name, stack)
     ]
-    if not found:
+    if not names:
         problems = "".join(f"; {name}: {problem}" for name, problem in trial.problems.items())
         raise ValueError(
             f"No linear of a feed-forward network that reads the residual stream was found in {type(model).__name__}"
             f"{problems}. Name the modules in target_modules."
         )
-    return set(shortest_names(found, [name for name, _ in model.named_modules() if name]))
+    return set(shortest_names(names, [name for name, _ in model.named_modules() if name]))
 
 
 def _widths(stacks: list[BlockStack], trial: TrialRun) -> dict[str, int]:

@@ -18,7 +18,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why a module is more than its parameters, or None; by its dictionary, as every forward asks four times."""
+    """Reason why calling the module does more than its parameters say, or None.
+
+    It reads the module's dictionary, as every forward asks four times and attributes of modules are slow to look up.
+    """
     state = module.__dict__
     if type(module) is not kind:
         return f"is a {type(module).__name__}"
@@ -33,7 +36,7 @@ def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return "has a forward of its own (a device hook of accelerate, or a patch)"
     for tensor in state["_parameters"].values():
         if type(tensor) not in _PLAIN_PARAMETERS:
-            name = next(name for name, of in state["_parameters"].items() if of is tensor)
+            name = next(name for name, other in state["_parameters"].items() if other is tensor)
             return f"has a {type(tensor).__name__} as its {name}"
     return None
 
@@ -76,8 +79,8 @@ def obstacle_of_input(x: torch.Tensor, weight: torch.Tensor) -> str | None:
 
 def has_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
     """Whether the object has another forward than its class's; what is only that one, bound, does not count."""
-    own: Any = module.__dict__.get(attribute)
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    forward: Any = module.__dict__.get(attribute)
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def apply_dropout(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:

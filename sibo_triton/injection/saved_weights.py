@@ -5,6 +5,7 @@ Where this package is imported it is checked here. Where it is not, a guard in t
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -49,8 +50,8 @@ def with_guard(
     mixing = next((re.split(rf"\.(?:{_LAMBDA_PATTERN})\.", key)[0] for key in tensors if _is_lambda(key)), None)
     if mixing is None:
         return tensors
-    own = {name: tensor for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named}
-    tensors_of_model = {**{_as_in_state_dict(name): tensor for name, tensor in own.items()}, **(state_dict or {})}
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    tensors_of_model = {**{_as_in_state_dict(name): tensor for name, tensor in named}, **(state_dict or {})}
     name = _guarded_name(mixing, tensors_of_model, {*tensors}, {*getattr(model, "peft_config", {})})
     return {**tensors, name: torch.zeros(_GUARD_SHAPE)}
 
@@ -209,9 +210,9 @@ def check_same_method(model: nn.Module, adapter_name: str, tensors: Iterable[str
     if config is None:
         return
     expected = config.peft_type == BOTTLENECK_TYPE
-    found = any(f".{FIRST_WEIGHTS[BOTTLENECK_LAMBDA_NAME]}." in key for key in tensors)
-    if expected != found:
-        weights = "those of" if found else "not those of"
+    are_of_bottleneck = any(f".{FIRST_WEIGHTS[BOTTLENECK_LAMBDA_NAME]}." in key for key in tensors)
+    if expected != are_of_bottleneck:
+        weights = "those of" if are_of_bottleneck else "not those of"
         raise ValueError(
             f"The weights are {weights} a bottleneck adapter (SiboAdapterConfig), and adapter {adapter_name!r} is "
             f"{'' if expected else 'not '}one: nothing would be loaded. Load the folder as an adapter of another name."

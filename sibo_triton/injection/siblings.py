@@ -60,7 +60,7 @@ class _Run:
         self._x = x
         self._group = group
         # by the child's name: its place, and the versions of what was read of it
-        self.waiting = {name: (i, _versions(of)) for i, (name, of) in enumerate(read.items())}
+        self.waiting = {name: (i, _versions(tensors)) for i, (name, tensors) in enumerate(read.items())}
 
     @staticmethod
     def _key_of(x: torch.Tensor, adapter_name: str) -> tuple:
@@ -128,9 +128,9 @@ class _Scope:
             sibling: Any = self.parent._modules.get(name)
             if name == first or type(sibling) is not type(layer) or sibling.fused_adapter(x) != adapter_name:
                 continue
-            of_sibling = sibling.tensors_read(adapter_name)
-            if _have_versions(of_sibling):
-                read[name] = of_sibling
+            tensors = sibling.tensors_read(adapter_name)
+            if _have_versions(tensors):
+                read[name] = tensors
                 members.append(sibling)
         if len(members) < 2:
             return None
@@ -179,13 +179,16 @@ def find_siblings(layers: Iterable[tuple[str, Any]], trial: TrialRun) -> dict[st
         layers: those of a method, each with its name from the model's root.
         trial: what the trial run saw.
     """
-    found: dict[str, dict[tuple[int, ...], list[str]]] = {}
+    by_input: dict[str, dict[tuple[int, ...], list[str]]] = {}  # parent -> the tensors of the calls -> children
     for name, layer in layers:
         inputs = trial.inputs.get(name)
         if inputs and isinstance(layer.get_base_layer(), nn.Linear):
-            parent, _, own = name.rpartition(".")
-            found.setdefault(parent, {}).setdefault(inputs, []).append(own)
-    groups = {parent: tuple(tuple(names) for names in of.values() if len(names) > 1) for parent, of in found.items()}
+            parent, _, child = name.rpartition(".")
+            by_input.setdefault(parent, {}).setdefault(inputs, []).append(child)
+    groups = {
+        parent: tuple(tuple(names) for names in children.values() if len(names) > 1)
+        for parent, children in by_input.items()
+    }
     return {parent: names for parent, names in groups.items() if names}
 
 

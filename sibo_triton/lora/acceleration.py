@@ -58,7 +58,7 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
     unknown = sorted(set(adapter_names or ()) - present)
     if unknown:
         raise ValueError(f"No LoRA adapter is named {', '.join(unknown)}; there are {', '.join(sorted(present))}.")
-    notices, found = Notices(), False
+    notices, changed = Notices(), False
     obstacles: dict[str, str] = {}  # each reason, and the first layer that has it
     for name, layer in layers.items():
         for adapter_name in present if adapter_names is None else adapter_names:
@@ -68,10 +68,10 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
             if obstacle is None:
                 add_site(layer, adapter_name, MixingSite(name, None, "plain LoRA, accelerated", notices))
                 layer.lora_variant[adapter_name] = AcceleratedLora()
-                found = True
+                changed = True
             elif not isinstance(layer.lora_variant.get(adapter_name), SiboLoraVariant):  # which is fused anyway
                 obstacles.setdefault(obstacle, f"{name}, adapter {adapter_name!r}")
-    if found:
+    if changed:
         wrap_layer_classes(root)
         _attach_siblings(root)
     elif obstacles:

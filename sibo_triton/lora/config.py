@@ -69,9 +69,9 @@ class SiboLoraConfig(SiboOptions, LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as it is saved: a plain LoRA adapter's if nothing mixes, else with a peft_type of its own."""
         config = super().to_dict()
-        own = [f.name for f in fields(SiboLoraConfig) if f.name.startswith("sibo_")]
+        sibo_options = [f.name for f in fields(SiboLoraConfig) if f.name.startswith("sibo_")]
         if not self.mixes:
-            return {key: value for key, value in config.items() if key not in own}
+            return {key: value for key, value in config.items() if key not in sibo_options}
         config["peft_type"] = SIBO_LORA_TYPE
         if self.sibo_target_modules is None and self._sibo_resolved is not None:
             config["sibo_mixing_modules"] = list(self._sibo_resolved)
