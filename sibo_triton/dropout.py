@@ -27,7 +27,11 @@ def draw_seed(device: torch.device | str | None = None, generator: torch.Generat
 
 
 def draw_seeds(count: int, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
-    """Several seeds at once, as :func:`draw_seed` draws them; on the CPU the same ones as in as many calls."""
+    """Several seeds at once, as :func:`draw_seed` draws them; on the CPU the same ones as in as many calls.
+
+    Returns:
+        ``count`` tensors, each int64, ``[1]``, on ``device``.
+    """
     seeds = torch.empty((count, 2), dtype=torch.int64, device=device)  # 16 bytes apart, as a kernel wants its pointers
     seeds[:, 0].random_(0, 2**63 - 1)
     return seeds[:, :1].unbind()

@@ -38,21 +38,21 @@ class ModuleExplanation:
     """One LoRA layer, or one module with a bottleneck adapter, under one adapter.
 
     Attributes:
-        module: its name.
+        module: the module's name from the root of the explained model.
         adapter: the adapter's name.
         mixes: whether its input is mixed with the initial residual.
         lambda_: the share of the initial residual; None where nothing mixes, or the tensor is sharded or on meta.
         learnable: whether lambda is trained.
         initial_residual: where h0 comes from ("block_input of model.layers"), None where nothing mixes.
         reason: why it mixes or not.
-        runs: how it runs when this adapter alone is active, as the model stands now (parameters that are sharded now
-            may be whole inside of a forward). "fused": the frozen linear and the adapter are one operation; "adapter":
-            the adapter is one, on what the frozen layer returned; "modules": its modules are called; "definition":
-            sibo_triton.reference runs; "PEFT": PEFT's own forward runs.
+        runs: how it runs when this adapter alone is active, as the model is now (parameters that are sharded now may be
+            whole during a forward). "fused": the frozen linear and the adapter are one operation; "adapter": the
+            adapter is one, on what the frozen layer returned; "modules": the adapter's modules are called one by one;
+            "definition": sibo_triton.reference runs; "PEFT": PEFT's own forward runs.
         backend: "triton", "torch" or "reference": what computes that operation; None where PEFT's forward runs.
-        runs_reason: why it does not run by a faster path or backend, in words; None where it runs by the fastest.
-        siblings: the names, below the same parent, of the layers that get the same input. Where they and this layer run
-            fused, they share their passes over it.
+        runs_reason: why it does not run by a faster path or backend; None where it runs by the fastest.
+        siblings: names, below the same parent, of the other layers that get the same input. Where they and this layer
+            run fused, they share passes over it.
         method: "LoRA", or "adapter" for a bottleneck adapter.
     """
 
@@ -71,7 +71,7 @@ class ModuleExplanation:
 
 
 class Explanation(list[ModuleExplanation]):
-    """A list of `ModuleExplanation` that prints as a table, like modules of different blocks in one row."""
+    """A list of `ModuleExplanation` that prints as a table, with one row for what is alike in all blocks."""
 
     def __str__(self) -> str:
         if not self:
@@ -122,16 +122,21 @@ def _lambdas(rows: list[ModuleExplanation]) -> str:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Say, for each layer and adapter of `model`, whether it mixes, with which lambda, from where, and why.
+    """Say what each LoRA layer and each bottleneck adapter of `model` computes, with which lambda, and why.
+
+    A SIBO-LoRA layer computes ``y = W0 x + b + s B A drop((1 - lambda) x + lambda h0)``; which layers mix in h0, from
+    where they take it and on which backend they run depends on the model. Nothing is run or changed.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters.
+        model: a `PeftModel`, or a model with injected adapters, on any device.
 
     Returns:
-        A list of `ModuleExplanation`; printed, it is a table in which a star stands for the block's number.
+        A list with one `ModuleExplanation` for each module and adapter; printed, it is a table in which a star stands
+        for the block's number.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
+        ValueError: `SIBO_TRITON_BACKEND` is set to a backend that does not exist.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain takes a torch.nn.Module, got {type(model).__name__}.")

@@ -178,9 +178,9 @@ def lora_linear(
     dropout_seed: int | Tensor | None = None,
     lora_bias: Tensor | None = None,
 ) -> Tensor:
-    """``y = W0 x + b + s (B A drop(x~) + b_B)``: a linear layer with SIBO-LoRA; lambda = 0 is plain LoRA.
+    """``y = W0 x + b + s (B A drop((1 - lambda) x + lambda h0) + b_B)``: a linear layer with SIBO-LoRA.
 
-    The frozen path reads the unmixed ``x``, in its own dtype; :func:`add_lora` adds the rest.
+    lambda = 0 is plain LoRA. The frozen path reads the unmixed ``x``, in its own dtype; :func:`add_lora` adds the rest.
 
     Args:
         x: ``[..., K]``.

@@ -1,8 +1,8 @@
 """Everything that sibo_triton changes in PEFT and transformers; methods of LoRA layers are in `lora/wrapping.py`.
 
-Plain LoRA is left alone: each wrapper calls what it wraps with the same arguments, and acts only where an adapter's
+Plain LoRA is not changed: each wrapper calls the original with the same arguments, and acts only where an adapter's
 config is a `SiboLoraConfig`. PEFT's own mapping of LORA is not touched, so configs print, warn, save and pickle as
-ever.
+before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sibo_triton.lora.wrapping import wrap, wrap_layer_class, wrap_layer_classes
 
 
 def register() -> None:
-    """Make PEFT know SIBO adapters. Called by `import sibo_triton`; more than once does no harm."""
+    """Register SIBO adapters with PEFT. `import sibo_triton` calls it; calling it again does nothing."""
     PEFT_TYPE_TO_CONFIG_MAPPING[SIBO_LORA_TYPE] = SiboLoraConfig  # what adapter_config.json of a SIBO adapter says
     _register_method(BOTTLENECK_TYPE, SiboAdapterConfig, SiboAdapterModel)
     wrap(LoraModel, "inject_adapter", _inject_adapter)
@@ -64,7 +64,7 @@ def register() -> None:
 
 
 def _register_method(name: str, config_class: type, tuner_class: type) -> None:
-    """Register a PEFT method of its own; PEFT asks for a member of its enum of methods, which cannot be added to."""
+    """Register a new PEFT method. PEFT needs a member of its enum of methods, which has no public way to add one."""
     if name in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     if name not in PeftType.__members__:
@@ -79,7 +79,7 @@ def _register_method(name: str, config_class: type, tuner_class: type) -> None:
 
 
 def _wrap_everywhere_in_peft(owner: ModuleType, name: str, wrapper: Callable) -> None:
-    """Wrap a function also where PEFT's other modules have imported it by name."""
+    """Wrap a function, also in those modules of PEFT that have imported it by name."""
     original = getattr(owner, name)
     wrap(owner, name, wrapper)
     for module in list(sys.modules.values()):
@@ -229,7 +229,7 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
 
 
 def _config_of_weights(model: Any, adapter_name: str, model_id: Any, hub_kwargs: dict[str, Any]) -> PeftConfig | None:
-    """The config beside weights that are to be loaded onto an adapter that is there: neither library compares them."""
+    """The config saved beside weights that are loaded onto an existing adapter: neither library compares the two."""
     existing = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(existing, SiboOptions) or not existing.in_no_tensor() or model_id is None:
         return None

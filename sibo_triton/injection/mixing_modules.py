@@ -1,4 +1,4 @@
-"""Decide which of the layers that an adapter is on mix in which initial residual, and put the hooks on that bind it."""
+"""Decide which layers of an adapter mix in which initial residual, and register the hooks that bind it."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def _reads(name: str, layer: Any, stack: BlockStack, trial: TrialRun) -> tuple[b
 
 @dataclass(frozen=True)
 class Method:
-    """What the decision needs to know of a PEFT method.
+    """What the decision needs to know about a PEFT method.
 
     Attributes:
         name: as in "the LoRA targets".
-        plain: what a layer computes that does not mix.
-        width: of what a layer mixes.
+        plain: what a layer that does not mix computes.
+        width: the width of what a layer mixes with h0.
         advice: what to target where nothing can mix.
-        obstacle: why a layer cannot mix whatever feeds it, or None.
-        refuse: raises for a layer that would mix, and could not compute it.
-        can_mix: whether a layer can mix in its stack's initial residual, by what the trial run saw, and why (not).
+        obstacle: the reason why a layer cannot mix whatever feeds it, or None.
+        refuse: raises an error for a layer that would mix, but cannot compute it.
+        can_mix: whether a layer can mix in its stack's initial residual, by what the trial run saw, and the reason.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Method:
 
 
 def requested_modules(config: SiboOptions) -> tuple[list[str] | str | None, bool]:
-    """What `sibo_target_modules` asks for, and whether that needs no trial run of the model.
+    """What `sibo_target_modules` asks for, and whether it can be taken without a trial run of the model.
 
-    A saved adapter that is loaded names its modules as they were found when it was made.
+    The config of a saved adapter names the modules that were found when the adapter was made.
     """
     is_saved = is_loading() and config._sibo_from_file
     requested = config.sibo_target_modules
@@ -68,13 +68,13 @@ def decide(
     trial: TrialRun | None,
     method: Method,
 ) -> Decisions:
-    """Decide for each layer.
+    """Decide for each layer whether it mixes, in which stack's initial residual, and why.
 
     Args:
-        layers: by their names from the base model's root.
+        layers: the layers, by their names from the base model's root.
         requested: see :func:`requested_modules`.
-        stacks: of the model.
-        trial: what the trial run saw, or None: then what is requested is taken.
+        stacks: the model's stacks of blocks.
+        trial: what the trial run saw; None to take what is requested as it is.
         method: the PEFT method.
 
     Raises:
@@ -90,10 +90,10 @@ def decide(
 def bind(
     model: nn.Module, config: SiboOptions, layers: Mapping[str, Any], decisions: Decisions, method: Method
 ) -> dict[str, MixingSite]:
-    """Put the hooks of the initial residuals on the model, and say of each layer what it mixes in."""
+    """Register the hooks of the initial residuals on the model, and return the site of each layer."""
     mixing = {name: stack for name, (stack, _) in decisions.items() if stack is not None}
     used = {stack.name: stack for stack in mixing.values()}
-    # all are looked up before the first hook is put on, for what may be refused
+    # all lookups come before the first hook, because they may raise
     widths = {name: (stack, method.width(layers[name])) for name, stack in mixing.items()}
     embeddings = {name: _embedding_name(model, stack, config, widths) for name, stack in used.items()}
     residuals = {name: attach(model, stack, config.sibo_source, embeddings[name]) for name, stack in used.items()}
@@ -108,7 +108,7 @@ def bind(
 
 
 def remove_unused_hooks(model: nn.Module) -> None:
-    """Take off the hooks of initial residuals that no layer of `model` mixes in any more, and of siblings no more."""
+    """Remove the hooks of initial residuals that no layer of `model` mixes in any more, and of former siblings."""
     detach_unused_siblings(model)
     sites = [site for _, layer in tuner_layers(model) for site in getattr(layer, "sibo_sites", {}).values()]
     used = {id(site.residual) for site in sites}
@@ -249,6 +249,6 @@ def _embedding_name(
 
 
 def abbreviated(names: Mapping[str, Any]) -> str:
-    """The names, shortened, or the first of them."""
+    """The names, shortened to their endings, of which at most 12 are listed."""
     short = shortest_names(list(names), list(names))
     return ", ".join(short[:12]) + (", ..." if len(short) > 12 else "")

@@ -14,8 +14,8 @@ from torch import nn
 from sibo_triton.injection.sites import tuner_layers
 from sibo_triton.injection.snapshot import Snapshot
 
-# What each adapter's config was when it was injected. Injecting another under its name replaces it in PEFT's dictionary
-# before anything of ours runs; a refusal puts it back.
+# Each adapter's config as it was injected. Injecting another adapter of the same name replaces the config in PEFT's
+# dictionary before our code runs; a refusal puts it back.
 _configs: WeakKeyDictionary[nn.Module, dict[str, PeftConfig]] = WeakKeyDictionary()
 
 
@@ -28,7 +28,7 @@ _loads = _Loads()
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """While an adapter's folder is loaded: if that fails, take back the injections since the beginning."""
+    """Context in which an adapter's folder is loaded: if it raises, the injections within it are undone."""
     outer, _loads.undo = _loads.undo, []
     try:
         yield
@@ -57,7 +57,7 @@ def inject_reversibly(
     adapter_name: str,
     remove_unused_hooks: Callable[[nn.Module], None],
 ) -> None:
-    """Run `inject`, and take back what it did to `model` and `tuner` if it raises, or if loading then fails."""
+    """Run `inject`, and undo what it did to `model` and `tuner` if it raises, or if loading fails later."""
     snapshot = Snapshot(model)
     targeted = (tuner.targeted_module_names, tuner.targeted_parameter_names)
     targeted_before = [list(names) for names in targeted]

@@ -1,6 +1,6 @@
-"""An adapter's weights and its lambda belong together: refuse the ones without the other.
+"""An adapter's weights and its lambda belong together: either one without the other is refused.
 
-Where this package is imported it is checked here. Where it is not, a guard in the saved weights makes the loading fail.
+Where this package is imported, the checks are here. Where it is not, a guard in the saved weights makes loading fail.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from sibo_triton.injection.sites import (
     tuner_layers,
 )
 
-# Of no parameter: load_state_dict refuses another shape even with strict=False. Two dimensions, because a shard of a
-# one-dimensional parameter may be empty.
+# A shape that no parameter has: load_state_dict refuses it even with strict=False. It has two dimensions, because a
+# shard of a one-dimensional parameter may be empty.
 _GUARD_SHAPE = (0, 0)
 
 _LAMBDA_PATTERN = "|".join(map(re.escape, FIRST_WEIGHTS))
@@ -36,16 +36,16 @@ _LAMBDA_PATTERN = "|".join(map(re.escape, FIRST_WEIGHTS))
 def with_guard(
     model: nn.Module, tensors: dict[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Add the guard to the weights of a SIBO adapter that are going to be saved; return those of others as they are.
+    """Add the guard to the weights of a SIBO adapter before they are saved; return those of others as they are.
 
-    Stock PEFT reads no config when it loads weights onto an adapter that is there. It would copy A and B to a plain
-    LoRA adapter and drop the lambdas, which have no place in it. The guard is an empty tensor with the name of a base
-    parameter: now it stops with "size mismatch for ...".
+    Stock PEFT reads no config when it loads weights onto an existing adapter. It would copy A and B to a plain LoRA
+    adapter and drop the lambdas, which that does not have. The guard, an empty tensor under the name of a base
+    parameter, makes it stop with "size mismatch for ...".
 
     Args:
-        model: what the adapter is in.
+        model: the model that has the adapter.
         tensors: the adapter's weights by their names in a file, without the adapter's name.
-        state_dict: that of the whole model, where the weights were taken from one.
+        state_dict: the whole model's, if the weights were taken from one.
     """
     mixing = next((re.split(rf"\.(?:{_LAMBDA_PATTERN})\.", key)[0] for key in tensors if _is_lambda(key)), None)
     if mixing is None:
@@ -57,7 +57,7 @@ def with_guard(
 
 
 def without_others(model: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
-    """Leave other bottleneck adapters' weights out of what is going to be saved of one: PEFT 0.19 does not."""
+    """Drop other bottleneck adapters' weights from those of one that is saved: PEFT 0.19 does not."""
     others = [re.escape(name) for name in getattr(model, "peft_config", {}) if name != adapter_name]
     if not others:
         return tensors
@@ -66,7 +66,7 @@ def without_others(model: nn.Module, tensors: dict[str, torch.Tensor], adapter_n
 
 
 def without_guard(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The weights of a SIBO adapter as they are loaded; values may be slices of a safetensors file."""
+    """The weights of a SIBO adapter without the guard; values may be slices of a safetensors file."""
     guards = _guards(tensors)
     return {key: value for key, value in tensors.items() if key not in guards} if guards else tensors
 
@@ -74,9 +74,9 @@ def without_guard(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
 def _guarded_name(
     mixing: str, tensors_of_model: Mapping[str, torch.Tensor], saved: set[str], adapters: set[str]
 ) -> str:
-    """The name of a base parameter near the layer `mixing` that every LoRA model of this base has under this name.
+    """A base parameter near the layer `mixing` that has the same name in every LoRA model of this base.
 
-    A norm's weight: LoRA does not wrap it (a wrapped module's parameters have other names), nor is it quantised.
+    It is a norm's weight: LoRA does not wrap norms (which would rename their parameters), nor are they quantised.
     """
     layer = mixing.split(".")
 
@@ -114,7 +114,7 @@ def _guards(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def _is_lambda(key: str, adapter_name: str | None = None) -> bool:
-    # PEFT 0.19 writes the parameters of all adapters whose name holds "bias" into the file of each: not this one's
+    # PEFT 0.19 writes parameters whose name holds "bias" into the files of all adapters, not only of their own
     optional = "" if adapter_name is None else rf"({re.escape(adapter_name)}\.)?"
     return re.search(rf"\.({_LAMBDA_PATTERN})\.{optional}[^.]+$", key) is not None
 
@@ -149,7 +149,7 @@ def check_state_dict(
 
 
 def check_loaded_lambdas(model: nn.Module, adapter_name: str, missing: Sequence[str]) -> None:
-    """The same check for a loader that sets tensors itself (transformers' load_adapter), after it is done."""
+    """The same check after a loader that sets tensors itself (transformers' load_adapter)."""
     for name, layer in tuner_layers(model):
         if adapter_name not in sibo_adapters(layer):
             continue
@@ -164,7 +164,7 @@ def check_loaded_lambdas(model: nn.Module, adapter_name: str, missing: Sequence[
 
 
 def check_adapter_mixes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]) -> None:
-    """Raise a ValueError if weights of a SIBO adapter are going to be loaded onto an adapter that mixes nowhere."""
+    """Raise a ValueError if weights of a SIBO adapter are about to be loaded onto an adapter that mixes nowhere."""
     exists = adapter_name in getattr(model, "peft_config", {})
     if exists and not any(adapter_name in sibo_adapters(layer) for _, layer in tuner_layers(model)):
         lambdas = sorted(key for key in tensors if _is_lambda(key, adapter_name))
@@ -172,7 +172,7 @@ def check_adapter_mixes(model: nn.Module, adapter_name: str, tensors: Mapping[st
 
 
 def check_all_lambdas_taken(adapter_name: str, unexpected: Iterable[str]) -> None:
-    """Raise a ValueError if the weights that were loaded held a lambda for which the adapter had no place."""
+    """Raise a ValueError if the loaded weights held a lambda that the adapter does not have."""
     _refuse_without_place(adapter_name, sorted(key for key in unexpected if _is_lambda(key, adapter_name)))
 
 
@@ -187,9 +187,9 @@ def _refuse_without_place(adapter_name: str, keys: Sequence[str]) -> None:
 
 
 def check_same_source(adapter: PeftConfig, saved: PeftConfig) -> None:
-    """Raise a ValueError if weights would be loaded onto an adapter that makes something else of them.
+    """Raise a ValueError if weights would be loaded onto an adapter that computes something else with them.
 
-    Such as of another kind of h0: that is in no tensor.
+    For example with another source of h0, which is stored in no tensor.
     """
     if not isinstance(adapter, SiboOptions) or not isinstance(saved, SiboOptions):
         return
@@ -202,9 +202,9 @@ def check_same_source(adapter: PeftConfig, saved: PeftConfig) -> None:
 
 
 def check_same_method(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
-    """Raise a ValueError if the weights of a bottleneck adapter are going to be loaded onto another, or the reverse.
+    """Raise a ValueError if the weights are a bottleneck adapter's and the adapter is LoRA, or the reverse.
 
-    No name would match, and PEFT would load nothing without a word.
+    No name would match, and PEFT would silently load nothing.
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None:

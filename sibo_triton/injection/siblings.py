@@ -1,13 +1,14 @@
-"""Adapted layers that get the same x (q, k and v; gate and up) meet, and share their passes over it.
+"""Siblings, adapted layers that get the same x (q, k and v; gate and up), share their passes over it.
 
-Who shares x was seen in a trial run of the model. At run time nothing is taken for granted: the first sibling that is
-called computes the down-projections of all, and each of the others takes its own only if it is called by the same run
-of their parent, with the very same x, unchanged, and by the same adapter. Else it runs alone, which is always right.
+Which layers share x is found by a trial run of the model. At run time it is checked again: the first sibling that is
+called computes the down-projections of all, and each of the others takes its own only if it is called in the same
+forward of their parent, with the very same, unmodified x and the same adapter. Else it runs alone, which is always
+correct.
 
-The run of the parent is a scope, opened and closed by its hooks: nothing is kept past it, threads do not meet, and a
+A forward of the parent is a scope, opened and closed by hooks: nothing outlives it, threads do not share it, and a
 recompute (gradient checkpointing), which runs the hooks again, groups as its forward did.
 
-A layer's class has what `Shares` names.
+`Shares` is the interface of the layers.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ Names = tuple[tuple[str, ...], ...]
 
 
 class Shares(Protocol):
-    """What a layer that may share its passes has."""
+    """The interface of a layer that may share its passes."""
 
     sibo_sites: dict[str, Any]  # by adapter
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:
-        """The adapter, if it alone runs, as one operation that siblings may share."""
+        """The active adapter, if it is the only one and runs as one operation that siblings may share; else None."""
 
     def only_active(self) -> str | None:
-        """The one adapter that is active, and that the layer has; None if several are, or none."""
+        """The active adapter of this layer, if there is exactly one; else None."""
 
     def tensors_read(self, adapter_name: str) -> list[torch.Tensor]:
-        """What may be read when the first sibling is called: a change shows that what was computed is out of date."""
+        """The tensors read when the first sibling is called: a change since then makes the result out of date."""
 
     @staticmethod
     def group_of(layers: Sequence[Any], adapter_name: str, x: torch.Tensor) -> Group | None:
-        """The operation of layers that get the same x."""
+        """One operation for layers that get the same x; None where each must run alone."""
 
 
 class _Scopes(threading.local):
@@ -53,13 +54,13 @@ _scopes = _Scopes()
 
 
 class _Run:
-    """What was computed for siblings, until each of them has taken its own."""
+    """What was computed for a group of siblings, until each of them has taken its output."""
 
     def __init__(self, x: torch.Tensor, adapter_name: str, group: Group, read: dict[str, list[torch.Tensor]]) -> None:
         self._key = self._key_of(x, adapter_name)
         self._x = x
         self._group = group
-        # by the child's name: its place, and the versions of what was read of it
+        # by the child's name: its index in the group, and the versions of the tensors that were read
         self.waiting = {name: (i, _versions(tensors)) for i, (name, tensors) in enumerate(read.items())}
 
     @staticmethod
@@ -67,7 +68,7 @@ class _Run:
         return x._version, adapter_name, torch.is_grad_enabled(), autocast_dtype(x.device.type)
 
     def take(self, name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-        """The layer's output, once; None where it is not the one that was computed."""
+        """The layer's output, once; None if something has changed since it was computed."""
         place, versions = self.waiting.pop(name)
         adapter_name = self._key[1]
         if x is not self._x or self._key_of(x, adapter_name) != self._key:
@@ -86,7 +87,7 @@ def _have_versions(tensors: list[torch.Tensor]) -> bool:
 
 
 class _Scope:
-    """One run of the module whose children the siblings are."""
+    """One forward of the siblings' parent."""
 
     def __init__(self, parent: nn.Module, names: Names) -> None:
         self.parent = parent
@@ -103,7 +104,7 @@ class _Scope:
 
     def _output(self, names: tuple[str, ...], name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         if names not in self._runs:
-            self._runs[names] = None  # of a group that cannot be, every layer runs alone
+            self._runs[names] = None  # kept where no group can be made: every layer then runs alone
             self._runs[names] = self._start(names, name, x)
         run = self._runs[names]
         if run is None or name not in run.waiting:
@@ -114,7 +115,7 @@ class _Scope:
         return y
 
     def _start(self, names: tuple[str, ...], first: str, x: torch.Tensor) -> _Run | None:
-        if x.is_inference() or not shares_passes(x):  # inference: no versions, which tell that x was written to
+        if x.is_inference() or not shares_passes(x):  # inference tensors have no version, which would tell of writes
             return None
         layer: Any = self.parent._modules[first]
         adapter_name = layer.fused_adapter(x)
@@ -139,13 +140,13 @@ class _Scope:
 
 
 def shared_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """What a fused layer returns for x if it shares it with siblings; None where it is to run alone."""
+    """The output of a fused layer that shares x with siblings; None where it must run alone."""
     scopes = _scopes.open
     return scopes[-1].output(layer, x) if scopes else None
 
 
 class _SiblingHook:
-    """Put on a parent. It can be told from other hooks, copied and pickled: it holds names only."""
+    """A hook of a parent. It has a type of its own, and holds only names, so that it can be copied and pickled."""
 
     def __init__(self, names: Names) -> None:
         self.names = names
@@ -173,10 +174,10 @@ class _CloseScope(_SiblingHook):
 
 
 def find_siblings(layers: Iterable[tuple[str, Any]], trial: TrialRun) -> dict[str, Names]:
-    """The layers below one parent that got the same tensor in the trial run: parent's name -> its groups.
+    """The children of one parent that got the same tensor in the trial run: parent's name -> its groups.
 
     Args:
-        layers: those of a method, each with its name from the model's root.
+        layers: the adapted layers of one PEFT method, each with its name from the model's root.
         trial: what the trial run saw.
     """
     by_input: dict[str, dict[tuple[int, ...], list[str]]] = {}  # parent -> the tensors of the calls -> children
@@ -193,7 +194,7 @@ def find_siblings(layers: Iterable[tuple[str, Any]], trial: TrialRun) -> dict[st
 
 
 def attach_siblings(model: nn.Module, siblings: dict[str, Names]) -> None:
-    """Let the layers meet, by hooks on their parents; what an earlier adapter put there is replaced."""
+    """Register the hooks on the parents by which siblings share passes, in the place of an earlier adapter's."""
     for parent, names in siblings.items():
         module = model.get_submodule(parent)
         detach_siblings(module)
@@ -202,7 +203,7 @@ def attach_siblings(model: nn.Module, siblings: dict[str, Names]) -> None:
 
 
 def detach_unused_siblings(model: nn.Module) -> None:
-    """Take the hooks off parents below which no two layers of a group are fused any more."""
+    """Remove the hooks from parents that no longer have two fused layers of a group."""
     for module in model.modules():
         names = siblings_below(module)
         if names and not any(_count(module, group) > 1 for group in names):
@@ -221,7 +222,7 @@ def _count(module: nn.Module, names: Iterable[str]) -> int:
 
 
 def detach_siblings(module: nn.Module) -> None:
-    """Take the hooks of siblings off a module, whose children then run alone."""
+    """Remove the hooks of siblings from a module, whose children then run alone."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(hook, _SiblingHook):

@@ -30,7 +30,7 @@ FIRST_WEIGHTS = {LORA_LAMBDA_NAME: "lora_A", BOTTLENECK_LAMBDA_NAME: "sibo_adapt
 
 @dataclass
 class Notices:
-    """What has been said about one adapter of one model: each reason once."""
+    """The warnings about the speed of one adapter of one model: each reason is given once."""
 
     said: set[str] = field(default_factory=set)
 
@@ -53,8 +53,8 @@ class MixingSite:
     Attributes:
         name: the layer's name from the base model's root.
         residual: the initial residual that it mixes in, or None for the plain method.
-        reason: why it mixes or not, in words.
-        notices: what was said about the adapter's speed.
+        reason: why it mixes or not.
+        notices: the warnings about the adapter's speed.
     """
 
     name: str
@@ -72,7 +72,7 @@ _mixed_batch = _MixedBatch()
 
 @contextmanager
 def mixed_batch(adapter_names: Sequence[str]) -> Iterator[None]:
-    """While a batch is split by `adapter_names`, let the layers know, so that they split h0 alike."""
+    """Context in which a batch is split by `adapter_names`: the layers split h0 in the same way."""
     previous, _mixed_batch.adapter_names = _mixed_batch.adapter_names, adapter_names
     try:
         yield
@@ -89,8 +89,12 @@ def site_of(module: nn.Module, adapter_name: str) -> MixingSite:
 def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
     """h0 for the tokens of `x`, on its device and of its shape.
 
-    In a batch of several adapters x holds one adapter's rows: h0 is indexed alike. An x of [tokens, K] (routers and
-    shared experts flatten batch and sequence) gets h0 flattened.
+    In a mixed batch x holds one adapter's rows, and h0 is indexed in the same way. For an x of [tokens, K] (routers and
+    shared experts flatten batch and sequence) h0 is flattened too.
+
+    Raises:
+        RuntimeError: no forward of the layer's stack runs in this thread.
+        ValueError: h0 does not fit x, or `adapter_names`.
     """
     site = site_of(module, adapter_name)
     assert site.residual is not None
@@ -117,10 +121,10 @@ def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) 
 def mixing_arguments(
     layers: Sequence[Any], adapter_name: str, x: torch.Tensor, dropouts: Sequence[nn.Module], lambdas: str
 ) -> list[dict[str, Any]]:
-    """What the operations take of h0, lambda and dropout, of an adapter of each layer; they get the same x.
+    """The operations' arguments for h0, lambda and dropout, for one adapter of layers that get the same x.
 
     Args:
-        dropouts: the adapter's module of each layer.
+        dropouts: the adapter's dropout module of each layer.
         lambdas: the name of the layers' dictionary of lambdas.
     """
     all_arguments: list[dict[str, Any]] = []
@@ -134,7 +138,7 @@ def mixing_arguments(
             arguments["initial_residual"] = residuals[id(residual)]
             lambda_module = layer._modules[lambdas]._modules[adapter_name]
             hooked = lambda_module._forward_hooks or lambda_module._forward_pre_hooks
-            # a call takes the host as long as a product
+            # calling the module would cost as much host time as a product
             arguments["lambda_"] = lambda_module() if hooked else lambda_module.forward()
         if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             arguments["dropout_p"] = dropout.p

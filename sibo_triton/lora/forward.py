@@ -18,10 +18,10 @@ from sibo_triton.ops import Group, add_lora, lora_linear, lora_linear_group
 
 
 class FusedLinear(LoraLinear):
-    """PEFT's lora.Linear, which runs as one operation with its frozen linear where one SIBO adapter is all that runs.
+    """PEFT's lora.Linear; if a single SIBO adapter is active, it and the frozen linear run as one operation.
 
-    Everything else, a plain adapter among it, goes to PEFT's own forward. A layer that PEFT made becomes one by its
-    class, and goes back likewise (`install.match_class`).
+    Otherwise, for example with a plain adapter, PEFT's own forward runs. `install.match_class` turns a layer that PEFT
+    made into one of these, and back, by setting its class.
     """
 
     def _get_name(self) -> str:
@@ -41,7 +41,7 @@ class FusedLinear(LoraLinear):
 
     @staticmethod
     def arguments_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
-        """What the operation takes of each of these layers, which get the same x."""
+        """The arguments of `lora_linear` for each of these layers, which get the same x."""
         arguments = []
         for layer, of_adapter in zip(layers, _adapter_arguments(layers, adapter_name, x), strict=True):
             base: Any = layer._modules["base_layer"]
@@ -50,11 +50,11 @@ class FusedLinear(LoraLinear):
 
     @staticmethod
     def group_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> Group | None:
-        """The operation of these layers, which get the same x; None where they must run alone."""
+        """One operation for these layers, which get the same x; None where each must run alone."""
         return lora_linear_group(x, FusedLinear.arguments_of(layers, adapter_name, x))
 
     def tensors_read(self, adapter_name: str) -> list[torch.Tensor]:
-        """The weights and biases, and lambda where it mixes."""
+        """The tensors that the operation reads: weights and biases, and those of lambda where it mixes."""
         base: Any = self._modules["base_layer"]
         tensors: list[torch.Tensor] = []
         for module in (base, *adapter_modules(self, adapter_name)[:2]):
@@ -66,12 +66,12 @@ class FusedLinear(LoraLinear):
         return tensors
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:
-        """The adapter, if it alone runs and nothing stands in the way."""
+        """The active adapter, if it is the only one and can run as one operation with the frozen linear; else None."""
         name = self.only_active()
         if name is None or name not in self.__dict__.get("sibo_sites", ()):
             return None
         if obstacle_to_lora(self, name, x) is not None:
-            return None  # PEFT's forward calls the variant, which looks again and says it
+            return None  # PEFT's forward calls the variant, which looks again and warns
         obstacle = obstacle_to_fusing(self, x)
         if obstacle is not None:
             site = site_of(self, name)
@@ -80,7 +80,7 @@ class FusedLinear(LoraLinear):
         return name
 
     def only_active(self) -> str | None:
-        """The one adapter that is active, and that the layer has; None if several are, or none, or it is merged."""
+        """The active adapter of this layer, if there is exactly one and none is merged; else None."""
         if self._disable_adapters or self.merged_adapters:
             return None
         active = self.active_adapter
@@ -92,14 +92,14 @@ class FusedLinear(LoraLinear):
 
 
 class SiboLoraVariant(LoraVariant):
-    """The adapter on what PEFT's layer computed: result + s * B A drop((1 - lambda) * x + lambda * h0)."""
+    """Adds an adapter to what PEFT's layer computed: result + s * B A drop((1 - lambda) * x + lambda * h0)."""
 
     def supports_lora_conversion(self) -> bool:
         return False  # an update of the weight that gives the same output does not exist
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **_: Any) -> None:
-        """Nothing: `install` puts on what is needed, after PEFT has made the layer."""
+        """Does nothing: `install` sets the adapter up, after PEFT has made the layer."""
 
     @staticmethod
     def forward(
@@ -142,14 +142,14 @@ class SiboLoraVariant(LoraVariant):
 
 
 class AcceleratedLora(SiboLoraVariant):
-    """Plain LoRA, computed by the fused operations. PEFT merges and converts it as if this were not there."""
+    """Plain LoRA (lambda = 0) by the fused operations. PEFT merges and converts it as if this were not there."""
 
     def supports_lora_conversion(self) -> bool:
         return True
 
 
 def refuse_merge(what: str) -> NoReturn:
-    """Raise the error that says why a SIBO adapter is never merged."""
+    """Raise the ValueError that says why a SIBO adapter cannot be merged."""
     raise ValueError(
         f"Cannot merge {what}: a SIBO adapter reads the initial residual beside the layer's input, so no weight of the "
         "layer gives the same output (W0 + s (1 - lambda) B A is only a part of it). Keep the adapter unmerged: it can "
@@ -159,7 +159,7 @@ def refuse_merge(what: str) -> NoReturn:
 
 
 def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
-    """What the operations take of an adapter of each layer, beside x."""
+    """The arguments of the operations, beside x, for one adapter of each layer."""
     modules = [adapter_modules(layer, adapter_name) for layer in layers]
     all_arguments = mixing_arguments(layers, adapter_name, x, [dropout for *_, dropout in modules], LORA_LAMBDA_NAME)
     for layer, (lora_a, lora_b, _), arguments in zip(layers, modules, all_arguments, strict=True):

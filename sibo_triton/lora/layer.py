@@ -12,7 +12,7 @@ from torch import nn
 def dispatches_variants(layer: LoraLayer, method: str = "forward") -> bool:
     """Whether the layer's forward (or another method) looks at `lora_variant`; some of PEFT's backends do not."""
     function = getattr(type(layer), method)
-    if function.__module__.startswith("sibo_triton."):  # FusedLinear's, which hands to PEFT's what it does not do
+    if function.__module__.startswith("sibo_triton."):  # FusedLinear's, which passes the rest on to PEFT's
         function = getattr(super(type(layer), layer), method)
     code = getattr(inspect.unwrap(function), "__code__", None)
     return code is not None and "lora_variant" in code.co_names

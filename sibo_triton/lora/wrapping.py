@@ -36,14 +36,14 @@ def wrap(owner: type | ModuleType, name: str, wrapper: Callable) -> None:
 
 
 def wrap_layer_classes(model: nn.Module) -> None:
-    """Wrap the classes of LoRA layers on which adapters of ours are, which PEFT may have imported just now."""
+    """Wrap the classes of the LoRA layers that have sites: PEFT may have imported them just now."""
     for _, layer in lora_layers(model):
         if layer.__dict__.get("sibo_sites"):
             wrap_layer_class(type(layer))
 
 
 def wrap_layer_class(layer_class: type) -> None:
-    """Wrap what a class of LoRA layers defines or inherits. PEFT imports those of its backends when it needs them."""
+    """Wrap the methods that a class of LoRA layers defines or inherits. PEFT imports those of its backends late."""
     for name, wrapper in _LAYER_WRAPPERS.items():
         owner = next((base for base in layer_class.__mro__ if name in vars(base)), None)
         if owner is not None:
@@ -84,7 +84,7 @@ _LAYER_WRAPPERS: dict[str, Callable] = {
 
 @contextmanager
 def _as_peft_made_it(layer: LoraLayer) -> Iterator[None]:
-    """While PEFT merges or takes apart, an accelerated adapter is a plain one."""
+    """Hide the variants of accelerated adapters while PEFT merges or unmerges: they are plain LoRA."""
     hidden = {name: variant for name, variant in layer.lora_variant.items() if isinstance(variant, AcceleratedLora)}
     for name in hidden:
         del layer.lora_variant[name]
