@@ -44,12 +44,12 @@ __all__ = [
 def mix(x: Tensor, initial_residual: Tensor | None, lambda_: float | Tensor) -> Tensor:
     """``x~ = (1 - lambda) x + lambda h0``: the adapter's input, mixed with the initial residual.
 
-    Computed in the widest of the two dtypes and float32, and rounded once, to ``x.dtype``. Nothing is skipped at
-    lambda = 1, nor when a tensor holds 0: what is not finite in either input is not finite in ``x~``, as 0 * inf = nan.
+    Computed in the widest of the two dtypes and float32, and rounded once, to ``x.dtype``. Neither input is skipped at
+    lambda = 1, nor when a tensor holds 0: where either is not finite ``x~`` is not finite either, as 0 * inf = nan.
 
     Args:
         x: the layer's input, ``[..., K]``.
-        initial_residual: h0, of the shape of ``x`` and of any floating dtype. Not looked at when ``lambda_`` is the
+        initial_residual: h0, of the shape of ``x`` and of any floating dtype. Not read when ``lambda_`` is the
             number 0, and may then be None.
         lambda_: a number in [0, 1], or a floating point tensor with one element (its value is not checked, which would
             make a GPU wait). Gradients flow to such a tensor, to ``x`` and to ``initial_residual``.

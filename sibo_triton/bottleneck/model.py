@@ -34,7 +34,7 @@ from sibo_triton.mixing import SiboLambda
 
 
 class SiboAdapterModel(BaseTuner):
-    """A model with bottleneck adapters; made by `peft.get_peft_model` for a `SiboAdapterConfig`."""
+    """A model with bottleneck adapters, as `peft.get_peft_model` makes it for a `SiboAdapterConfig`."""
 
     prefix = BOTTLENECK_PREFIX
     tuner_layer_cls = SiboAdapterLayer
@@ -43,7 +43,8 @@ class SiboAdapterModel(BaseTuner):
         """Put an adapter on the modules that its config targets, and bind the initial residual where it mixes.
 
         Raises:
-            ValueError: it cannot be made right; the model is then as it was.
+            TypeError: the config is not a `SiboAdapterConfig`.
+            ValueError: the adapter cannot compute what its config says; the model is then as it was.
         """
         config = self.peft_config[adapter_name]
         inject_reversibly(
@@ -58,7 +59,7 @@ class SiboAdapterModel(BaseTuner):
         config.check_options()
         for _, layer in adapter_layers(model):
             if adapter_name in layer.sibo_adapter_options:
-                layer.delete_adapter(adapter_name)  # an earlier one of this name
+                layer.delete_adapter(adapter_name)  # an earlier adapter of this name
         requested, known = requested_modules(config)
         known = known and config.target_modules is not None and not _targets_sub_layers(model, config)
         stacks, trial = _look_at(model, config)
@@ -68,7 +69,7 @@ class SiboAdapterModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
         layers = {name: layer for name, layer in adapter_layers(model) if adapter_name in layer.sibo_adapter_options}
-        if not layers:  # PEFT 0.19 says it of the first adapter only
+        if not layers:  # PEFT 0.19 checks this for the first adapter only
             raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
         if config.mixes:
             method = _method(adapter_name, config)
@@ -110,7 +111,7 @@ class SiboAdapterModel(BaseTuner):
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, config)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # another adapter: not trainable until it is activated
+            layer.requires_grad_(False)  # an inactive adapter is not trainable
         self._replace_module(parent, target_name, layer, target)
 
     def _new_layer(self, config: SiboAdapterConfig, target: nn.Module, name: str) -> SiboAdapterLayer:
@@ -144,7 +145,7 @@ class SiboAdapterModel(BaseTuner):
         refuse_merge(", ".join(self.active_adapters))
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: adapters are not linear, so a weighted sum of their weights is not that of what they compute."""
+        """Refused: adapters are not linear, so a sum of their weights does not compute the sum of their outputs."""
         raise ValueError(
             "Bottleneck adapters cannot be combined into one: they are not linear. Activate several with "
             "base_model.set_adapter([...]) instead; what they compute then adds up."
@@ -152,7 +153,7 @@ class SiboAdapterModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """For PeftModel: hand `adapter_names`, one name for each sample, to the layers."""
+        """For PeftModel: pass `adapter_names`, one name for each sample, to the layers."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -179,7 +180,7 @@ class SiboAdapterModel(BaseTuner):
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, SiboAdapterLayer]]:
-    """The layers with bottleneck adapters of a base model, with their names from its root."""
+    """The layers of a base model that have bottleneck adapters, with their names from its root."""
     for name, module in model.named_modules():
         if isinstance(module, SiboAdapterLayer):
             yield name, module
@@ -201,15 +202,15 @@ def _install(
 
 
 def _look_at(model: nn.Module, config: SiboAdapterConfig) -> tuple[list[BlockStack], TrialRun]:
-    """The stacks of blocks, and what a trial run saw."""
+    """The stacks of blocks of a model, and what a trial run saw."""
     needs_stacks = config.target_modules is None or config.mixes or _targets_sub_layers(model, config)
     try:
         stacks = find_block_stacks(model, config.sibo_blocks)
     except ValueError:
         if needs_stacks:
             raise
-        return [], TrialRun()  # no transformer: every module runs alone
-    return stacks, trial_run(model, stacks)  # also of a saved adapter: who shares x is in no file
+        return [], TrialRun()  # not a transformer: every module runs alone
+    return stacks, trial_run(model, stacks)  # also for a saved adapter: its file does not say which layers share x
 
 
 def _targets_sub_layers(model: nn.Module, config: SiboAdapterConfig) -> bool:
@@ -255,10 +256,10 @@ def _method(adapter_name: str, config: SiboAdapterConfig) -> Method:
 
 
 def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, trial: TrialRun) -> tuple[bool, str]:
-    """Whether what a module returns can be mixed with h0: of the same tokens, and as wide."""
+    """Whether a module's output can be mixed with h0, being of the same tokens and as wide; and the reason."""
     _, reason = trial.reads(name, stack)
     unknown = name not in trial.marks or stack.name in trial.problems or stack.name in trial.repeated
-    if unknown or trial.marks[name] - {None, stack.name}:  # of another stack's stream: other tokens
+    if unknown or trial.marks[name] - {None, stack.name}:  # it reads another stack's stream: other tokens
         return False, reason
     width = trial.widths[stack.name]
     if layer.out_features != width:
@@ -267,7 +268,7 @@ def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, trial: Trial
 
 
 def _refuse_other_widths(layers: dict[str, SiboAdapterLayer], decisions: Decisions, widths: dict[str, int]) -> None:
-    """On the output side nothing is left plain silently for its width."""
+    """Raise a ValueError if an adapter on the output side would not mix because of its module's width."""
     others = {}
     for name, layer in layers.items():
         width = _stream_width(name, widths)

@@ -1,4 +1,4 @@
-"""The initial residual h0: which stacks of blocks a model has, what reads them, and whose forward an h0 belongs to."""
+"""The initial residual h0: a model's stacks of blocks, the modules that read them, and the forward an h0 belongs to."""
 
 from sibo_triton.initial_residual.binding import InitialResidual
 from sibo_triton.initial_residual.hooks import attach, attached, detach

@@ -1,9 +1,9 @@
 """Find out what feeds each module of a block: the residual stream, or something else.
 
-The model is run once on a tiny input. What enters the first block of a stack is marked, and the mark follows the data
-through additions, normalisations, dropout, casts and views that keep the tokens' order, and ends at everything else: a
-linear layer, an attention, an activation. A linear layer whose input carries its own stack's mark reads the residual
-stream. No names of models or layers are involved.
+The model is run once on a tiny input. The tensor that enters the first block of a stack is marked, and the mark follows
+the data through additions, normalisations, dropout, casts and views that keep the tokens' order. It ends at everything
+else: a linear layer, an attention, an activation. A linear layer whose input carries its own stack's mark reads the
+residual stream. No names of models or layers are used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sibo_triton.initial_residual.binding import first_hidden_state
 from sibo_triton.initial_residual.output_uses import OutputUses, is_linear_like, memory_of
 from sibo_triton.initial_residual.stacks import BlockStack, path_between
 
-_TOKENS = 5  # a prime that is no common width, so that shapes tell tokens from features
+_TOKENS = 5  # a prime, and no common width, so that shapes tell tokens from features
 
 _numbers = itertools.count()
 
@@ -41,15 +41,15 @@ _KEEPING = {
 
 @dataclass
 class TrialRun:
-    """What was seen to feed the modules of the stacks.
+    """What a trial run of a model saw.
 
     Attributes:
-        marks: module name -> the streams that its input carried, one entry a call: a stack's name, or None.
-        inputs: module name -> a number for the tensor of each call: modules that got the same one have the same number.
+        marks: module name -> the marks that its inputs carried, over all calls: a stack's name, or None for no mark.
+        inputs: module name -> a number for the input tensor of each call, equal for modules that got the same tensor.
         feed_forward: the linears whose output goes into other linears, token by token (`output_uses.py`).
-        widths: stack name -> that of its residual stream.
+        widths: stack name -> the width of its residual stream.
         problems: stack name -> why it could not be run.
-        repeated: the stacks that one sequence passes several times, in calls of their own.
+        repeated: the stacks that one sequence passes several times, in separate calls of their owner.
     """
 
     marks: dict[str, set[str | None]] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class TrialRun:
     repeated: set[str] = field(default_factory=set)
 
     def reads(self, module_name: str, stack: BlockStack) -> tuple[bool, str]:
-        """Whether a module reads its stack's residual stream, and why (not), in words."""
+        """Whether a module reads its stack's residual stream, and the reason."""
         if stack.name in self.problems:
             return False, "is fed by what is unknown: a trial run of its stack did not work"
         if stack.name in self.repeated:
@@ -87,7 +87,7 @@ class _Finished(Exception):
 
 
 class _StreamMode(TorchDispatchMode):
-    """Carries the marks from operation to operation; a tensor is known by the memory that it shows."""
+    """Carries the marks from operation to operation; a tensor is identified by the memory that it shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _StreamMode(TorchDispatchMode):
         self._numbers: dict[int, tuple[torch.Tensor, int]] = {}  # likewise
 
     def number_of(self, tensor: torch.Tensor) -> int:
-        """A number of its own for every tensor, in all runs."""
+        """A number that is unique to the tensor, among all runs."""
         if id(tensor) not in self._numbers:
             self._numbers[id(tensor)] = tensor, next(_numbers)
         return self._numbers[id(tensor)][1]
@@ -130,7 +130,7 @@ class _StreamMode(TorchDispatchMode):
             return streams.pop()
         if name in _SCALINGS:
             largest = max(tensor.numel() for tensor in tensors)
-            if sum(tensor.numel() == largest for tensor in tensors) == 1:  # by a statistic or a weight, not a gate
+            if sum(tensor.numel() == largest for tensor in tensors) == 1:  # by a statistic or a weight, not by a gate
                 return streams.pop()
         return None
 
@@ -139,7 +139,7 @@ class _StreamMode(TorchDispatchMode):
 
 
 def trial_run(root: nn.Module, stacks: Sequence[BlockStack]) -> TrialRun:
-    """Run `root`, or where that does not reach a stack the model around it, and see what feeds each module.
+    """Run `root`, or for a stack that this does not reach the model around it, and see what feeds each module.
 
     The model is left as it was: modes and the generators' states are restored, and no gradient is computed.
     """
@@ -255,7 +255,7 @@ class _Observer:
 
 
 def _spread_to_like_blocks(stack: BlockStack, trial: TrialRun, names: dict[int, str]) -> None:
-    """Blocks that did not run are fed as a block of the same kind that did."""
+    """Copy the results of a block that ran to the blocks of the same kind that did not."""
     examples: dict[tuple, str] = {}
     for block in stack.blocks:
         name = names[id(block)]
@@ -267,14 +267,14 @@ def _spread_to_like_blocks(stack: BlockStack, trial: TrialRun, names: dict[int, 
             continue
         for key in [key for key in trial.marks if key.startswith(example + ".")]:
             trial.marks.setdefault(name + key[len(example) :], set()).update(trial.marks[key])
-            if key in trial.inputs:  # alike within the block is all that they say
+            if key in trial.inputs:  # the numbers only compare within a block
                 trial.inputs.setdefault(name + key[len(example) :], trial.inputs[key])
             if key in trial.feed_forward:
                 trial.feed_forward.add(name + key[len(example) :])
 
 
 def _trial_runs(root: nn.Module, stack: BlockStack) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:
-    """The models around a stack, outermost first, each with the inputs that may suit it."""
+    """The models around a stack, outermost first, each with the inputs to try."""
     for module in path_between(root, stack.owner_name):
         if not isinstance(module, PreTrainedModel):
             continue
