@@ -326,7 +326,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
 
 
 class SubLayer(SiboAdapterLayer):
-    """A frozen sub-layer ("mlp", "self_attn") with adapters; the sub-layer's attributes are found on it."""
+    """A frozen sub-layer ("mlp", "self_attn") with adapters, on which the sub-layer's attributes are found too."""
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -43,7 +43,7 @@ class Frame:
             return self.value
         if torch.compiler.is_compiling():  # the compiler merges equal copies
             return self.value.to(device)
-        # a copy made without a graph does not suit a module that trains, nor one of inference mode any other
+        # a copy made without a graph is wrong for a module that trains, and one made in inference mode for any other
         key = (device, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if key not in self.copies:
             self.copies[key] = self.value.to(device)

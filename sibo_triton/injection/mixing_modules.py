@@ -19,7 +19,7 @@ from sibo_triton.injection.targets import matches, shortest_names
 
 _ON_TRUST = "named by sibo_target_modules, not verified"
 
-Decisions = dict[str, tuple[BlockStack | None, str]]  # by layer: whose initial residual it mixes in, or None; and why
+Decisions = dict[str, tuple[BlockStack | None, str]]  # layer -> the stack whose h0 it mixes in, or None; and why
 
 
 def _reads(name: str, layer: Any, stack: BlockStack, trial: TrialRun) -> tuple[bool, str]:

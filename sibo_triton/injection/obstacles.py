@@ -57,7 +57,7 @@ def obstacle_in_frozen(base: nn.Module, x: torch.Tensor | None = None) -> str | 
 
 
 def obstacle_in_dropout(dropout: nn.Module, name: str) -> str | None:
-    """Reason why an adapter's dropout must be called as a module, which is called `name`; or None."""
+    """Reason why an adapter's dropout, the module `name`, must be called as a module, or None."""
     obstacle = obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
     if obstacle is not None:
         return f"{name} {obstacle}"

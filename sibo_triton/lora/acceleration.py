@@ -151,7 +151,7 @@ def _attach_siblings(root: nn.Module) -> None:
 
 
 def _root_of(model: nn.Module, function: str) -> nn.Module:
-    """The base model, from whose root modules are named; `function` is the caller, for the errors."""
+    """The base model, relative to which modules are named; the errors name the `function` that asks."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}.")
     tuner: Any = model.base_model if isinstance(model, PeftModel) else model

@@ -113,6 +113,9 @@ class SiboLoraVariant(LoraVariant):
             x: [..., K], which PEFT has cast to the adapter's dtype.
             result: [..., N].
 
+        Returns:
+            y, [..., N].
+
         Raises:
             RuntimeError: no forward of the layer's stack runs in this thread.
             ValueError: h0 and x are not of the same tokens.

@@ -43,7 +43,7 @@ def wrap_layer_classes(model: nn.Module) -> None:
 
 
 def wrap_layer_class(layer_class: type) -> None:
-    """Wrap the methods that a class of LoRA layers defines or inherits. PEFT imports those of its backends late."""
+    """Wrap the methods that a class of LoRA layers defines or inherits. PEFT imports backends' classes late."""
     for name, wrapper in _LAYER_WRAPPERS.items():
         owner = next((base for base in layer_class.__mro__ if name in vars(base)), None)
         if owner is not None:
