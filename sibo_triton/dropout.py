@@ -1,6 +1,6 @@
-"""Dropout whose mask is a function of a seed and a place: the definition, which the kernels draw bit for bit.
+"""Dropout whose mask is a function of seed, row and column: the definition, which the kernels reproduce bit for bit.
 
-``docs/definition.md`` says why it is made so.
+``docs/definition.md`` explains the construction.
 """
 
 import math
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def draw_seed(device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """A seed for :func:`dropout`, from torch's generator of the device, so that ``torch.manual_seed`` governs it.
+    """A seed for :func:`dropout`, from torch's generator of the device, so that ``torch.manual_seed`` determines it.
 
-    It stays a tensor, so that the host never waits for it. Gradient checkpointing, which restores the generator,
-    draws the same one again.
+    It stays a tensor, so that the host never waits for it. Gradient checkpointing, which restores the generator's
+    state, draws the same seed again.
 
     Args:
         device: where the seed lives; torch's default device if None.
@@ -27,7 +27,11 @@ def draw_seed(device: torch.device | str | None = None, generator: torch.Generat
 
 
 def draw_seeds(count: int, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
-    """Several seeds at once, as :func:`draw_seed` draws them; on the CPU the same ones as in as many calls."""
+    """Several seeds at once, as :func:`draw_seed` draws them; on the CPU the same ones as in as many calls.
+
+    Returns:
+        ``count`` tensors, each int64, ``[1]``, on ``device``.
+    """
     seeds = torch.empty((count, 2), dtype=torch.int64, device=device)  # 16 bytes apart, as a kernel wants its pointers
     seeds[:, 0].random_(0, 2**63 - 1)
     return seeds[:, :1].unbind()
@@ -36,7 +40,7 @@ def draw_seeds(count: int, device: torch.device | str | None = None) -> tuple[Te
 def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
     """``drop(x) = x * mask / (1 - p')`` with the mask of :func:`dropout_mask`, in which p' is p on its 2^-16 grid.
 
-    The expectation is exactly x. As with ``torch.nn.functional.dropout``, what is not finite stays so where it is
+    The expectation is exactly x. As with ``torch.nn.functional.dropout``, NaN and infinity give NaN where they are
     dropped (nan * 0 = nan): a mask does not hide an overflow.
 
     Args:
@@ -57,7 +61,7 @@ def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
     if seed is None:
         raise ValueError(f"dropout_p is {p}, but no seed was given: pass draw_seed(x.device), or dropout_p=0.0")
     mask = dropout_mask(math.prod(x.shape[:-1]), x.shape[-1], p, seed, device=x.device).reshape(x.shape)
-    # In this order autograd keeps the mask alone, at one byte an element.
+    # In this order autograd keeps only the mask, one byte per element.
     return x * mask / (1 - threshold / 2**16)
 
 
@@ -73,22 +77,22 @@ def dropout_mask(
 ) -> Tensor:
     """The mask of ``drop``: True where an element is kept. A pure function of (seed, row, column).
 
-    Any tile of a mask, asked for by its offsets, equals that slice of the whole. One 32-bit word decides two
+    A tile of the mask, given by its offsets, equals that slice of the whole mask. One 32-bit word decides two
     neighbouring elements: columns 2j and 2j + 1 are kept when the low and the high half of the word, as signed 16-bit
     integers, are at least ``T - 2^15``, with ``T = min(floor(65536 p + 1/2), 65535)``. In arithmetic modulo 2^32::
 
         row1, row2 = line_hash(m, row keys)     col1, col2 = line_hash(j, column keys)
         word = (row1 | 1) * col2 + row2;  word ^= word >> 15;  word *= col1 | 1
 
-    ``docs/definition.md`` says why. The seed is the key of both hashes and never meets a counter by itself, so that
-    the masks of two seeds are not rearrangements of each other.
+    ``docs/definition.md`` says why. The seed is the key of both hashes and is never combined with a counter directly,
+    so that the masks of two seeds are not rearrangements of each other.
 
     Args:
         rows, cols: the shape of the tile.
-        p: the probability of dropping an element, in [0, 1); see T for how it is rounded.
+        p: the probability of dropping an element, in [0, 1); T above rounds it.
         seed: 64 bits: an int64 tensor with one element, or an int (taken modulo 2^64).
         row_offset, col_offset: where the tile begins, in [0, 2^63).
-        device: of the mask; the seed's if None.
+        device: the mask's device; the seed's if None.
 
     Returns:
         bool, ``[rows, cols]``.
@@ -114,7 +118,7 @@ def dropout_mask(
 
 
 def line_hash(index: Tensor, key1: Tensor, key2: Tensor) -> tuple[Tensor, Tensor]:
-    """Two int32 hashes of each 64-bit index, a row's or a column pair's. Among 2^32 neighbours no two are alike."""
+    """Two int32 hashes of each 64-bit index, a row's or a column pair's; each is distinct among 2^32 neighbours."""
     hash1 = _mix32(index.to(torch.int32) ^ key1)  # the cast keeps the low 32 bits
     return hash1, _mix32(hash1 ^ key2 ^ _mix32((index >> 32).to(torch.int32)))
 
@@ -161,6 +165,6 @@ def checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tenso
     if not isinstance(seed, Tensor):
         raise TypeError(f"the dropout seed is {seed!r}: pass an int, or a tensor as draw_seed returns it")
     if seed.dtype != torch.int64 or seed.numel() != 1:
-        found = f"a {seed.dtype} tensor of shape {list(seed.shape)}"
-        raise ValueError(f"the dropout seed is {found}: pass one int64 value, of shape [] or [1]")
+        description = f"a {seed.dtype} tensor of shape {list(seed.shape)}"
+        raise ValueError(f"the dropout seed is {description}: pass one int64 value, of shape [] or [1]")
     return seed.reshape(()).to(device=device)

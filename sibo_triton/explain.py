@@ -6,20 +6,20 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from sibo_triton.bottleneck.layer import SiboAdapterLayer, linear_features
 from sibo_triton.bottleneck.model import adapter_layers
-from sibo_triton.bottleneck.paths import obstacle_to_adapter
-from sibo_triton.initial_residual import InitialResidual
+from sibo_triton.bottleneck.paths import obstacle_to_bottleneck
 from sibo_triton.injection.obstacles import obstacle_in_frozen
 from sibo_triton.injection.siblings import siblings_below
+from sibo_triton.injection.sites import MixingSite, sibo_lambdas
 from sibo_triton.lora.acceleration import obstacle_to_acceleration
 from sibo_triton.lora.forward import SiboLoraVariant
-from sibo_triton.lora.layer import LAMBDA_NAME, MixingSite, lora_layers, sibo_adapters
+from sibo_triton.lora.layer import lora_layers
 from sibo_triton.lora.paths import path_of
 from sibo_triton.ops import backend_for
 
@@ -38,21 +38,21 @@ class ModuleExplanation:
     """One LoRA layer, or one module with a bottleneck adapter, under one adapter.
 
     Attributes:
-        module: its name.
+        module: the module's name from the root of the explained model.
         adapter: the adapter's name.
         mixes: whether its input is mixed with the initial residual.
         lambda_: the share of the initial residual; None where nothing mixes, or the tensor is sharded or on meta.
         learnable: whether lambda is trained.
         initial_residual: where h0 comes from ("block_input of model.layers"), None where nothing mixes.
         reason: why it mixes or not.
-        runs: how it runs when this adapter alone is active, as the model stands now (parameters that are sharded now
-            may be whole inside of a forward). "fused": the frozen linear and the adapter are one operation; "adapter":
-            the adapter is one, on what the frozen layer returned; "modules": its modules are called; "definition":
-            sibo_triton.reference runs; "PEFT": PEFT's own forward runs.
+        runs: how it runs when this adapter alone is active, as the model is now (parameters that are sharded now may be
+            whole during a forward). "fused": the frozen linear and the adapter are one operation; "adapter": the
+            adapter is one, on what the frozen layer returned; "modules": the adapter's modules are called one by one;
+            "definition": sibo_triton.reference runs; "PEFT": PEFT's own forward runs.
         backend: "triton", "torch" or "reference": what computes that operation; None where PEFT's forward runs.
-        runs_reason: why it does not run by a faster path or backend, in words; None where it runs by the fastest.
-        siblings: the names, below the same parent, of the layers that get the same input. Where they and this layer run
-            fused, they share their passes over it.
+        runs_reason: why it does not run by a faster path or backend; None where it runs by the fastest.
+        siblings: names, below the same parent, of the other layers that get the same input. Where they and this layer
+            run fused, they share passes over it.
         method: "LoRA", or "adapter" for a bottleneck adapter.
     """
 
@@ -71,11 +71,11 @@ class ModuleExplanation:
 
 
 class Explanation(list[ModuleExplanation]):
-    """A list of `ModuleExplanation` that prints as a table, like modules of different blocks in one row."""
+    """A list of `ModuleExplanation` that prints as a table, with one row for what is alike in all blocks."""
 
     def __str__(self) -> str:
         if not self:
-            return "No LoRA layers."
+            return "No adapters."
         header = ("module", "n", "adapter", "computes", "lambda", "initial residual", "why", "runs")
         groups: dict[tuple, list[ModuleExplanation]] = {}
         for row in self:
@@ -122,16 +122,21 @@ def _lambdas(rows: list[ModuleExplanation]) -> str:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Say, for each layer and adapter of `model`, whether it mixes, with which lambda, from where, and why.
+    """Say what each LoRA layer and each bottleneck adapter of `model` computes, with which lambda, and why.
+
+    A SIBO-LoRA layer computes ``y = W0 x + b + s B A drop((1 - lambda) x + lambda h0)``; which layers mix in h0, from
+    where they take it and on which backend they run depends on the model. Nothing is run or changed.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters.
+        model: a `PeftModel`, or a model with injected adapters, on any device.
 
     Returns:
-        A list of `ModuleExplanation`; printed, it is a table in which a star stands for the block's number.
+        A list with one `ModuleExplanation` for each module and adapter; printed, it is a table in which a star stands
+        for the block's number.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
+        ValueError: `SIBO_TRITON_BACKEND` is set to a backend that does not exist.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain takes a torch.nn.Module, got {type(model).__name__}.")
@@ -143,44 +148,53 @@ def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
     for name, layer in lora_layers(model):
         siblings = _siblings_of(name, modules)
         for adapter in dict.fromkeys([*layer.lora_A, *layer.lora_embedding_A]):
-            site: MixingSite | None = getattr(layer, "sibo_sites", {}).get(adapter)
-            speed = _speed_of(layer, adapter)
-            if adapter not in sibo_adapters(layer):
-                reason = site.reason if site is not None else "plain LoRA adapter"
-                yield ModuleExplanation(name, adapter, False, None, False, None, reason, *speed, siblings)
-                continue
-            assert site is not None and site.residual is not None
-            lambda_ = getattr(layer, LAMBDA_NAME)[adapter]
-            origin = _origin(site.residual)
-            yield ModuleExplanation(
-                name, adapter, True, lambda_.value(), lambda_.learnable, origin, site.reason, *speed, siblings
-            )
+            yield _row(name, layer, adapter, _speed_of(layer, adapter), siblings, "LoRA")
     for name, bottleneck in adapter_layers(model):
-        for adapter, site in bottleneck.sibo_sites.items():
+        for adapter in bottleneck.sibo_sites:
             speed, options = _speed_of_bottleneck(bottleneck, adapter), bottleneck.sibo_adapter_options[adapter]
             shares = speed[0] == "fused" or (options.in_front and speed[0] == "adapter")
             siblings = _siblings_of(name, modules) if shares else ()
-            if site.residual is None:
-                yield ModuleExplanation(
-                    name, adapter, False, None, False, None, site.reason, *speed, siblings, "adapter"
-                )
-                continue
-            share: Any = bottleneck.sibo_adapter_lambda[adapter]
-            origin = _origin(site.residual)
-            yield ModuleExplanation(
-                name, adapter, True, share.value(), share.learnable, origin, site.reason, *speed, siblings, "adapter"
-            )
+            yield _row(name, bottleneck, adapter, speed, siblings, "adapter")
+
+
+def _row(
+    name: str,
+    layer: nn.Module,
+    adapter: str,
+    speed: tuple[str, str | None, str | None],
+    siblings: tuple[str, ...],
+    method: str,
+) -> ModuleExplanation:
+    """The row of one adapter of a layer; `speed` is its `runs`, `backend` and `runs_reason`."""
+    site: MixingSite | None = getattr(layer, "sibo_sites", {}).get(adapter)
+    lambda_ = sibo_lambdas(layer).get(adapter)
+    residual = site.residual if site is not None and lambda_ is not None else None
+    runs, backend, runs_reason = speed
+    return ModuleExplanation(
+        module=name,
+        adapter=adapter,
+        mixes=lambda_ is not None,
+        lambda_=None if lambda_ is None else lambda_.value(),
+        learnable=lambda_ is not None and lambda_.learnable,
+        initial_residual=None if residual is None else f"{residual.source} of {residual.stack_name}",
+        reason="plain LoRA adapter" if site is None else site.reason,
+        runs=runs,
+        backend=backend,
+        runs_reason=runs_reason,
+        siblings=siblings,
+        method=method,
+    )
 
 
 def _siblings_of(name: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
     """The names, below the same parent, of those with which a layer shares passes."""
-    parent, _, own = name.rpartition(".")
-    group = next((names for names in siblings_below(modules[parent]) if own in names), ())
-    return tuple(other for other in group if other != own)
+    parent, _, child = name.rpartition(".")
+    group = next((names for names in siblings_below(modules[parent]) if child in names), ())
+    return tuple(other for other in group if other != child)
 
 
 def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | None]:
-    """`runs`, `backend` and `runs_reason` of a layer."""
+    """`runs`, `backend` and `runs_reason` of a LoRA layer."""
     if not isinstance(layer.lora_variant.get(adapter), SiboLoraVariant):
         return "PEFT", None, obstacle_to_acceleration(layer, adapter) or "sibo_triton.accelerate(model) would fuse it"
     path, obstacle = path_of(layer, adapter)
@@ -188,35 +202,31 @@ def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | No
     dtypes = {weight.dtype}
     if base is not None and base.is_floating_point() and base.dtype.itemsize > 1:  # a quantised one says nothing
         dtypes.add(base.dtype)
+    return _with_backend(path, obstacle, weight.device, dtypes)
+
+
+def _speed_of_bottleneck(layer: SiboAdapterLayer, adapter: str) -> tuple[str, str | None, str | None]:
+    """`runs`, `backend` and `runs_reason` of a module with a bottleneck adapter."""
+    down, up, dropout = layer.modules_of(adapter)
+    obstacle, path = obstacle_to_bottleneck(down, up, dropout), "modules"
+    options = layer.sibo_adapter_options[adapter]
+    if obstacle is None:
+        path = "adapter"
+        if not options.in_front and not options.reads_output and linear_features(layer.base_layer) is not None:
+            obstacle = obstacle_in_frozen(layer.base_layer)
+            path = "fused" if obstacle is None else "adapter"
+    return _with_backend(path, obstacle, down.weight.device, {down.weight.dtype})
+
+
+def _with_backend(
+    path: str, obstacle: str | None, device: torch.device, dtypes: set[torch.dtype]
+) -> tuple[str, str | None, str | None]:
+    """`runs`, `backend` and `runs_reason` of a layer that runs by `path`, for an `obstacle` to a faster one."""
     try:
-        choice = backend_for(weight.device, dtypes)
+        choice = backend_for(device, dtypes)
     except RuntimeError as error:  # SIBO_TRITON_BACKEND=triton where the kernels cannot run: so would the forward
         return path, "triton", str(error).rstrip(".")
     if choice.name == "reference":
         return "definition", choice.name, choice.reason
     reasons = [obstacle, None if choice.name == "triton" or path == "modules" else choice.reason]
     return path, choice.name, "; ".join(reason for reason in reasons if reason) or None
-
-
-def _speed_of_bottleneck(layer: SiboAdapterLayer, adapter: str) -> tuple[str, str | None, str | None]:
-    """`runs`, `backend` and `runs_reason` of a module with a bottleneck adapter."""
-    down, up, dropout = layer.modules_of(adapter)
-    obstacle, weight = obstacle_to_adapter(down, up, dropout), down.weight
-    path, options = "modules", layer.sibo_adapter_options[adapter]
-    if obstacle is None:
-        path = "adapter"
-        if not options.in_front and not options.reads_output and linear_features(layer.base_layer) is not None:
-            obstacle = obstacle_in_frozen(layer.base_layer)
-            path = "fused" if obstacle is None else "adapter"
-    try:
-        choice = backend_for(weight.device, {weight.dtype})
-    except RuntimeError as error:
-        return path, "triton", str(error).rstrip(".")
-    if choice.name == "reference":
-        return "definition", choice.name, choice.reason
-    reasons = [obstacle, None if choice.name == "triton" or path == "modules" else choice.reason]
-    return path, choice.name, "; ".join(reason for reason in reasons if reason) or None
-
-
-def _origin(residual: InitialResidual) -> str:
-    return f"{residual.source} of {residual.stack_name}"

@@ -1,4 +1,4 @@
-"""How a module mixes: lambda as a tensor that is saved with the weights, and the options every SIBO method shares.
+"""How a module mixes: lambda as a tensor that is saved with the weights, and checks of the mixing options.
 
 The paper's equation 4:  x~ = (1 - lambda) * x + lambda * h0.
 """
@@ -20,7 +20,7 @@ def validate_lambda(value: Any, learnable: bool = False) -> float:
 
     Args:
         value: the ratio lambda, a real number in [0, 1].
-        learnable: whether it is going to be trained as a sigmoid, which reaches neither 0 nor 1.
+        learnable: whether it will be trained as a sigmoid, which reaches neither 0 nor 1.
 
     Raises:
         TypeError: `value` is not a real number.
@@ -50,10 +50,10 @@ def validate_source(source: Any) -> None:
 
 
 class Float32Module(nn.Module):
-    """A module of a few numbers, which stay float32 when the model is cast (in bfloat16 0.3 would become 0.30078)."""
+    """A module of a few numbers that stay float32 when the model is cast (in bfloat16 0.3 would become 0.30078)."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that a checkpoint must hold, by their names in this module."""
+        """The tensors that saved weights must hold, by their names in this module."""
         return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Float32Module:
@@ -61,7 +61,7 @@ class Float32Module(nn.Module):
         super()._apply(fn, recurse)
         with torch.no_grad():
             for name, tensor in self.tensors().items():
-                if tensor.dtype != torch.float32:  # a cast: keep the device it chose, take the value back
+                if tensor.dtype != torch.float32:  # it was cast: keep the new device, restore the value
                     tensor.data = before[name].to(tensor.device, torch.float32)
         return self
 
@@ -76,15 +76,15 @@ class Float32Module(nn.Module):
 class SiboLambda(Float32Module):
     """The mixing ratio lambda of one module and one adapter: an fp32 tensor of shape [1], part of the state dict.
 
-    The tensor is what computes, not the config, so that whatever loads the adapter's weights loads its lambda too. It
-    stays fp32 when the model is cast (in bfloat16 0.3 would become 0.30078).
+    Layers compute with this tensor, not with the config, so that whatever loads the adapter's weights loads its lambda
+    too. It stays fp32 when the model is cast.
 
-    * fixed: a buffer `weight` holding lambda. A buffer, because PEFT makes every adapter parameter trainable.
-    * learnable: lambda = gate * sigmoid(logit_bias). Trained raw, lambda leaves [0, 1]. The parameter's name holds
-      "bias" because that is how `transformers.Trainer` and PEFT's optimizers know what weight decay must not touch.
-      `gate` is a buffer of ones: PEFT's hotswap zeroes what a checkpoint does not hold, and a plain LoRA checkpoint
-      must then give lambda = 0, not sigmoid(0) = 0.5. The names differ from the fixed ones so that swapping one kind
-      for the other is an error.
+    * fixed: a buffer `weight` holds lambda; a buffer, because PEFT makes every adapter parameter trainable.
+    * learnable: lambda = gate * sigmoid(logit_bias), as lambda would leave [0, 1] if it were trained itself. The
+      parameter's name holds "bias" because `transformers.Trainer` and PEFT's optimizers exempt such names from weight
+      decay. `gate` is a buffer of ones: PEFT's hotswap zeroes what a checkpoint does not hold, and a plain LoRA
+      checkpoint must then give lambda = 0, not sigmoid(0) = 0.5. The names differ from the fixed ones so that swapping
+      one kind for the other is an error.
     """
 
     weight: torch.Tensor
@@ -107,12 +107,12 @@ class SiboLambda(Float32Module):
 
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:
-        """What lambda is computed from."""
+        """The tensors that lambda is computed from."""
         return (self.logit_bias, self.gate) if self.learnable else (self._fixed,)
 
     @property
     def _fixed(self) -> Any:
-        """`weight`, by torch's dictionary, as attributes of modules are slow to look up."""
+        """`weight`, from torch's dictionary, as attributes of modules are slow to look up."""
         return self._buffers["weight"]
 
     def problem_with(self, name: str, tensor: torch.Tensor) -> str | None:
@@ -129,7 +129,7 @@ class SiboLambda(Float32Module):
         return None
 
     def value(self) -> float | None:
-        """lambda as a number, or None where it cannot be looked at: on the meta device, or sharded among processes."""
+        """lambda as a number, or None where it cannot be read: on the meta device, or sharded among processes."""
         tensor = self.logit_bias if self.learnable else self.weight
         if tensor.is_meta or hasattr(tensor, "device_mesh"):
             return None

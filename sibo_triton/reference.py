@@ -1,4 +1,7 @@
-"""SIBO in plain PyTorch: the definition, what runs where no kernel does, and the oracle that the kernels are tested on.
+"""SIBO in plain PyTorch: the definition, and the oracle that the kernels are tested against.
+
+It computes a layer only under ``torch.func`` and ``torch.jit.trace``, or where ``SIBO_TRITON_BACKEND=reference`` asks
+for it; where the kernels cannot run, ``sibo_triton/ops/plain.py`` does.
 
 The equations (Wen, Zhang, Fang: "SIBO: A Simple Booster for Parameter-Efficient Fine-Tuning", Findings of ACL 2024) are
 in ``docs/definition.md`` with their gradients; autograd differentiates every function here::
@@ -41,12 +44,12 @@ __all__ = [
 def mix(x: Tensor, initial_residual: Tensor | None, lambda_: float | Tensor) -> Tensor:
     """``x~ = (1 - lambda) x + lambda h0``: the adapter's input, mixed with the initial residual.
 
-    Computed in the widest of the two dtypes and float32, and rounded once, to ``x.dtype``. Nothing is skipped at
-    lambda = 1, nor when a tensor holds 0: what is not finite in either input is not finite in ``x~``, as 0 * inf = nan.
+    Computed in the widest of the two dtypes and float32, and rounded once, to ``x.dtype``. Neither input is skipped at
+    lambda = 1, nor when a tensor holds 0: where either is not finite ``x~`` is not finite either, as 0 * inf = nan.
 
     Args:
         x: the layer's input, ``[..., K]``.
-        initial_residual: h0, of the shape of ``x`` and of any floating dtype. Not looked at when ``lambda_`` is the
+        initial_residual: h0, of the shape of ``x`` and of any floating dtype. Not read when ``lambda_`` is the
             number 0, and may then be None.
         lambda_: a number in [0, 1], or a floating point tensor with one element (its value is not checked, which would
             make a GPU wait). Gradients flow to such a tensor, to ``x`` and to ``initial_residual``.
@@ -175,9 +178,9 @@ def lora_linear(
     dropout_seed: int | Tensor | None = None,
     lora_bias: Tensor | None = None,
 ) -> Tensor:
-    """``y = W0 x + b + s (B A drop(x~) + b_B)``: a linear layer with SIBO-LoRA; lambda = 0 is plain LoRA.
+    """``y = W0 x + b + s (B A drop((1 - lambda) x + lambda h0) + b_B)``: a linear layer with SIBO-LoRA.
 
-    The frozen path reads the unmixed ``x``, in its own dtype; :func:`add_lora` adds the rest.
+    lambda = 0 is plain LoRA. The frozen path reads the unmixed ``x``, in its own dtype; :func:`add_lora` adds the rest.
 
     Args:
         x: ``[..., K]``.
@@ -338,8 +341,8 @@ def check_activation(activation: str) -> None:
 def _checked_lambda(lambda_: float | Tensor) -> float | Tensor:
     if isinstance(lambda_, Tensor):
         if not lambda_.is_floating_point() or lambda_.numel() != 1:
-            found = f"a {lambda_.dtype} tensor of shape {list(lambda_.shape)}"
-            raise ValueError(f"lambda_ is {found}: pass one floating point value, of shape [] or [1]")
+            description = f"a {lambda_.dtype} tensor of shape {list(lambda_.shape)}"
+            raise ValueError(f"lambda_ is {description}: pass one floating point value, of shape [] or [1]")
         return lambda_
     if not isinstance(lambda_, Real) or isinstance(lambda_, bool):
         raise TypeError(f"lambda_ is {lambda_!r}: pass a number in [0, 1] or a tensor with one element")

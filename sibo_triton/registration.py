@@ -1,13 +1,12 @@
-"""Everything that sibo_triton changes in PEFT and transformers, in one place.
+"""Everything that sibo_triton changes in PEFT and transformers; methods of LoRA layers are in `lora/wrapping.py`.
 
-Plain LoRA is left alone: each wrapper calls what it wraps with the same arguments, and acts only where an adapter's
+Plain LoRA is not changed: each wrapper calls the original with the same arguments, and acts only where an adapter's
 config is a `SiboLoraConfig`. PEFT's own mapping of LORA is not touched, so configs print, warn, save and pickle as
-ever.
+before.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.mixed import MixedModel
 from peft.tuners.xlora import XLoraModel
 from peft.utils import PeftType, hotswap, register_peft_method, save_and_load
@@ -28,46 +26,45 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.integrations.peft import PeftAdapterMixin
 
-from sibo_triton.bottleneck.config import SIBO_ADAPTER_TYPE, SiboAdapterConfig
+from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.bottleneck.model import SiboAdapterModel
-from sibo_triton.injection import checkpoints
+from sibo_triton.injection import saved_weights
 from sibo_triton.injection.options import SiboOptions
-from sibo_triton.injection.snapshot import Snapshot, loading
+from sibo_triton.injection.reversible import loading
+from sibo_triton.injection.sites import BOTTLENECK_TYPE
+from sibo_triton.injection.snapshot import Snapshot
 from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
-from sibo_triton.lora.forward import refuse_merge
-from sibo_triton.lora.layer import lora_layers, mixed_batch, sibo_adapters, site_of
-
-_REGISTERED = "_sibo_triton_wraps"
+from sibo_triton.lora.wrapping import wrap, wrap_layer_class, wrap_layer_classes
 
 
 def register() -> None:
-    """Make PEFT know SIBO adapters. Called by `import sibo_triton`; more than once does no harm."""
+    """Register SIBO adapters with PEFT. `import sibo_triton` calls it; calling it again does nothing."""
     PEFT_TYPE_TO_CONFIG_MAPPING[SIBO_LORA_TYPE] = SiboLoraConfig  # what adapter_config.json of a SIBO adapter says
-    _register_method(SIBO_ADAPTER_TYPE, SiboAdapterConfig, SiboAdapterModel)
-    _wrap(LoraModel, "inject_adapter", _inject_adapter)
-    _wrap(LoraModel, "merge_adapter", _merge_adapter)
-    _wrap(LoraModel, "_unload_and_optionally_merge", _unload)
-    _wrap(LoraModel, "_check_add_weighted_adapter", _check_weighted)
-    _wrap(LoraModel, "delete_adapter", _delete_adapter)
-    _wrap(LoraModel, "_enable_peft_forward_hooks", _check_mixed_batch)
-    _wrap_layer_class(LoraLinear)
-    _wrap(MixedModel, "inject_adapter", _refuse_mixed_model)
-    _wrap(XLoraModel, "__init__", _x_lora)
-    _wrap(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
-    _wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap)
+    _register_method(BOTTLENECK_TYPE, SiboAdapterConfig, SiboAdapterModel)
+    wrap(LoraModel, "inject_adapter", _inject_adapter)
+    wrap(LoraModel, "merge_adapter", _merge_adapter)
+    wrap(LoraModel, "_unload_and_optionally_merge", _unload)
+    wrap(LoraModel, "_check_add_weighted_adapter", _check_weighted)
+    wrap(LoraModel, "delete_adapter", _delete_adapter)
+    wrap(LoraModel, "_enable_peft_forward_hooks", _check_mixed_batch)
+    wrap_layer_class(LoraLinear)
+    wrap(MixedModel, "inject_adapter", _refuse_mixed_model)
+    wrap(XLoraModel, "__init__", _x_lora)
+    wrap(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
+    wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap)
     _wrap_everywhere_in_peft(save_and_load, "get_peft_model_state_dict", _get_state_dict)
     _wrap_everywhere_in_peft(save_and_load, "set_peft_model_state_dict", _set_state_dict)
-    _wrap(modeling_utils, "convert_and_load_state_dict_in_model", _transformers_load)
-    _wrap(PeftModel, "from_pretrained", _from_pretrained)
-    _wrap(PeftModel, "load_adapter", _load_adapter)
-    _wrap(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
-    _wrap(PeftAdapterMixin, "delete_adapter", _transformers_delete_adapter)
+    wrap(modeling_utils, "convert_and_load_state_dict_in_model", _transformers_load)
+    wrap(PeftModel, "from_pretrained", _from_pretrained)
+    wrap(PeftModel, "load_adapter", _load_adapter)
+    wrap(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
+    wrap(PeftAdapterMixin, "delete_adapter", _transformers_delete_adapter)
 
 
 def _register_method(name: str, config_class: type, tuner_class: type) -> None:
-    """Register a PEFT method of its own; PEFT asks for a member of its enum of methods, which cannot be added to."""
+    """Register a new PEFT method. PEFT needs a member of its enum of methods, which has no public way to add one."""
     if name in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     if name not in PeftType.__members__:
@@ -81,43 +78,13 @@ def _register_method(name: str, config_class: type, tuner_class: type) -> None:
     register_peft_method(name=name.lower(), config_cls=config_class, model_cls=tuner_class)
 
 
-def _wrap(owner: type | ModuleType, name: str, wrapper: Callable) -> None:
-    attribute = inspect.getattr_static(owner, name)
-    is_classmethod = isinstance(attribute, classmethod)
-    original = attribute.__func__ if is_classmethod else attribute
-    if hasattr(original, _REGISTERED):
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    setattr(wrapped, _REGISTERED, original)
-    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
-
-
 def _wrap_everywhere_in_peft(owner: ModuleType, name: str, wrapper: Callable) -> None:
-    """Wrap a function also where PEFT's other modules have imported it by name."""
+    """Wrap a function, also in those modules of PEFT that have imported it by name."""
     original = getattr(owner, name)
-    _wrap(owner, name, wrapper)
+    wrap(owner, name, wrapper)
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").partition(".")[0] == "peft" and vars(module).get(name) is original:
             setattr(module, name, getattr(owner, name))
-
-
-def wrap_layer_classes(model: nn.Module) -> None:
-    """Wrap the classes of LoRA layers on which adapters of ours are, which PEFT may have imported just now."""
-    for _, layer in lora_layers(model):
-        if layer.__dict__.get("sibo_sites"):
-            _wrap_layer_class(type(layer))
-
-
-def _wrap_layer_class(layer_class: type) -> None:
-    """Wrap what a class of LoRA layers defines or inherits. PEFT imports those of its backends when it needs them."""
-    for name, wrapper in _LAYER_WRAPPERS.items():
-        owner = next((base for base in layer_class.__mro__ if name in vars(base)), None)
-        if owner is not None:
-            _wrap(owner, name, wrapper)
 
 
 def _inject_adapter(
@@ -159,38 +126,6 @@ def _check_mixed_batch(original: Callable, tuner: LoraModel, *args: Any, **kwarg
     return original(tuner, *args, **kwargs)
 
 
-def _merge_layer(
-    original: Callable, layer: LoraLayer, safe_merge: bool = False, adapter_names: Any = None, **kwargs: Any
-) -> Any:
-    for name in adapter_names or layer.active_adapters:  # before PEFT merges a plain one in front
-        if name in sibo_adapters(layer):
-            refuse_merge(f"{site_of(layer, name).name}, adapter {name!r}")
-    with acceleration.as_peft_made_it(layer):
-        return original(layer, safe_merge, adapter_names, **kwargs)
-
-
-def _unmerge_layer(original: Callable, layer: LoraLayer, *args: Any, **kwargs: Any) -> Any:
-    with acceleration.as_peft_made_it(layer):
-        return original(layer, *args, **kwargs)
-
-
-def _supports_lora_conversion(original: Callable, layer: LoraLayer, adapter_name: str = "default") -> bool:
-    return adapter_name not in sibo_adapters(layer) and original(layer, adapter_name)  # PEFT 0.19 asks no variant
-
-
-def _mixed_batch_forward(original: Callable, layer: LoraLayer, x: Any, *args: Any, **kwargs: Any) -> Any:
-    with mixed_batch(kwargs["adapter_names"]):
-        return original(layer, x, *args, **kwargs)
-
-
-_LAYER_WRAPPERS: dict[str, Callable] = {
-    "merge": _merge_layer,
-    "unmerge": _unmerge_layer,
-    "supports_lora_conversion": _supports_lora_conversion,
-    "_mixed_batch_forward": _mixed_batch_forward,
-}
-
-
 def _x_lora(original: Callable, tuner: XLoraModel, model: nn.Module, *args: Any, **kwargs: Any) -> None:
     snapshot = Snapshot(model)
     try:
@@ -214,27 +149,27 @@ def _refuse_mixed_model(
 
 def _check_hotswap(original: Callable, old: PeftConfig, new: PeftConfig) -> None:
     original(old, new)
-    checkpoints.check_same_source(old, new)
+    saved_weights.check_same_source(old, new)
 
 
 def _hotswap(original: Callable, model: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    return original(model, checkpoints.without_guard(state_dict), *args, **kwargs)
+    return original(model, saved_weights.without_guard(state_dict), *args, **kwargs)
 
 
 def _get_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     tensors = original(model, *args, **kwargs)
-    given = _arguments(original, model, *args, **kwargs)
-    model = getattr(model, "_orig_mod", model) if given.get("unwrap_compiled") else model
-    tensors = checkpoints.without_others(model, tensors, given.get("adapter_name", "default"))
-    return checkpoints.with_guard(model, tensors, given.get("state_dict"))
+    arguments = _arguments(original, model, *args, **kwargs)
+    model = getattr(model, "_orig_mod", model) if arguments.get("unwrap_compiled") else model
+    tensors = saved_weights.without_others(model, tensors, arguments.get("adapter_name", "default"))
+    return saved_weights.with_guard(model, tensors, arguments.get("state_dict"))
 
 
 def _set_state_dict(original: Callable, model: nn.Module, peft_model_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
     adapter_name = _arguments(original, model, peft_model_state_dict, *args, **kwargs).get("adapter_name", "default")
-    checkpoints.check_same_method(model, adapter_name, peft_model_state_dict)
-    checkpoints.check_adapter_mixes(model, adapter_name, peft_model_state_dict)
-    result = original(model, checkpoints.without_guard(peft_model_state_dict), *args, **kwargs)
-    checkpoints.check_all_lambdas_taken(adapter_name, result.unexpected_keys)
+    saved_weights.check_same_method(model, adapter_name, peft_model_state_dict)
+    saved_weights.check_adapter_mixes(model, adapter_name, peft_model_state_dict)
+    result = original(model, saved_weights.without_guard(peft_model_state_dict), *args, **kwargs)
+    saved_weights.check_all_lambdas_taken(adapter_name, result.unexpected_keys)
     return result
 
 
@@ -258,8 +193,8 @@ def _transformers_load(original: Callable, model: nn.Module, state_dict: Any, *a
     adapter_name = _loaded_by_transformers.get()
     if adapter_name is None:  # a base model's weights
         return original(model, state_dict, *args, **kwargs)
-    checkpoints.check_adapter_mixes(model, adapter_name, state_dict)
-    return original(model, checkpoints.without_guard(state_dict), *args, **kwargs)
+    saved_weights.check_adapter_mixes(model, adapter_name, state_dict)
+    return original(model, saved_weights.without_guard(state_dict), *args, **kwargs)
 
 
 def _from_pretrained(original: Callable, cls: type[PeftModel], *args: Any, **kwargs: Any) -> Any:
@@ -288,13 +223,13 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
         result = original(model, *args, **kwargs)
         if isinstance(getattr(model, "peft_config", {}).get(adapter_name), SiboOptions):
             without_value = [*result.missing_keys, *(key for key, *_ in result.mismatched_keys)]
-            checkpoints.check_loaded_lambdas(model, adapter_name, without_value)
-        checkpoints.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
+            saved_weights.check_loaded_lambdas(model, adapter_name, without_value)
+        saved_weights.check_all_lambdas_taken(adapter_name, getattr(result, "unexpected_keys", ()))
         return result
 
 
 def _config_of_weights(model: Any, adapter_name: str, model_id: Any, hub_kwargs: dict[str, Any]) -> PeftConfig | None:
-    """The config beside weights that are to be loaded onto an adapter that is there: neither library compares them."""
+    """The config saved beside weights that are loaded onto an existing adapter: neither library compares the two."""
     existing = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(existing, SiboOptions) or not existing.in_no_tensor() or model_id is None:
         return None
@@ -302,7 +237,7 @@ def _config_of_weights(model: Any, adapter_name: str, model_id: Any, hub_kwargs:
         saved = PeftConfig.from_pretrained(model_id, **hub_kwargs)
     except (ValueError, OSError):  # weights alone are enough for PEFT
         return None
-    checkpoints.check_same_source(existing, saved)
+    saved_weights.check_same_source(existing, saved)
     return saved
 
 

@@ -49,7 +49,7 @@ def token_similarity(hidden_states: torch.Tensor, attention_mask: torch.Tensor |
     # `where`, not a product: padding may hold NaN, and NaN * 0 is NaN.
     states = torch.where(mask[..., None], hidden_states.float(), 0.0)
     unit = torch.nn.functional.normalize(states, dim=-1, eps=1e-12)  # [batch, tokens, hidden]
-    # sum over all pairs <u_i, u_j> = |sum u_i|^2; the pairs with i == j are taken off.
+    # The sum of <u_i, u_j> over all pairs is |sum u_i|^2; the pairs with i == j are subtracted.
     all_pairs = unit.sum(dim=1).square().sum(dim=-1)
     same_token = unit.square().sum(dim=(1, 2))
     count = mask.sum(dim=1).float()

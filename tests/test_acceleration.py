@@ -275,7 +275,7 @@ def test_all_adapters_to_come(all_to_come, tmp_path):
 def test_importing_changes_nothing():
     """In a process of its own, as others here may have asked for it."""
     script = (
-        "import sibo_triton; from sibo_triton.lora import acceleration; assert not acceleration._state['all'];"
+        "import sibo_triton; from sibo_triton.lora import acceleration; assert not acceleration._accelerates_all;"
         "from peft import LoraConfig, get_peft_model; from torch import nn;"
         "m = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=['0']));"
         "from peft.tuners.lora.layer import Linear; assert type(m.base_model.model[0]) is Linear"

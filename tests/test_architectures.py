@@ -135,10 +135,10 @@ def test_the_trial_run_leaves_the_model_and_the_generator_as_they_were() -> None
     modes = {name: module.training for name, module in model.named_modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     state = torch.get_rng_state()
-    from sibo_triton.initial_residual import find_block_stacks, trace_feeds
+    from sibo_triton.initial_residual import find_block_stacks, trial_run
 
-    feeds = trace_feeds(model, find_block_stacks(model))
-    assert feeds.marks and not feeds.problems
+    trial = trial_run(model, find_block_stacks(model))
+    assert trial.marks and not trial.problems
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())

@@ -178,7 +178,7 @@ def test_modules_outside_of_the_blocks_and_embeddings_are_explained():
 
 def test_models_with_injected_adapters_and_without_any():
     model = llama()
-    assert list(explain(model)) == [] and str(explain(model)) == "No LoRA layers."
+    assert list(explain(model)) == [] and str(explain(model)) == "No adapters."
     inject_adapter_in_model(SiboLoraConfig(r=2, target_modules=["q_proj"], sibo_lambda=0.3), model)
     assert [row.module for row in explain(model)] == [f"model.layers.{block}.self_attn.q_proj" for block in range(3)]
 

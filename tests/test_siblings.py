@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sibo_triton.injection.siblings as siblings_file
 from sibo_triton import SiboLoraConfig, accelerate, explain, restore
-from sibo_triton.initial_residual import find_block_stacks, trace_feeds
+from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection.siblings import find_siblings, siblings_below
 from sibo_triton.lora.layer import lora_layers
 from sibo_triton.ops import plain_siblings
@@ -92,7 +92,7 @@ def test_who_gets_the_same_tensor_is_found(name):
     model = get_peft_model(ARCHITECTURES[name].build(), LoraConfig(r=2, target_modules="all-linear"))
     base = model.base_model.model
     found = {}
-    for parent, groups in find_siblings(lora_layers(base), trace_feeds(base, find_block_stacks(base))).items():
+    for parent, groups in find_siblings(lora_layers(base), trial_run(base, find_block_stacks(base))).items():
         found.setdefault(parent.rpartition(".")[2], set()).update(tuple(sorted(names)) for names in groups)
     assert {key: value for key, value in found.items() if key in EXPECTED[name]} == EXPECTED[name]
 

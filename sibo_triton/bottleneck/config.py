@@ -11,12 +11,10 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from sibo_triton.injection.card import update_model_card
+from sibo_triton.injection.model_card import update_model_card
 from sibo_triton.injection.options import SiboOptions
+from sibo_triton.injection.sites import BOTTLENECK_TYPE
 from sibo_triton.reference import check_activation
-
-# The method's name in PEFT's registry and in adapter_config.json. Stock PEFT does not know it and fails.
-SIBO_ADAPTER_TYPE = "SIBO_ADAPTER"
 
 
 @dataclass
@@ -29,44 +27,53 @@ class SiboAdapterConfig(SiboOptions, PeftConfig):
         series, side="output"   y = z + g(z),  z = W0 x + b
         parallel                y = W0 x + b + g(x)
 
-    `h0` is the initial residual: the hidden state that enters the first transformer block. lambda = 0 is the plain
-    bottleneck adapter. Several active adapters add up: each reads the x or z that the others have not changed.
+    `h0` is the initial residual: the hidden state that enters the first transformer block; it has the shape of what it
+    is mixed with, v = x or z. lambda = 0 is the plain bottleneck adapter. For x [..., K], z and y [..., N], W0 [N, K]:
+    W_down is [bottleneck, K] and W_up [N, bottleneck]; on the input side W_up is [K, bottleneck], on the output side
+    W_down is [bottleneck, N]. y has the dtype of the frozen module's output. The branches of several active adapters
+    add up: each reads the x or z that the others have not changed.
 
-    The paper's equation gives what the PEFT module reads, v~. That the skip of an adapter in series (x, or z) stays
-    unmixed is the authors' code; so are its settings, which are the defaults here: in series, in front of Llama's gate
-    and up projection, bottleneck 256, tanh, s = 1, no biases. Differences: they draw both projections from a small
-    normal (`init_weights="bert"`), so that their fresh adapter is not the base model; and they name the modules for
-    each kind of model, which are found by structure here.
+    The paper's equation defines v~, what the PEFT module reads. That the skip of an adapter in series (x, or z) stays
+    unmixed follows the authors' code, and so do the defaults: in series, in front of Llama's gate and up projection,
+    bottleneck 256, tanh, s = 1, no biases. Two things differ: they draw both projections from a normal distribution
+    (`init_weights="bert"`), so that their fresh adapter is not the base model; and they list the modules for each kind
+    of model, which are found by structure here.
 
     Args:
         target_modules: what to put adapters on, matched as PEFT matches it: linears of any kind, by name; in parallel
-            or on the output side also whole sub-layers ("mlp", "self_attn"), of which a tuple's first entry gets the
-            branch. Default: found by structure, the linears of feed-forward networks that read the residual stream
-            (gate and up projection, the first of an MLP); the model then runs once on a tiny input.
+            or on the output side also whole sub-layers ("mlp", "self_attn"): if the sub-layer returns a tuple, the
+            branch is added to its first element. Default: found by structure, the linears of feed-forward networks
+            that read the residual stream (gate and up projection, the first of an MLP); the model then runs once on a
+            tiny input.
         exclude_modules: what not to put them on, matched likewise.
-        bottleneck_size: rows of W_down.
+        bottleneck_size: rows of W_down, an integer of at least 1.
         activation: f: "tanh", "relu", "gelu", "gelu_pytorch_tanh", "silu" or "sigmoid".
         placement: "series" or "parallel".
         side: in series, "input" (in front of the linear) or "output" (behind it; what mixes must be as wide as h0).
-        adapter_dropout: rate of dropout on v~, in [0, 1).
-        scaling: s, a number, or "learnable": one value for each module, which starts at 1.
+        adapter_dropout: probability of dropping an element of v~, in [0, 1).
+        scaling: s, a finite number other than 0, or "learnable": one value per module, which starts at 1.
         adapter_bias: whether W_down and W_up have biases, which start at zero.
         init_weights: True: W_up starts at zero, so that a fresh adapter is the base model, and W_down as in torch's
-            linears; "bert": both from a normal of standard deviation 0.02.
+            linears; "bert": both from a normal distribution of standard deviation 0.02.
         modules_to_save: other modules to be trained and saved with the adapter.
         sibo_lambda: lambda in [0, 1], the share of the initial residual.
-        sibo_learnable: train one lambda per mixing module (a sigmoid, starting at `sibo_lambda`, no weight decay).
+        sibo_learnable: train one lambda per mixing module (a sigmoid, starting at `sibo_lambda`, which must then lie
+            strictly between 0 and 1; no weight decay).
         sibo_target_modules: which of the targets mix, matched as `target_modules`. Default: on the input side and in
             parallel those that read the residual stream of their stack, the others get a plain adapter; on the output
             side all, and it is an error if one is not as wide as h0.
         sibo_source: "block_input", what enters the first block, or "embedding", what the token embedding returns.
-        sibo_blocks: names of the block lists from the base model's root ("model.layers"), where detection fails or
-            takes too much. Default: every list of transformers' blocks that holds a target, each with its own h0.
+        sibo_blocks: names of the block lists from the base model's root ("model.layers"), if detection finds no list,
+            or lists that must not mix. Default: every list of transformers' blocks that holds a target, each with its
+            own h0.
         sibo_mixing_modules: not to be set by hand: what the default of `sibo_target_modules` chose, in a saved adapter.
 
     Raises:
         TypeError: an option is of another type.
-        ValueError: an option is outside of what is said above.
+        ValueError: `bottleneck_size` is below 1; `adapter_dropout` is outside of [0, 1); `scaling` is 0 or not finite;
+            `sibo_lambda` is NaN or outside of [0, 1], or 0 or 1 and learnable; `activation`, `placement`, `side`,
+            `init_weights` or `sibo_source` is none of its values; `side="output"` is combined with
+            `placement="parallel"`; `sibo_blocks` or `sibo_target_modules` is empty, or the latter "all-linear".
     """
 
     target_modules: list[str] | set[str] | str | None = field(
@@ -102,11 +109,11 @@ class SiboAdapterConfig(SiboOptions, PeftConfig):
         # a config that was read from a file is given the type that the file says
         self._note_origin(from_file=self.peft_type is not None)
         super().__post_init__()
-        self.peft_type: Any = PeftType(SIBO_ADAPTER_TYPE)
+        self.peft_type: Any = PeftType(BOTTLENECK_TYPE)  # which stock PEFT does not know, and fails
         self.check_options()
 
     def check_options(self) -> None:
-        """Raise what the constructor raises; injection calls it again, for options that were set since."""
+        """Raise what the constructor raises; injection calls it again, as options may have been set since."""
         super().check_options()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

@@ -1,4 +1,4 @@
-"""The layers: a frozen module with bottleneck adapters on it. They find h0 and call one operation."""
+"""A frozen module with bottleneck adapters: the layer finds h0 and calls one operation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sibo_triton import reference
 from sibo_triton.bottleneck.config import SiboAdapterConfig
-from sibo_triton.bottleneck.paths import obstacle_to_adapter
+from sibo_triton.bottleneck.paths import obstacle_to_bottleneck
 from sibo_triton.initial_residual.binding import first_hidden_state
-from sibo_triton.injection.obstacles import dropped, obstacle_in_frozen, parameter
+from sibo_triton.injection.obstacles import apply_dropout, obstacle_in_frozen, parameter
 from sibo_triton.injection.siblings import shared_output
 from sibo_triton.injection.sites import (
     BOTTLENECK_LAMBDA_NAME,
@@ -32,13 +32,13 @@ from sibo_triton.ops import Group, add_bottleneck, bottleneck_group, bottleneck_
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What an adapter of a layer is, beside its weights.
+    """The properties of an adapter of a layer, beside its weights.
 
     Attributes:
-        reads_output: whether it stands behind the frozen module, in series.
-        in_front: whether it stands in front of it, in series.
-        activation: f.
-        scaling: s; not looked at where s is learnable.
+        reads_output: whether it is in series, behind the frozen module.
+        in_front: whether it is in series, in front of it.
+        activation: the name of f.
+        scaling: s; unused where s is learnable.
     """
 
     reads_output: bool
@@ -60,12 +60,12 @@ class LearnableScaling(Float32Module):
 
 
 class SiboAdapterLayer(nn.Module, BaseTunerLayer):
-    """A frozen module with bottleneck adapters, each in front of it, behind it or beside it.
+    """A frozen module with bottleneck adapters, each in front of it, behind it or in parallel to it.
 
     Args:
         base_layer: the frozen module.
-        in_features: width of what it reads.
-        out_features: width of what it returns, or of the first entry of the tuple that it returns.
+        in_features: width of its input.
+        out_features: width of its output, or of the first element if it returns a tuple.
     """
 
     adapter_layer_names: tuple[str, ...] = (
@@ -76,7 +76,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
     )
     other_param_names: tuple[str, ...] = ("sibo_adapter_dropout", "sibo_adapter_options", "sibo_sites")
 
-    # PEFT's, which has no types
+    # attributes of PEFT's class, which has no types
     _active_adapter: Any
     _move_adapter_to_device_of_base_layer: Any
     active_adapters: Any
@@ -101,7 +101,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: SiboAdapterConfig) -> None:
-        """Add an adapter, or make one of that name anew."""
+        """Add an adapter, or replace one of the same name by a new one."""
         in_series = config.placement == "series"
         options = AdapterOptions(
             reads_output=in_series and config.side == "output",
@@ -127,7 +127,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
-        """Draw the weights anew, as `SiboAdapterConfig.init_weights` says; biases are zero."""
+        """Initialise the weights, as `SiboAdapterConfig.init_weights` says; biases are zero."""
         down: Any = self.sibo_adapter_down[adapter_name]
         up: Any = self.sibo_adapter_up[adapter_name]
         if init_weights == "bert":
@@ -149,17 +149,20 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         )
 
     def scaling_of(self, adapter_name: str) -> Any:
-        """s of an adapter, a number, or fp32 of shape [1] where it is learnable."""
+        """s of an adapter: a number, or an fp32 tensor of shape [1] if it is learnable."""
         if adapter_name in self.sibo_adapter_scaling:
             return self.sibo_adapter_scaling[adapter_name]()
         return self.sibo_adapter_options[adapter_name].scaling
 
     def width_mixed(self, adapter_name: str) -> int:
-        """Width of what an adapter reads, and h0 must have."""
+        """Width of what an adapter reads, which h0 must have too."""
         return self.out_features if self.sibo_adapter_options[adapter_name].reads_output else self.in_features
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The frozen module's output, with its adapters. `adapter_names` says which row of the batch has which."""
+        """The frozen module's output with the active adapters, or with one for each row of the batch.
+
+        The arguments are the frozen module's, and `adapter_names`, which names the adapter of each row.
+        """
         names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             return self.base_layer(*args, **kwargs)
@@ -175,7 +178,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
             return self._with_adapters(rows, args, kwargs, len(names))
 
     def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The output where passes over x can be shared, with siblings or with the frozen linear; else None."""
+        """The output if passes over x can be shared, with siblings or with the frozen linear; else None."""
         name = self.only_active()
         if name is None:
             return None
@@ -190,44 +193,44 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         return bottleneck_linear(x, **self._frozen_arguments(), **arguments)
 
     def only_active(self) -> str | None:
-        """The one adapter that is active, and that the layer has; None if several are, or none."""
+        """The active adapter of this layer, if there is exactly one; else None."""
         if self.disable_adapters:
             return None
         names = [name for name in self.active_adapters if name in self.sibo_adapter_options]
         return names[0] if len(names) == 1 else None
 
-    def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
-        """The weights and biases, lambda where it mixes, and a learnable scaling."""
+    def tensors_read(self, adapter_name: str) -> list[torch.Tensor]:
+        """The tensors that the operation reads: weights, biases, those of lambda, and a learnable scaling."""
         down, up, _ = self.modules_of(adapter_name)
         modules = (down, up) if self.sibo_adapter_options[adapter_name].in_front else (down, up, self.base_layer)
         tensors = [parameter(module, name) for module in modules for name in ("weight", "bias")]
         if adapter_name in self.sibo_adapter_lambda:
-            share: Any = self.sibo_adapter_lambda[adapter_name]
-            tensors += share.stored
+            lambda_module: Any = self.sibo_adapter_lambda[adapter_name]
+            tensors += lambda_module.stored
         if adapter_name in self.sibo_adapter_scaling:
             tensors += self.sibo_adapter_scaling[adapter_name].parameters()
         return [tensor for tensor in tensors if tensor is not None]
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:
-        """The adapter, if it alone runs, in front of the frozen module or in parallel with a plain dense linear."""
+        """The only active adapter, if it is in front of the frozen module or parallel to a plain linear; else None."""
         name = self.only_active()
         if name is None or self.sibo_adapter_options[name].reads_output:
             return None
-        if obstacle_to_adapter(*self.modules_of(name), x) is not None:
-            return None  # `_add_branch` looks again and says it
+        if obstacle_to_bottleneck(*self.modules_of(name), x) is not None:
+            return None  # `_add_branch` looks again and warns
         if self.sibo_adapter_options[name].in_front:
             return name
         obstacle = obstacle_in_frozen(self.base_layer, x)
         if obstacle is None:
             return name
-        if linear_features(self.base_layer) is not None:  # of a sub-layer nobody expects it
+        if linear_features(self.base_layer) is not None:  # for a sub-layer nobody expects it
             site = self.sibo_sites[name]
-            site.notices.say(site.name, "the frozen layer and its adapter run apart", obstacle)
+            site.notices.warn_once(site.name, "the frozen layer and its adapter run apart", obstacle)
         return None
 
     @staticmethod
     def group_of(layers: Sequence[SiboAdapterLayer], adapter_name: str, x: torch.Tensor) -> Group | None:
-        """The operation of these layers, which get the same x; None where they must run alone."""
+        """One operation for these layers, which get the same x; None where each must run alone."""
         arguments = SiboAdapterLayer._arguments_of(layers, adapter_name, x)
         for layer, of_layer in zip(layers, arguments, strict=True):
             if not layer.sibo_adapter_options[adapter_name].in_front:
@@ -235,12 +238,12 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         return bottleneck_group(x, arguments)
 
     def _frozen_arguments(self) -> dict[str, Any]:
-        """What the operations take of the frozen linear that an adapter is parallel to."""
+        """The operations' arguments for the frozen linear to which an adapter is parallel."""
         return {name: parameter(self.base_layer, name) for name in ("weight", "bias")}
 
     @staticmethod
     def _arguments_of(layers: Sequence[SiboAdapterLayer], name: str, x: torch.Tensor) -> list[dict[str, Any]]:
-        """What the operations take of an adapter of each layer, beside x and what it is added to."""
+        """The operations' arguments for one adapter of each layer, beside x and what the branch is added to."""
         dropouts = [layer.sibo_adapter_dropout[name] for layer in layers]
         all_arguments = mixing_arguments(layers, name, x, dropouts, BOTTLENECK_LAMBDA_NAME)
         for layer, arguments in zip(layers, all_arguments, strict=True):
@@ -258,7 +261,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
     def _with_adapters(
         self, rows: Mapping[str, list[int] | None], args: tuple, kwargs: dict[str, Any], batch: int | None = None
     ) -> Any:
-        """The output with each of the adapters for its rows of the batch (None: all)."""
+        """The output, to which each adapter is applied in its rows of the batch (None: all)."""
         if not rows:
             return self.base_layer(*args, **kwargs)
         x = self._input_among(args, kwargs)
@@ -284,15 +287,15 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         if x is None:
             x = next(iter((*args, *kwargs.values())), None)
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            found = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            first = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
             raise TypeError(
                 f"An adapter on a {type(self.get_base_layer()).__name__} got no hidden states among its arguments, but "
-                f"{found}: take the module out of target_modules."
+                f"{first}: take the module out of target_modules."
             )
         return x
 
     def _add_rows(self, name: str, rows: list[int] | None, base: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """``base + g(v)`` in some rows of the batch."""
+        """``base + g(v)`` in these rows of the batch (None: all)."""
         if rows is None:
             return self._add_branch(name, base, v)
         changed = self._add_branch(name, base[rows], v[rows])
@@ -301,18 +304,18 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
     def _add_branch(self, name: str, base: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """``base + g(v)``."""
         down, up, dropout = self.modules_of(name)
-        obstacle = obstacle_to_adapter(down, up, dropout, v)
+        obstacle = obstacle_to_bottleneck(down, up, dropout, v)
         if obstacle is None:
             (arguments,) = self._arguments_of([self], name, v)
             return add_bottleneck(base, v, **arguments)
         site = self.sibo_sites[name]
-        site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
+        site.notices.warn_once(site.name, "the adapter's modules are called one by one", obstacle)
         h0, lambda_ = None, 0.0
         if name in self.sibo_adapter_lambda:
             h0, lambda_ = initial_residual_for(self, name, v), self.sibo_adapter_lambda[name]()
         v_mixed = reference.mix(v.to(down.weight.dtype), h0, lambda_)
         activation = reference.ACTIVATIONS[self.sibo_adapter_options[name].activation]
-        hidden = activation(down(dropped(dropout, v_mixed)))
+        hidden = activation(down(apply_dropout(dropout, v_mixed)))
         return (base + up(hidden) * self.scaling_of(name)).to(base.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
@@ -323,7 +326,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
 
 
 class SubLayer(SiboAdapterLayer):
-    """A frozen sub-layer ("mlp", "self_attn") with adapters: what the model looks up on it is still found."""
+    """A frozen sub-layer ("mlp", "self_attn") with adapters, on which the sub-layer's attributes are found too."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -335,7 +338,7 @@ class SubLayer(SiboAdapterLayer):
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """Width of what a linear of any kind reads and returns; None for what is no linear."""
+    """The input and output width of a linear of any kind; None for another module."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.nf
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
@@ -346,7 +349,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def refuse_merge(adapters: str) -> NoReturn:
-    """Raise the error that says why a bottleneck adapter is never merged."""
+    """Raise the ValueError that says why a bottleneck adapter cannot be merged."""
     raise ValueError(
         f"Cannot merge adapter {adapters!r}: a bottleneck adapter is not linear (and with SIBO reads the initial "
         "residual), so no weight of the layer gives the same output. Keep the adapter as it is: it can be saved, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -15,34 +16,35 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.bottleneck.layer import SiboAdapterLayer, SubLayer, linear_features, refuse_merge
-from sibo_triton.initial_residual import BlockStack, Feeds, find_block_stacks, trace_feeds
+from sibo_triton.initial_residual import BlockStack, TrialRun, find_block_stacks, trial_run
 from sibo_triton.injection.mixing_modules import (
     Decisions,
     Method,
+    abbreviated,
     bind,
     decide,
     remove_unused_hooks,
     requested_modules,
-    some,
 )
 from sibo_triton.injection.reversible import inject_reversibly, note_config
 from sibo_triton.injection.siblings import attach_siblings, find_siblings
-from sibo_triton.injection.sites import MixingSite, Notices
+from sibo_triton.injection.sites import BOTTLENECK_PREFIX, MixingSite, Notices
 from sibo_triton.injection.targets import matches, shortest_names
 from sibo_triton.mixing import SiboLambda
 
 
 class SiboAdapterModel(BaseTuner):
-    """A model with bottleneck adapters; made by `peft.get_peft_model` for a `SiboAdapterConfig`."""
+    """A model with bottleneck adapters, as `peft.get_peft_model` makes it for a `SiboAdapterConfig`."""
 
-    prefix = "sibo_adapter_"
+    prefix = BOTTLENECK_PREFIX
     tuner_layer_cls = SiboAdapterLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter on the modules that its config targets, and bind the initial residual where it mixes.
 
         Raises:
-            ValueError: it cannot be made right; the model is then as it was.
+            TypeError: the config is not a `SiboAdapterConfig`.
+            ValueError: the adapter cannot compute what its config says; the model is then as it was.
         """
         config = self.peft_config[adapter_name]
         inject_reversibly(
@@ -57,21 +59,21 @@ class SiboAdapterModel(BaseTuner):
         config.check_options()
         for _, layer in adapter_layers(model):
             if adapter_name in layer.sibo_adapter_options:
-                layer.delete_adapter(adapter_name)  # an earlier one of this name
+                layer.delete_adapter(adapter_name)  # an earlier adapter of this name
         requested, known = requested_modules(config)
         known = known and config.target_modules is not None and not _targets_sub_layers(model, config)
-        stacks, feeds = _look_at(model, config)
+        stacks, trial = _look_at(model, config)
         if config.target_modules is None:
-            config.target_modules = _feed_forward_linears(model, stacks, feeds)  # a set, as PEFT has it
-        self._widths = _widths(stacks, feeds)
+            config.target_modules = _feed_forward_linears(model, stacks, trial)  # a set, as PEFT has it
+        self._widths = _widths(stacks, trial)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
         layers = {name: layer for name, layer in adapter_layers(model) if adapter_name in layer.sibo_adapter_options}
-        if not layers:  # PEFT 0.19 says it of the first adapter only
+        if not layers:  # PEFT 0.19 checks this for the first adapter only
             raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
         if config.mixes:
             method = _method(adapter_name, config)
-            decisions = decide(layers, requested, stacks, None if known else feeds, method)
+            decisions = decide(layers, requested, stacks, None if known else trial, method)
             if config.side == "output" and requested is None:
                 _refuse_other_widths(layers, decisions, self._widths)
             sites = bind(model, config, layers, decisions, method)
@@ -81,8 +83,8 @@ class SiboAdapterModel(BaseTuner):
         train = adapter_name in self.active_adapters and not config.inference_mode
         for name, layer in layers.items():
             _install(layer, adapter_name, sites[name], config, train)
-        reading_x = ((n, of) for n, of in adapter_layers(model) if not _reads_output(of))
-        attach_siblings(model, find_siblings(reading_x, feeds))
+        reading_x = ((name, layer) for name, layer in adapter_layers(model) if not _reads_output(layer))
+        attach_siblings(model, find_siblings(reading_x, trial))
 
     def _prepare_adapter_config(self, peft_config: SiboAdapterConfig, model_config: dict) -> SiboAdapterConfig:
         return peft_config  # `_inject` has found the default of target_modules
@@ -109,7 +111,7 @@ class SiboAdapterModel(BaseTuner):
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, config)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # another adapter: not trainable until it is activated
+            layer.requires_grad_(False)  # an inactive adapter is not trainable
         self._replace_module(parent, target_name, layer, target)
 
     def _new_layer(self, config: SiboAdapterConfig, target: nn.Module, name: str) -> SiboAdapterLayer:
@@ -120,7 +122,7 @@ class SiboAdapterModel(BaseTuner):
             )
         if features is not None:
             return SiboAdapterLayer(target, *features)
-        width = next((width for stack, width in self._widths.items() if name.startswith(stack + ".")), None)
+        width = _stream_width(name, self._widths)
         in_front = config.placement == "series" and config.side == "input"
         if in_front or width is None or not any(True for _ in target.children()):
             raise ValueError(
@@ -143,7 +145,7 @@ class SiboAdapterModel(BaseTuner):
         refuse_merge(", ".join(self.active_adapters))
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: adapters are not linear, so a weighted sum of their weights is not that of what they compute."""
+        """Refused: adapters are not linear, so a sum of their weights does not compute the sum of their outputs."""
         raise ValueError(
             "Bottleneck adapters cannot be combined into one: they are not linear. Activate several with "
             "base_model.set_adapter([...]) instead; what they compute then adds up."
@@ -151,7 +153,7 @@ class SiboAdapterModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """For PeftModel: hand `adapter_names`, one name for each sample, to the layers."""
+        """For PeftModel: pass `adapter_names`, one name for each sample, to the layers."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -178,7 +180,7 @@ class SiboAdapterModel(BaseTuner):
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, SiboAdapterLayer]]:
-    """The layers with bottleneck adapters of a base model, with their names from its root."""
+    """The layers of a base model that have bottleneck adapters, with their names from its root."""
     for name, module in model.named_modules():
         if isinstance(module, SiboAdapterLayer):
             yield name, module
@@ -199,16 +201,16 @@ def _install(
     layer.sibo_adapter_lambda[adapter_name] = lambda_.requires_grad_(train)
 
 
-def _look_at(model: nn.Module, config: SiboAdapterConfig) -> tuple[list[BlockStack], Feeds]:
-    """The stacks of blocks, and what a trial run saw."""
+def _look_at(model: nn.Module, config: SiboAdapterConfig) -> tuple[list[BlockStack], TrialRun]:
+    """The stacks of blocks of a model, and what a trial run saw."""
     needs_stacks = config.target_modules is None or config.mixes or _targets_sub_layers(model, config)
     try:
         stacks = find_block_stacks(model, config.sibo_blocks)
     except ValueError:
         if needs_stacks:
             raise
-        return [], Feeds()  # no transformer: every module runs alone
-    return stacks, trace_feeds(model, stacks)  # also of a saved adapter: who shares x is in no file
+        return [], TrialRun()  # not a transformer: every module runs alone
+    return stacks, trial_run(model, stacks)  # also for a saved adapter: its file does not say which layers share x
 
 
 def _targets_sub_layers(model: nn.Module, config: SiboAdapterConfig) -> bool:
@@ -219,69 +221,63 @@ def _targets_sub_layers(model: nn.Module, config: SiboAdapterConfig) -> bool:
     return any(linear_features(module) is None and not isinstance(module, BaseTunerLayer) for _, module in modules)
 
 
-def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], feeds: Feeds) -> set[str]:
+def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: TrialRun) -> set[str]:
     """The default of target_modules."""
-    found = [
+    names = [
         name
         for stack in stacks
-        for name in feeds.marks
-        if stack.holds(name) and feeds.reads_into_feed_forward(name, stack)
+        for name in trial.marks
+        if stack.holds(name) and trial.reads_into_feed_forward(name, stack)
     ]
-    if not found:
-        problems = "".join(f"; {name}: {problem}" for name, problem in feeds.problems.items())
+    if not names:
+        problems = "".join(f"; {name}: {problem}" for name, problem in trial.problems.items())
         raise ValueError(
             f"No linear of a feed-forward network that reads the residual stream was found in {type(model).__name__}"
             f"{problems}. Name the modules in target_modules."
         )
-    return set(shortest_names(found, [name for name, _ in model.named_modules() if name]))
+    return set(shortest_names(names, [name for name, _ in model.named_modules() if name]))
 
 
-def _widths(stacks: list[BlockStack], feeds: Feeds) -> dict[str, int]:
-    return {stack.name: feeds.widths[stack.name] for stack in stacks if stack.name in feeds.widths}
+def _widths(stacks: list[BlockStack], trial: TrialRun) -> dict[str, int]:
+    return {stack.name: trial.widths[stack.name] for stack in stacks if stack.name in trial.widths}
+
+
+def _stream_width(name: str, widths: dict[str, int]) -> int | None:
+    """Width of the residual stream of the stack that holds a module, where it is known."""
+    return next((width for stack, width in widths.items() if name.startswith(stack + ".")), None)
 
 
 def _method(adapter_name: str, config: SiboAdapterConfig) -> Method:
+    method = Method(name="adapter", plain="a plain adapter", width=lambda layer: layer.width_mixed(adapter_name))
     if config.side == "output":
-        advice, can_mix = "modules whose output is as wide as the residual stream (down projections)", _as_wide
-    else:
-        advice, can_mix = "linears that read the residual stream (q/k/v, gate/up, the first of an MLP)", _reads
-    return Method(
-        name="adapter",
-        plain="a plain adapter",
-        advice=advice,
-        obstacle=lambda layer: None,
-        width=lambda layer: layer.width_mixed(adapter_name),
-        can_mix=can_mix,
-    )
+        advice = "modules whose output is as wide as the residual stream (down projections)"
+        return replace(method, advice=advice, can_mix=_as_wide)
+    return method
 
 
-def _reads(name: str, layer: SiboAdapterLayer, stack: BlockStack, feeds: Feeds) -> tuple[bool, str]:
-    return feeds.reads(name, stack)
-
-
-def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, feeds: Feeds) -> tuple[bool, str]:
-    """Whether what a module returns can be mixed with h0: of the same tokens, and as wide."""
-    _, reason = feeds.reads(name, stack)
-    unknown = name not in feeds.marks or stack.name in feeds.problems or stack.name in feeds.repeated
-    if unknown or feeds.marks[name] - {None, stack.name}:  # of another stack's stream: other tokens
+def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, trial: TrialRun) -> tuple[bool, str]:
+    """Whether a module's output can be mixed with h0, being of the same tokens and as wide; and the reason."""
+    _, reason = trial.reads(name, stack)
+    unknown = name not in trial.marks or stack.name in trial.problems or stack.name in trial.repeated
+    if unknown or trial.marks[name] - {None, stack.name}:  # it reads another stack's stream: other tokens
         return False, reason
-    width = feeds.widths[stack.name]
+    width = trial.widths[stack.name]
     if layer.out_features != width:
         return False, f"returns {layer.out_features} features, and the initial residual of {stack.name} has {width}"
     return True, "returns what is as wide as the residual stream"
 
 
 def _refuse_other_widths(layers: dict[str, SiboAdapterLayer], decisions: Decisions, widths: dict[str, int]) -> None:
-    """On the output side nothing is left plain silently for its width."""
+    """Raise a ValueError if an adapter on the output side would not mix because of its module's width."""
     others = {}
     for name, layer in layers.items():
-        width = next((width for stack, width in widths.items() if name.startswith(stack + ".")), layer.out_features)
-        if decisions[name][0] is None and layer.out_features != width:
+        width = _stream_width(name, widths)
+        if decisions[name][0] is None and width not in (None, layer.out_features):
             others[name] = decisions[name][1]
     if others:
         name, reason = next(iter(others.items()))
         raise ValueError(
-            f"side='output': {name} {reason}, so its output cannot be mixed (as of {some(others)}). Use side='input', "
-            "target modules whose output is as wide (down projections), or name those that mix in sibo_target_modules: "
-            "the others then get a plain adapter."
+            f"side='output': {name} {reason}, so its output cannot be mixed (as of {abbreviated(others)}). Use "
+            "side='input', target modules whose output is as wide (down projections), or name those that mix in "
+            "sibo_target_modules: the others then get a plain adapter."
         )

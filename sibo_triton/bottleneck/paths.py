@@ -1,7 +1,7 @@
 """By which path a bottleneck adapter runs, and why not by a faster one.
 
-* fused: in parallel, it and the frozen linear are one operation;
-* adapter: it is one operation on what it is added to;
+* fused: a parallel adapter and the frozen linear are one operation;
+* adapter: the adapter is one operation on what it is added to;
 * modules: its modules are called one by one.
 """
 
@@ -16,10 +16,10 @@ from torch.nn.modules import module as torch_module
 from sibo_triton.injection.obstacles import DTYPES, obstacle_in, obstacle_in_dropout, obstacle_of_input
 
 
-def obstacle_to_adapter(
+def obstacle_to_bottleneck(
     down: nn.Module, up: nn.Module, dropout: nn.Module, x: torch.Tensor | None = None
 ) -> str | None:
-    """Why the projections and the dropout must be called as modules (for an input x), or None."""
+    """Reason why the projections and the dropout must be called as modules (for an input x), or None."""
     if torch_module._has_any_global_hook():
         return "hooks are registered on all modules"
     for name, module in (("sibo_adapter_down", down), ("sibo_adapter_up", up)):

@@ -1,17 +1,17 @@
-"""The initial residual h0: which stacks of blocks a model has, what reads them, and whose forward an h0 belongs to."""
+"""The initial residual h0: a model's stacks of blocks, the modules that read them, and the forward an h0 belongs to."""
 
 from sibo_triton.initial_residual.binding import InitialResidual
 from sibo_triton.initial_residual.hooks import attach, attached, detach
 from sibo_triton.initial_residual.stacks import BlockStack, find_block_stacks
-from sibo_triton.initial_residual.tracing import Feeds, trace_feeds
+from sibo_triton.initial_residual.tracing import TrialRun, trial_run
 
 __all__ = [
     "BlockStack",
-    "Feeds",
+    "TrialRun",
     "InitialResidual",
     "attach",
     "attached",
     "detach",
     "find_block_stacks",
-    "trace_feeds",
+    "trial_run",
 ]

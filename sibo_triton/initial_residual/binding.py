@@ -1,11 +1,11 @@
 """Bind the initial residual to its own forward.
 
-One `InitialResidual` stands for one stack of blocks. Hooks open a frame, per thread, when the stack's owner is called,
-let the first block fill it, and close it when the owner returns or raises: nothing is kept past the forward.
+Each stack of blocks has one `InitialResidual`. Hooks open a frame, per thread, when the stack's owner is called, let
+the first block fill it, and close it when the owner returns or raises: nothing outlives the forward.
 
-Under checkpointing the blocks run again in the backward, when other forwards may have come in between. What a recompute
-sees must be its own forward's h0, so h0 travels with the checkpointed call, as a tensor argument: the function that
-checkpoints a block, transformers' or that of torch's `checkpoint_wrapper`, is wrapped.
+Under gradient checkpointing the blocks run again in the backward, when other forwards may have run in between. A
+recompute must see its own forward's h0, so h0 is passed to the checkpointed call as a tensor argument: the function
+that checkpoints a block, transformers' or that of torch's `checkpoint_wrapper`, is wrapped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sibo_triton.initial_residual.routes import any_requires_grad, needs_gradient
+from sibo_triton.initial_residual.needs_gradient import any_requires_grad, needs_gradient
 
 
 class Frame:
-    """One run of a stack: the slot that h0 lies in while it lasts."""
+    """One forward of a stack: it holds h0 while the forward lasts."""
 
     __slots__ = ("call", "copies", "embedding", "first_block", "last_output", "value")
 
@@ -32,25 +32,25 @@ class Frame:
         self.value = value
         self.copies: dict[tuple[torch.device, bool, bool], torch.Tensor] = {}  # on other devices
         self.embedding: torch.Tensor | None = None
-        self.first_block: nn.Module | None = None  # the one that filled the frame
-        self.last_output: torch.Tensor | None = None  # of the block that ended last
+        self.first_block: nn.Module | None = None  # the block that filled the frame
+        self.last_output: torch.Tensor | None = None  # of the block that returned last
         self.call: FrameType | None = None  # the Python frame that runs the stack's owner
 
     def value_on(self, device: torch.device) -> torch.Tensor:
-        """The value on `device`: one copy for all modules there, which autograd would else keep one by one."""
+        """h0 on `device`: a copy that all modules there share, as autograd would keep one for each."""
         assert self.value is not None
         if self.value.device == device:
             return self.value
-        if torch.compiler.is_compiling():  # the compiler sees that copies are alike
+        if torch.compiler.is_compiling():  # the compiler merges equal copies
             return self.value.to(device)
-        # a copy made without a graph is not for a module that trains, nor one of inference mode for any other
+        # a copy made without a graph is wrong for a module that trains, and one made in inference mode for any other
         key = (device, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if key not in self.copies:
             self.copies[key] = self.value.to(device)
         return self.copies[key]
 
     def has_ended(self) -> bool:
-        """Whether its forward was left by Ctrl-C or the like, for which torch calls no hooks."""
+        """Whether its forward was interrupted (by Ctrl-C or the like), for which torch calls no hooks."""
         if self.call is None:
             return False
         running: FrameType | None = sys._getframe(1)
@@ -66,9 +66,9 @@ class _ThreadState(threading.local):
 
 
 class InitialResidual:
-    """The initial residual h0 of one stack of blocks, of whichever forward is running in the current thread.
+    """The initial residual h0 of one stack of blocks, in the forward that is running in the current thread.
 
-    Holds no module and no tensor outside of a forward, so a model that refers to it can be copied and pickled.
+    It holds no module, and no tensor outside of a forward, so a model that refers to it can be copied and pickled.
 
     Args:
         stack_name: the block list's name from the base model's root.
@@ -126,7 +126,12 @@ class InitialResidual:
             pass
 
     def fill(self, hidden_states: torch.Tensor | None) -> torch.Tensor:
-        """Take h0 as the first block is reached, detached where its gradient would go nowhere."""
+        """Set h0 as the first block is reached, detached where nothing below it needs its gradient.
+
+        Raises:
+            RuntimeError: there is no hidden state, or no output of the embedding, to take h0 from.
+            ValueError: what the embedding returned has not the shape of the hidden state.
+        """
         frame = self.frame
         assert frame is not None
         value = hidden_states
@@ -177,7 +182,7 @@ class InitialResidual:
 
 
 def first_hidden_state(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The hidden state among a block's arguments: by its name, or the first floating-point tensor of two dimensions."""
+    """A block's `hidden_states`, or its first floating-point argument of at least two dimensions."""
     for value in (kwargs.get("hidden_states"), *args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2:
             return value
@@ -200,16 +205,16 @@ class RecomputeWithInitialResidual:
 
 
 class CheckpointWithInitialResidual:
-    """A function that checkpoints a block, and hands the running forward's h0 to the checkpointed call."""
+    """A function that checkpoints a block, and passes the running forward's h0 to the checkpointed call."""
 
     def __init__(self, inner: Callable, residual: InitialResidual, owner: bool = False) -> None:
         self.inner = inner
         self.residual = residual
-        self.owner = owner  # the function of a stack's owner, which may checkpoint other things than blocks
+        self.owner = owner  # whether it is that of a stack's owner, which may checkpoint more than blocks
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         called, block_args = function, args
-        while isinstance(called, RecomputeWithInitialResidual):  # that of another source
+        while isinstance(called, RecomputeWithInitialResidual):  # of another source of h0
             called, block_args = called.function, block_args[1:]
         keywords = {**kwargs, **called.keywords} if isinstance(called, functools.partial) else kwargs
         frame = self.residual.frame
@@ -226,6 +231,6 @@ class CheckpointWithInitialResidual:
 
 
 def is_block_of(module: nn.Module, residual: InitialResidual) -> bool:
-    """Whether `module` is one of the stack's blocks: these carry its hooks."""
+    """Whether `module` is one of the stack's blocks, which have its hooks."""
     hooks = module._forward_pre_hooks.values()
     return any(getattr(hook, "on_block", False) and getattr(hook, "residual", None) is residual for hook in hooks)

@@ -1,4 +1,4 @@
-"""The hooks that drive an `InitialResidual`: put on the base model's modules, and taken off again."""
+"""The hooks that drive an `InitialResidual`: registered on the base model's modules, and removed again."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sibo_triton.initial_residual.binding import (
 )
 from sibo_triton.initial_residual.stacks import BlockStack, inner_module, path_between
 
-# Where a module keeps the function that checkpoints it: transformers' blocks, torch's checkpoint_wrapper.
+# Attributes with the function that checkpoints a module: of transformers' blocks, of torch's checkpoint_wrapper.
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class _Hook:
-    """A hook that can be told from others, copied and pickled: it refers to no module.
+    """A hook with a type of its own that can be copied and pickled: it refers to no module.
 
-    What it needs it looks up below the module that it is called with, which may be a replica (`nn.DataParallel`).
+    It looks modules up below the one that it is called with, which may be a replica (`nn.DataParallel`).
     """
 
     on_block = False
@@ -43,9 +43,9 @@ class _ModelExit(_Hook):
 
 
 class _ScopeEnter(_Hook):
-    """Opens the frame: on the stack's owner, or on the first ancestor that holds the embedding too.
+    """Opens the frame. It is on the stack's owner, or on the innermost ancestor that also holds the embedding.
 
-    The names are relative to the module that the hook is on.
+    Names are relative to the module that the hook is on.
     """
 
     def __init__(self, residual: InitialResidual, owner: str, block_list: str, embedding: str | None) -> None:
@@ -57,13 +57,13 @@ class _ScopeEnter(_Hook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         frame = self.residual.open_forward()
         if not torch.compiler.is_compiling():
-            frame.call = sys._getframe(1)  # torch's, which calls this hook directly, and then the module's forward
-        if self.embedding is not None:  # looked up now: adapters may have wrapped it since
+            frame.call = sys._getframe(1)  # torch's, which calls this hook, and then the module's forward
+        if self.embedding is not None:  # at each forward: adapters may have wrapped it since
             embedding = module.get_submodule(self.embedding)
             hooks = embedding._forward_hooks.values()
             if not any(isinstance(hook, _EmbeddingExit) and hook.residual is self.residual for hook in hooks):
                 embedding.register_forward_hook(_EmbeddingExit(self.residual))
-        # now, not when attaching: checkpointing may be enabled, and blocks may be wrapped, at any time
+        # at each forward: checkpointing may be enabled, and blocks may be wrapped, at any time
         for block in module.get_submodule(self.block_list).children():
             for wrapper in _with_inner_modules(block):
                 self._wrap_checkpointing(wrapper)
@@ -88,7 +88,7 @@ class _BlockEnter(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         frame = self.residual.frame
-        if frame is None:  # the block is called alone: the first layer that mixes says so
+        if frame is None:  # the block is called alone: the first layer that mixes raises
             return
         hidden_states = first_hidden_state(args, kwargs)
         if frame.value is None:
@@ -117,13 +117,16 @@ class _EmbeddingExit(_Hook):
 
 
 def attach(root: nn.Module, stack: BlockStack, source: str, embedding_name: str | None = None) -> InitialResidual:
-    """Put the hooks for `stack` on the modules of `root`, or return what an earlier adapter put there.
+    """Register the hooks for `stack` on the modules of `root`, unless an earlier adapter has done so.
 
     Args:
         root: the base model.
         stack: one of its stacks.
         source: "block_input" or "embedding".
         embedding_name: for source "embedding", the token embedding's name from the root.
+
+    Returns:
+        The initial residual that the hooks drive.
     """
     scope_name, relative = stack.owner_name, None
     if embedding_name is not None:
@@ -148,7 +151,7 @@ def attach(root: nn.Module, stack: BlockStack, source: str, embedding_name: str 
 
 
 def detach(root: nn.Module, residual: InitialResidual | None = None) -> None:
-    """Take the hooks of `residual`, or of all, off the modules of `root`, and its checkpoint functions out."""
+    """Remove the hooks of `residual` (default: of all) from the modules of `root`, and unwrap what checkpoints them."""
     for module in root.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
@@ -162,13 +165,13 @@ def detach(root: nn.Module, residual: InitialResidual | None = None) -> None:
 
 
 def attached(root: nn.Module) -> list[InitialResidual]:
-    """The initial residuals whose hooks are on the modules of `root`."""
+    """The initial residuals whose hooks are registered on the modules of `root`."""
     hooks = (hook for module in root.modules() for hook in module._forward_pre_hooks.values())
     return [hook.residual for hook in hooks if isinstance(hook, _ScopeEnter)]
 
 
 def _with_inner_modules(block: nn.Module) -> Iterator[nn.Module]:
-    """A block and, if it is a wrapper (checkpoint_wrapper, FSDP), what is inside, down to the block itself."""
+    """A block and, if it is a wrapper (checkpoint_wrapper, FSDP), each module inside, down to the block itself."""
     module: nn.Module | None = block
     while module is not None:
         yield module
@@ -185,7 +188,7 @@ def _unwrapped(function: Any, residual: InitialResidual | None) -> Any:
 
 
 def _common_ancestor(root: nn.Module, owner_name: str, embedding_name: str) -> str:
-    """The innermost ancestor of the owner (or itself) that holds the embedding, possibly under another name."""
+    """The innermost ancestor of the owner, or the owner, that holds the embedding, possibly under another name."""
     embedding = root.get_submodule(embedding_name)
     name = owner_name
     while name and not any(module is embedding for module in root.get_submodule(name).modules()):

@@ -16,14 +16,12 @@ class BlockStack:
     """One list of transformer blocks that a hidden state passes through.
 
     Attributes:
-        name: of the list, from the base model's root ("model.layers").
-        block_list: the `nn.ModuleList` itself; wrappers may have replaced its items.
-        blocks: the blocks, without checkpoint wrappers.
+        name: the list's name from the base model's root ("model.layers").
+        blocks: the blocks, without wrappers (checkpoint_wrapper, FSDP).
         owner: the module whose forward runs the blocks, and `owner_name`, its name from the root.
     """
 
     name: str
-    block_list: nn.Module
     blocks: tuple[nn.Module, ...]
     owner: nn.Module
     owner_name: str
@@ -34,7 +32,7 @@ class BlockStack:
 
 
 def inner_module(module: nn.Module) -> nn.Module | None:
-    """What is inside of torch's `checkpoint_wrapper`, FSDP1 or torch.compile; None if the module is no such wrapper."""
+    """The module inside torch's `checkpoint_wrapper`, FSDP1 or torch.compile; None if the module is no such wrapper."""
     for attribute in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"):
         inner = module._modules.get(attribute)
         if inner is not None:
@@ -53,10 +51,10 @@ def find_block_stacks(root: nn.Module, names: Sequence[str] | None = None) -> li
 
     Args:
         root: the base model.
-        names: the block lists' names from the root (an `sibo_blocks` option); None detects them.
+        names: the block lists' names from the root (the option `sibo_blocks`); None detects them.
 
     Raises:
-        ValueError: a name is not that of a non-empty list of modules, or nothing was detected.
+        ValueError: a name is not that of a non-empty list of modules, or no list was detected.
     """
     if names is not None:
         return [_named_stack(root, name) for name in names]
@@ -77,7 +75,7 @@ def find_block_stacks(root: nn.Module, names: Sequence[str] | None = None) -> li
 
 def _named_stack(root: nn.Module, name: str) -> BlockStack:
     modules = dict(root.named_modules())
-    if name not in modules:  # an adapter saved with a head around the model loads without it, and the other way round
+    if name not in modules:  # an adapter saved with a head around the model also loads without it, and vice versa
         alike = [other for other in modules if other and (name.endswith(f".{other}") or other.endswith(f".{name}"))]
         alike = [other for other in alike if isinstance(modules[other], (nn.ModuleList, nn.Sequential))]
         if len(alike) != 1:
@@ -104,7 +102,7 @@ def _stack(root: nn.Module, name: str, module: nn.Module) -> BlockStack:
     while isinstance(root.get_submodule(owner_name), _CONTAINERS):  # a container has no forward of its own
         owner_name = owner_name.rpartition(".")[0]
     blocks = tuple(unwrap_block(block) for block in module.children())
-    return BlockStack(name, module, blocks, root.get_submodule(owner_name), owner_name)
+    return BlockStack(name, blocks, root.get_submodule(owner_name), owner_name)
 
 
 def path_between(root: nn.Module, name: str) -> Iterator[nn.Module]:

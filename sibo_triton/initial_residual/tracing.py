@@ -1,30 +1,32 @@
 """Find out what feeds each module of a block: the residual stream, or something else.
 
-The model is run once on a tiny input. What enters the first block of a stack is marked, and the mark follows the data
-through additions, normalisations, dropout, casts and views that keep the tokens' order, and ends at everything else: a
-linear layer, an attention, an activation. A linear layer whose input carries its own stack's mark reads the residual
-stream. No names of models or layers are involved.
+The model is run once on a tiny input. The tensor that enters the first block of a stack is marked, and the mark follows
+the data through additions, normalisations, dropout, casts and views that keep the tokens' order. It ends at everything
+else: a linear layer, an attention, an activation. A linear layer whose input carries its own stack's mark reads the
+residual stream. No names of models or layers are used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sibo_triton.initial_residual.binding import first_hidden_state
+from sibo_triton.initial_residual.output_uses import OutputUses, is_linear_like, memory_of
 from sibo_triton.initial_residual.stacks import BlockStack, path_between
-from sibo_triton.initial_residual.uses import OutputUses, is_linear_like
 
-_TOKENS = 5  # a prime that is no common width, so that shapes tell tokens from features
+_TOKENS = 5  # a prime, and no common width, so that shapes tell tokens from features
 
 _numbers = itertools.count()
 
@@ -38,16 +40,16 @@ _KEEPING = {
 
 
 @dataclass
-class Feeds:
-    """What was seen to feed the modules of the stacks.
+class TrialRun:
+    """What a trial run of a model saw.
 
     Attributes:
-        marks: module name -> the streams that its input carried, one entry a call: a stack's name, or None.
-        inputs: module name -> a number for the tensor of each call: modules that got the same one have the same number.
-        feed_forward: the linears whose output goes into other linears, token by token (`uses.py`).
-        widths: stack name -> that of its residual stream.
+        marks: module name -> the marks that its inputs carried, over all calls: a stack's name, or None for no mark.
+        inputs: module name -> a number for the input tensor of each call, equal for modules that got the same tensor.
+        feed_forward: the linears whose output goes into other linears, token by token (`output_uses.py`).
+        widths: stack name -> the width of its residual stream.
         problems: stack name -> why it could not be run.
-        repeated: the stacks that one sequence passes several times, in calls of their own.
+        repeated: the stacks that one sequence passes several times, in separate calls of their owner.
     """
 
     marks: dict[str, set[str | None]] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class Feeds:
     repeated: set[str] = field(default_factory=set)
 
     def reads(self, module_name: str, stack: BlockStack) -> tuple[bool, str]:
-        """Whether a module reads its stack's residual stream, and why (not), in words."""
+        """Whether a module reads its stack's residual stream, and the reason."""
         if stack.name in self.problems:
             return False, "is fed by what is unknown: a trial run of its stack did not work"
         if stack.name in self.repeated:
@@ -85,7 +87,7 @@ class _Finished(Exception):
 
 
 class _StreamMode(TorchDispatchMode):
-    """Carries the marks from operation to operation; a tensor is known by the memory that it shows."""
+    """Carries the marks from operation to operation; a tensor is identified by the memory that it shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,28 +95,28 @@ class _StreamMode(TorchDispatchMode):
         self._numbers: dict[int, tuple[torch.Tensor, int]] = {}  # likewise
 
     def number_of(self, tensor: torch.Tensor) -> int:
-        """A number of its own for every tensor, in all runs."""
+        """A number that is unique to the tensor, among all runs."""
         if id(tensor) not in self._numbers:
             self._numbers[id(tensor)] = tensor, next(_numbers)
         return self._numbers[id(tensor)][1]
 
     def mark(self, tensor: torch.Tensor, stream: str) -> None:
-        self._marks[_memory(tensor)] = (tensor, stream)
+        self._marks[memory_of(tensor)] = (tensor, stream)
 
     def mark_of(self, tensor: Any) -> str | None:
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             return None
-        return self._marks.get(_memory(tensor), (None, None))[1]
+        return self._marks.get(memory_of(tensor), (None, None))[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         stream = self._stream_of_result(func.overloadpacket.__name__, args)
         result = func(*args, **(kwargs or {}))
         output = result[0] if isinstance(result, (tuple, list)) and result else result
         if isinstance(output, torch.Tensor) and output.layout == torch.strided:
-            if stream is not None and output.shape[-1:] == _marked_width(self, args):
+            if stream is not None and output.shape[-1:] == self._marked_width(args):
                 self.mark(output, stream)
             else:  # written in place, or in memory that was another tensor's
-                self._marks.pop(_memory(output), None)
+                self._marks.pop(memory_of(output), None)
         return result
 
     def _stream_of_result(self, name: str, args: tuple) -> str | None:
@@ -128,138 +130,151 @@ class _StreamMode(TorchDispatchMode):
             return streams.pop()
         if name in _SCALINGS:
             largest = max(tensor.numel() for tensor in tensors)
-            if sum(tensor.numel() == largest for tensor in tensors) == 1:  # by a statistic or a weight, not a gate
+            if sum(tensor.numel() == largest for tensor in tensors) == 1:  # by a statistic or a weight, not by a gate
                 return streams.pop()
         return None
 
+    def _marked_width(self, args: tuple) -> torch.Size:
+        return next(arg.shape[-1:] for arg in args if isinstance(arg, torch.Tensor) and self.mark_of(arg) is not None)
 
-def trace_feeds(root: nn.Module, stacks: Sequence[BlockStack]) -> Feeds:
-    """Run `root`, or where that does not reach a stack the model around it, and see what feeds each module.
+
+def trial_run(root: nn.Module, stacks: Sequence[BlockStack]) -> TrialRun:
+    """Run `root`, or for a stack that this does not reach the model around it, and see what feeds each module.
 
     The model is left as it was: modes and the generators' states are restored, and no gradient is computed.
     """
-    feeds = Feeds()
+    trial = TrialRun()
     for stack in stacks:
-        if any(name.startswith(stack.name + ".") for name in feeds.marks):
+        if any(stack.holds(name) for name in trial.marks):
             continue
         problems: list[str] = []
         for module, inputs in _trial_runs(root, stack):
             try:
-                _run(root, module, inputs, stacks, feeds)
+                _Observer(root, module, stacks, trial).run(inputs)
             except Exception as error:  # whatever a foreign model raises on an input it does not like
                 problems.append(f"{type(module).__name__}({', '.join(inputs)}): {type(error).__name__}: {error}")
-            if any(name.startswith(stack.name + ".") for name in feeds.marks):
+            if any(stack.holds(name) for name in trial.marks):
                 break
         else:
             reasons = "; ".join(dict.fromkeys(problem.splitlines()[0][:200] for problem in problems))
             reasons = reasons or "no known kind of input"
-            feeds.problems[stack.name] = reasons
-    return feeds
+            trial.problems[stack.name] = reasons
+    return trial
 
 
-def _run(root: nn.Module, module: nn.Module, inputs: dict, stacks: Sequence[BlockStack], feeds: Feeds) -> None:
-    names = {id(submodule): name for name, submodule in root.named_modules()}
-    mode, outputs = _StreamMode(), OutputUses()
-    seen: dict[str, set] = {stack.name: set() for stack in stacks}
-    kinds = {stack.name: {_kind(block) for block in stack.blocks} for stack in stacks}
-    reached = {stack.name: any(s is stack.owner for s in module.modules()) for stack in stacks}
-    calls = dict.fromkeys(seen, 0)
-    handles = []
+class _Observer:
+    """Runs a model once, with hooks on the modules of its stacks that note in `trial` what they see.
 
-    def enter_block(stack: BlockStack) -> Callable[[nn.Module, tuple, dict], None]:
-        def hook(block: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden_states = first_hidden_state(args, kwargs)
-            if calls[stack.name] > 1 and block is stack.blocks[0] and mode.mark_of(hidden_states) == stack.name:
-                feeds.repeated.add(stack.name)  # what an earlier call returned comes in again
-            if not seen[stack.name] and hidden_states is not None:
-                mode.mark(hidden_states, stack.name)
-                feeds.widths[stack.name] = hidden_states.shape[-1]
-            elif all(seen[name] == kinds[name] for name in kinds if reached[name]):
-                raise _Finished
+    Args:
+        root: the base model, from which modules are named.
+        module: the model that is run: `root`, or a part of it that holds a stack.
+        stacks: of `root`.
+        trial: where the results go.
+    """
 
-        return hook
+    def __init__(self, root: nn.Module, module: nn.Module, stacks: Sequence[BlockStack], trial: TrialRun) -> None:
+        self.root = root
+        self.module = module
+        self.stacks = stacks
+        self.trial = trial
+        self.names = {id(submodule): name for name, submodule in root.named_modules()}
+        self.streams, self.outputs = _StreamMode(), OutputUses()
+        self.calls = {stack.name: 0 for stack in stacks}  # of the stack's owner
+        self.seen: dict[str, set[tuple]] = {stack.name: set() for stack in stacks}  # kinds of blocks that have run
+        reached = {id(submodule) for submodule in module.modules()}
+        self.awaited = {stack.name: set(map(_kind, stack.blocks)) for stack in stacks if id(stack.owner) in reached}
 
-    def leave_block(stack: BlockStack) -> Callable[[nn.Module, tuple, Any], None]:
-        def hook(block: nn.Module, args: tuple, output: Any) -> None:
-            seen[stack.name].add(_kind(block))
+    def run(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Run the model on `inputs`, until every kind of block has been seen."""
+        handles = list(self._put_hooks_on())
+        devices = {parameter.device for parameter in self.root.parameters() if parameter.device.type == "cuda"}
+        modes = {submodule: submodule.training for submodule in self.root.modules()}
+        try:
+            self.root.eval()
+            with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), self.streams, self.outputs:
+                with contextlib.suppress(_Finished):
+                    self.module(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for submodule, training in modes.items():
+                submodule.training = training
+        self.trial.feed_forward.update(name for name in self.outputs.uses if self.outputs.feeds_forward(name))
+        for stack in self.stacks:
+            _spread_to_like_blocks(stack, self.trial, self.names)
 
-        return hook
+    def _put_hooks_on(self) -> Iterator[RemovableHandle]:
+        for stack in self.stacks:
+            yield stack.owner.register_forward_pre_hook(partial(self._enter_owner, stack))
+            for block in stack.blocks:
+                yield block.register_forward_pre_hook(partial(self._enter_block, stack), with_kwargs=True)
+                yield block.register_forward_hook(partial(self._leave_block, stack))
+                for submodule in _modules_outside_adapters(block):
+                    yield submodule.register_forward_pre_hook(self._see_input, with_kwargs=True)
+                    if is_linear_like(submodule):
+                        yield submodule.register_forward_pre_hook(self._enter_linear, with_kwargs=True)
+                        yield submodule.register_forward_hook(self._leave_linear)
+                    if _has_channel_weights_only(submodule):
+                        yield submodule.register_forward_hook(self._leave_norm)
 
-    def see_input(submodule: nn.Module, args: tuple, kwargs: dict) -> None:
-        name, hidden_states = names[id(submodule)], first_hidden_state(args, kwargs)
-        feeds.marks.setdefault(name, set()).add(mode.mark_of(hidden_states))
+    def _enter_owner(self, stack: BlockStack, owner: nn.Module, args: tuple) -> None:
+        self.calls[stack.name] += 1
+
+    def _enter_block(self, stack: BlockStack, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden_states = first_hidden_state(args, kwargs)
+        is_first = block is stack.blocks[0]
+        if self.calls[stack.name] > 1 and is_first and self.streams.mark_of(hidden_states) == stack.name:
+            self.trial.repeated.add(stack.name)  # what an earlier call returned comes in again
+        if not self.seen[stack.name] and hidden_states is not None:
+            self.streams.mark(hidden_states, stack.name)
+            self.trial.widths[stack.name] = hidden_states.shape[-1]
+        elif all(self.seen[name] == kinds for name, kinds in self.awaited.items()):
+            raise _Finished
+
+    def _leave_block(self, stack: BlockStack, block: nn.Module, args: tuple, output: Any) -> None:
+        self.seen[stack.name].add(_kind(block))
+
+    def _see_input(self, submodule: nn.Module, args: tuple, kwargs: dict) -> None:
+        name, hidden_states = self.names[id(submodule)], first_hidden_state(args, kwargs)
+        self.trial.marks.setdefault(name, set()).add(self.streams.mark_of(hidden_states))
         if hidden_states is not None:
-            number = mode.number_of(hidden_states)
-            feeds.inputs[name] = (*feeds.inputs.get(name, ()), number)
+            number = self.streams.number_of(hidden_states)
+            self.trial.inputs[name] = (*self.trial.inputs.get(name, ()), number)
 
-    def enter_linear(linear: nn.Module, args: tuple, kwargs: dict) -> None:
-        outputs.enter_linear(names[id(linear)], first_hidden_state(args, kwargs))
+    def _enter_linear(self, linear: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.outputs.enter_linear(self.names[id(linear)], first_hidden_state(args, kwargs))
 
-    def leave_linear(linear: nn.Module, args: tuple, output: Any) -> None:
-        outputs.leave_linear(names[id(linear)], output)
+    def _leave_linear(self, linear: nn.Module, args: tuple, output: Any) -> None:
+        self.outputs.leave_linear(self.names[id(linear)], output)
 
-    def see_norm(submodule: nn.Module, args: tuple, output: Any) -> None:
+    def _leave_norm(self, submodule: nn.Module, args: tuple, output: Any) -> None:
         # norms may be one opaque kernel; what has per-channel weights only does not mix channels or tokens
-        mark = mode.mark_of(args[0]) if args else None
+        mark = self.streams.mark_of(args[0]) if args else None
         if mark is not None and isinstance(output, torch.Tensor) and output.shape == args[0].shape:
-            mode.mark(output, mark)
-
-    def count_call(stack: BlockStack) -> Callable[[nn.Module, tuple], None]:
-        def hook(owner: nn.Module, args: tuple) -> None:
-            calls[stack.name] += 1
-
-        return hook
-
-    for stack in stacks:
-        handles.append(stack.owner.register_forward_pre_hook(count_call(stack)))
-        for block in stack.blocks:
-            handles.append(block.register_forward_pre_hook(enter_block(stack), with_kwargs=True))
-            handles.append(block.register_forward_hook(leave_block(stack)))
-            for submodule in _modules_outside_adapters(block):
-                handles.append(submodule.register_forward_pre_hook(see_input, with_kwargs=True))
-                if is_linear_like(submodule):
-                    handles.append(submodule.register_forward_pre_hook(enter_linear, with_kwargs=True))
-                    handles.append(submodule.register_forward_hook(leave_linear))
-                if _has_channel_weights_only(submodule):
-                    handles.append(submodule.register_forward_hook(see_norm))
-    devices = {parameter.device for parameter in root.parameters() if parameter.device.type == "cuda"}
-    modes = {submodule: submodule.training for submodule in root.modules()}
-    try:
-        root.eval()
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), mode, outputs:
-            with contextlib.suppress(_Finished):
-                module(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for submodule, training in modes.items():
-            submodule.training = training
-    feeds.feed_forward.update(name for name in outputs.uses if outputs.feeds_forward(name))
-    for stack in stacks:
-        _spread_to_like_blocks(stack, feeds, names)
+            self.streams.mark(output, mark)
 
 
-def _spread_to_like_blocks(stack: BlockStack, feeds: Feeds, names: dict[int, str]) -> None:
-    """Blocks that did not run are fed as a block of the same kind that did."""
+def _spread_to_like_blocks(stack: BlockStack, trial: TrialRun, names: dict[int, str]) -> None:
+    """Copy the results of a block that ran to the blocks of the same kind that did not."""
     examples: dict[tuple, str] = {}
     for block in stack.blocks:
         name = names[id(block)]
-        if name in feeds.marks or any(key.startswith(name + ".") for key in feeds.marks):
+        if name in trial.marks or any(key.startswith(name + ".") for key in trial.marks):
             examples.setdefault(_kind(block), name)
     for block in stack.blocks:
         name, example = names[id(block)], examples.get(_kind(block))
         if example is None or example == name:
             continue
-        for key in [key for key in feeds.marks if key.startswith(example + ".")]:
-            feeds.marks.setdefault(name + key[len(example) :], set()).update(feeds.marks[key])
-            if key in feeds.inputs:  # alike within the block is all that they say
-                feeds.inputs.setdefault(name + key[len(example) :], feeds.inputs[key])
-            if key in feeds.feed_forward:
-                feeds.feed_forward.add(name + key[len(example) :])
+        for key in [key for key in trial.marks if key.startswith(example + ".")]:
+            trial.marks.setdefault(name + key[len(example) :], set()).update(trial.marks[key])
+            if key in trial.inputs:  # the numbers only compare within a block
+                trial.inputs.setdefault(name + key[len(example) :], trial.inputs[key])
+            if key in trial.feed_forward:
+                trial.feed_forward.add(name + key[len(example) :])
 
 
 def _trial_runs(root: nn.Module, stack: BlockStack) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:
-    """The models around a stack, outermost first, each with the inputs that may suit it."""
+    """The models around a stack, outermost first, each with the inputs to try."""
     for module in path_between(root, stack.owner_name):
         if not isinstance(module, PreTrainedModel):
             continue
@@ -315,11 +330,3 @@ def _has_channel_weights_only(module: nn.Module) -> bool:
 
 def _kind(block: nn.Module) -> tuple:
     return (type(block), tuple((name, type(module)) for name, module in block.named_modules()))
-
-
-def _memory(tensor: torch.Tensor) -> tuple:
-    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-
-
-def _marked_width(mode: _StreamMode, args: tuple) -> torch.Size:
-    return next(arg.shape[-1:] for arg in args if isinstance(arg, torch.Tensor) and mode.mark_of(arg) is not None)

@@ -1,4 +1,4 @@
-"""Decide which of the layers that an adapter is on mix in which initial residual, and put the hooks on that bind it."""
+"""Decide which layers of an adapter mix in which initial residual, and register the hooks that bind it."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any
 
 from torch import nn
 
-from sibo_triton.initial_residual import BlockStack, Feeds, attach, attached, detach
-from sibo_triton.injection.checkpoints import check_checkpoint
+from sibo_triton.initial_residual import BlockStack, TrialRun, attach, attached, detach
 from sibo_triton.injection.options import SiboOptions
+from sibo_triton.injection.reversible import is_loading
+from sibo_triton.injection.saved_weights import check_state_dict
 from sibo_triton.injection.siblings import detach_unused_siblings
 from sibo_triton.injection.sites import MixingSite, Notices, tuner_layers
-from sibo_triton.injection.snapshot import is_loading
 from sibo_triton.injection.targets import matches, shortest_names
 
 _ON_TRUST = "named by sibo_target_modules, not verified"
 
-Decisions = dict[str, tuple[BlockStack | None, str]]  # by layer: whose initial residual it mixes in, or None; and why
+Decisions = dict[str, tuple[BlockStack | None, str]]  # layer -> the stack whose h0 it mixes in, or None; and why
 
 
-def _reads(name: str, layer: Any, stack: BlockStack, feeds: Feeds) -> tuple[bool, str]:
-    return feeds.reads(name, stack)
+def _reads(name: str, layer: Any, stack: BlockStack, trial: TrialRun) -> tuple[bool, str]:
+    return trial.reads(name, stack)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What the decision needs to know of a PEFT method.
+    """What the decision needs to know about a PEFT method.
 
     Attributes:
         name: as in "the LoRA targets".
-        plain: what a layer computes that does not mix.
-        obstacle: why a layer cannot mix whatever feeds it, or None.
-        refuse: raises for a layer that would mix, and could not compute it.
-        can_mix: whether a layer can mix in its stack's initial residual, by what the trial run saw, and why (not).
-        width: of what a layer mixes.
+        plain: what a layer that does not mix computes.
+        width: the width of what a layer mixes with h0.
         advice: what to target where nothing can mix.
+        obstacle: the reason why a layer cannot mix whatever feeds it, or None.
+        refuse: raises an error for a layer that would mix, but cannot compute it.
+        can_mix: whether a layer can mix in its stack's initial residual, by what the trial run saw, and the reason.
     """
 
     name: str
     plain: str
-    advice: str
-    obstacle: Callable[[Any], str | None]
     width: Callable[[Any], int]
+    advice: str = "linears that read the residual stream (q/k/v, gate/up, the first of an MLP)"
+    obstacle: Callable[[Any], str | None] = lambda layer: None
     refuse: Callable[[str, Any], None] = lambda name, layer: None
-    can_mix: Callable[[str, Any, BlockStack, Feeds], tuple[bool, str]] = _reads
+    can_mix: Callable[[str, Any, BlockStack, TrialRun], tuple[bool, str]] = _reads
 
 
 def requested_modules(config: SiboOptions) -> tuple[list[str] | str | None, bool]:
-    """What `sibo_target_modules` asks for, and whether that needs no trial run of the model.
+    """What `sibo_target_modules` asks for, and whether it can be taken without a trial run of the model.
 
-    A saved adapter that is loaded names its modules as they were found when it was made.
+    The config of a saved adapter names the modules that were found when the adapter was made.
     """
     is_saved = is_loading() and config._sibo_from_file
     requested = config.sibo_target_modules
@@ -65,42 +65,42 @@ def decide(
     layers: Mapping[str, Any],
     requested: list[str] | str | None,
     stacks: Sequence[BlockStack],
-    feeds: Feeds | None,
+    trial: TrialRun | None,
     method: Method,
 ) -> Decisions:
-    """Decide for each layer.
+    """Decide for each layer whether it mixes, in which stack's initial residual, and why.
 
     Args:
-        layers: by their names from the base model's root.
+        layers: the layers, by their names from the base model's root.
         requested: see :func:`requested_modules`.
-        stacks: of the model.
-        feeds: what the trial run saw, or None: then what is requested is taken.
+        stacks: the model's stacks of blocks.
+        trial: what the trial run saw; None to take what is requested as it is.
         method: the PEFT method.
 
     Raises:
         ValueError: what is requested cannot mix, or nothing mixes.
     """
-    decisions = {name: _decide(name, layer, requested, stacks, feeds, method) for name, layer in layers.items()}
-    _check_request(requested, layers, decisions, feeds, method)
-    if feeds is not None:
-        _warn_of_problems(stacks, decisions, feeds, method)
+    decisions = {name: _decide(name, layer, requested, stacks, trial, method) for name, layer in layers.items()}
+    _check_request(requested, layers, decisions, trial, method)
+    if trial is not None:
+        _warn_of_problems(stacks, decisions, trial, method)
     return decisions
 
 
 def bind(
     model: nn.Module, config: SiboOptions, layers: Mapping[str, Any], decisions: Decisions, method: Method
 ) -> dict[str, MixingSite]:
-    """Put the hooks of the initial residuals on the model, and say of each layer what it mixes in."""
+    """Register the hooks of the initial residuals on the model, and return the site of each layer."""
     mixing = {name: stack for name, (stack, _) in decisions.items() if stack is not None}
     used = {stack.name: stack for stack in mixing.values()}
-    # all are looked up before the first hook is put on, for what may be refused
+    # all lookups come before the first hook, because they may raise
     widths = {name: (stack, method.width(layers[name])) for name, stack in mixing.items()}
     embeddings = {name: _embedding_name(model, stack, config, widths) for name, stack in used.items()}
     residuals = {name: attach(model, stack, config.sibo_source, embeddings[name]) for name, stack in used.items()}
     notices = Notices()
     config._sibo_resolved = shortest_names(list(mixing), list(layers))
-    if not any(getattr(hook, "hook", hook) is check_checkpoint for hook in model._load_state_dict_pre_hooks.values()):
-        model.register_load_state_dict_pre_hook(check_checkpoint)
+    if not _check_hooks(model):
+        model.register_load_state_dict_pre_hook(check_state_dict)
     return {
         name: MixingSite(name, residuals[stack.name] if stack is not None else None, reason, notices)
         for name, (stack, reason) in decisions.items()
@@ -108,7 +108,7 @@ def bind(
 
 
 def remove_unused_hooks(model: nn.Module) -> None:
-    """Take off the hooks of initial residuals that no layer of `model` mixes in any more, and of siblings no more."""
+    """Remove the hooks of initial residuals that no layer of `model` mixes in any more, and of former siblings."""
     detach_unused_siblings(model)
     sites = [site for _, layer in tuner_layers(model) for site in getattr(layer, "sibo_sites", {}).values()]
     used = {id(site.residual) for site in sites}
@@ -116,9 +116,14 @@ def remove_unused_hooks(model: nn.Module) -> None:
         if id(residual) not in used:
             detach(model, residual)
     if not attached(model):
-        for key, hook in list(model._load_state_dict_pre_hooks.items()):
-            if getattr(hook, "hook", hook) is check_checkpoint:
-                del model._load_state_dict_pre_hooks[key]
+        for key in _check_hooks(model):
+            del model._load_state_dict_pre_hooks[key]
+
+
+def _check_hooks(model: nn.Module) -> list[int]:
+    """The keys of `check_state_dict` among the hooks that a model calls before it loads a state dict."""
+    hooks = model._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if getattr(hook, "hook", hook) is check_state_dict]
 
 
 def _decide(
@@ -126,7 +131,7 @@ def _decide(
     layer: Any,
     requested: list[str] | str | None,
     stacks: Sequence[BlockStack],
-    feeds: Feeds | None,
+    trial: TrialRun | None,
     method: Method,
 ) -> tuple[BlockStack | None, str]:
     asked = requested is not None and matches(requested, name)
@@ -136,11 +141,11 @@ def _decide(
         mixes, reason = False, "lies outside of the stacks of blocks"
     elif obstacle is not None:
         mixes, reason = False, obstacle
-    elif feeds is None:
+    elif trial is None:
         mixes, reason = True, "named by the saved adapter"
     else:
-        mixes, reason = method.can_mix(name, layer, stack, feeds)
-        if asked and stack.name in feeds.problems:
+        mixes, reason = method.can_mix(name, layer, stack, trial)
+        if asked and stack.name in trial.problems:
             mixes, reason = True, _ON_TRUST
     if asked and not mixes:
         raise ValueError(
@@ -154,21 +159,22 @@ def _decide(
     return (stack, reason) if mixes else (None, reason)
 
 
-def _warn_of_problems(stacks: Sequence[BlockStack], decisions: Decisions, feeds: Feeds, method: Method) -> None:
+def _warn_of_problems(stacks: Sequence[BlockStack], decisions: Decisions, trial: TrialRun, method: Method) -> None:
     for stack in stacks:
         names = {name: None for name in decisions if stack.holds(name)}
-        if stack.name not in feeds.problems or not names:
+        if stack.name not in trial.problems or not names:
             continue
         on_trust = {name: None for name in names if decisions[name][1] == _ON_TRUST}
         what = (
-            f"sibo_target_modules is taken on trust for {some(on_trust)}: make sure that their input is the residual "
-            "stream"
+            f"sibo_target_modules is taken on trust for {abbreviated(on_trust)}: make sure that their input is the "
+            "residual stream"
             if on_trust
-            else f"{some(names)} get {method.plain}: name in sibo_target_modules those that read the residual stream"
+            else f"{abbreviated(names)} get {method.plain}: name in sibo_target_modules those that read the residual "
+            "stream"
         )
         warnings.warn(
             f"What feeds the modules of {stack.name!r} could not be found out, so {what}. A trial run of the model did "
-            f"not work: {feeds.problems[stack.name]}.",
+            f"not work: {trial.problems[stack.name]}.",
             stacklevel=2,
         )
 
@@ -177,7 +183,7 @@ def _check_request(
     requested: list[str] | str | None,
     layers: Mapping[str, Any],
     decisions: Decisions,
-    feeds: Feeds | None,
+    trial: TrialRun | None,
     method: Method,
 ) -> None:
     targets = f"{method.name} targets"
@@ -186,17 +192,17 @@ def _check_request(
         if idle:
             raise ValueError(
                 f"sibo_target_modules names {', '.join(map(repr, idle))}, which match no module that {targets}. The "
-                f"{targets} are {some(layers)}: add the module to target_modules, or mend the name."
+                f"{targets} are {abbreviated(layers)}: add the module to target_modules, or mend the name."
             )
     if any(stack is not None for stack, _ in decisions.values()):
         return
     if isinstance(requested, str):
-        raise ValueError(f"sibo_target_modules={requested!r} matches none of the {targets}: {some(layers)}.")
+        raise ValueError(f"sibo_target_modules={requested!r} matches none of the {targets}: {abbreviated(layers)}.")
     examples: dict[str, str] = {}
     for name, (_, reason) in decisions.items():
         examples.setdefault(reason, name)
     reasons = "; ".join(f"{name} {reason}" for reason, name in examples.items())
-    reasons += "".join(f"; {name}: {problem}" for name, problem in (feeds.problems if feeds else {}).items())
+    reasons += "".join(f"; {name}: {problem}" for name, problem in (trial.problems if trial else {}).items())
     raise ValueError(
         f"None of the {len(layers)} {targets} can mix in the initial residual ({reasons}), so SIBO would be "
         f"{method.plain}. Target {method.advice}; where they cannot be found, name them in sibo_target_modules and "
@@ -242,7 +248,7 @@ def _embedding_name(
     return next(name for name, candidate in model.named_modules() if candidate is embedding)
 
 
-def some(names: Mapping[str, Any]) -> str:
-    """The names, shortened, or the first of them."""
+def abbreviated(names: Mapping[str, Any]) -> str:
+    """The names, shortened to their endings, of which at most 12 are listed."""
     short = shortest_names(list(names), list(names))
     return ", ".join(short[:12]) + (", ..." if len(short) > 12 else "")

@@ -1,4 +1,4 @@
-"""Why an adapter's modules must be called, and not its operation: what LoRA and bottleneck adapters both ask."""
+"""Reasons why an adapter's modules must be called instead of its operation, for LoRA and bottleneck adapters alike."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from sibo_triton.ops import autocast_dtype
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
 _PLAIN_PARAMETERS = (*_PLAIN_TENSORS, type(None))
-#: What the operations compute in.
+#: The dtypes in which the operations compute.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why a module is more than its parameters, or None; by its dictionary, as every forward asks four times."""
+    """Reason why calling the module does more than its parameters say, or None.
+
+    It reads the module's dictionary, as every forward asks four times and attributes of modules are slow to look up.
+    """
     state = module.__dict__
     if type(module) is not kind:
         return f"is a {type(module).__name__}"
@@ -33,13 +36,13 @@ def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return "has a forward of its own (a device hook of accelerate, or a patch)"
     for tensor in state["_parameters"].values():
         if type(tensor) not in _PLAIN_PARAMETERS:
-            name = next(name for name, of in state["_parameters"].items() if of is tensor)
+            name = next(name for name, other in state["_parameters"].items() if other is tensor)
             return f"has a {type(tensor).__name__} as its {name}"
     return None
 
 
 def obstacle_in_frozen(base: nn.Module, x: torch.Tensor | None = None) -> str | None:
-    """Why a frozen layer must run by its own forward (for an input x), or None: it is a plain dense linear."""
+    """Reason why a frozen layer must run by its own forward (for an input x); None for a plain dense linear."""
     obstacle = obstacle_in(base, nn.Linear)
     if obstacle is not None:
         return f"its base layer {obstacle}"
@@ -54,7 +57,7 @@ def obstacle_in_frozen(base: nn.Module, x: torch.Tensor | None = None) -> str | 
 
 
 def obstacle_in_dropout(dropout: nn.Module, name: str) -> str | None:
-    """Why an adapter's dropout must be called, or None; `name` is the module's."""
+    """Reason why an adapter's dropout, the module `name`, must be called as a module, or None."""
     obstacle = obstacle_in(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
     if obstacle is not None:
         return f"{name} {obstacle}"
@@ -64,7 +67,7 @@ def obstacle_in_dropout(dropout: nn.Module, name: str) -> str | None:
 
 
 def obstacle_of_input(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """Why an operation does not take x for an adapter with this weight, or None."""
+    """Reason why an operation cannot take x for an adapter with this weight, or None."""
     if type(x) not in _PLAIN_TENSORS or x.is_nested:
         return f"its input is a {'nested tensor' if x.is_nested else type(x).__name__}"
     if weight.device != x.device:
@@ -75,13 +78,13 @@ def obstacle_of_input(x: torch.Tensor, weight: torch.Tensor) -> str | None:
 
 
 def has_own_forward(module: nn.Module, attribute: str = "forward") -> bool:
-    """Whether the object has another forward than its class's; what is only that one, bound, does not count."""
-    own: Any = module.__dict__.get(attribute)
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    """Whether the object has a forward of its own, other than its class's bound to it."""
+    forward: Any = module.__dict__.get(attribute)
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
-def dropped(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the module returns, by the operations' mask: a checkpoint may recompute the layer by another path."""
+def apply_dropout(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Apply dropout with the operations' mask, as a checkpoint may recompute the layer by another path."""
     if type(dropout) is not nn.Dropout or not dropout.training or not 0 < dropout.p < 1:
         return dropout(x)
     if obstacle_in(dropout, nn.Dropout) is not None:
@@ -90,6 +93,6 @@ def dropped(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """A parameter, by torch's dictionary too; the replicas of DataParallel have theirs as attributes."""
+    """A parameter, from torch's dictionary, or an attribute as in the replicas of DataParallel."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)

@@ -9,7 +9,7 @@ from sibo_triton.mixing import InitialResidualSource, validate_lambda, validate_
 
 @dataclass
 class SiboOptions:
-    """Mixed into a `PeftConfig`, whose docstring says what they mean."""
+    """A mixin for a `PeftConfig`, whose docstring says what the options mean."""
 
     sibo_lambda: float = field(default=0.1, metadata={"help": "Share of the initial residual in the adapter's input."})
     sibo_learnable: bool = field(default=False, metadata={"help": "Train lambda, one for each mixing module."})
@@ -29,9 +29,9 @@ class SiboOptions:
     )
 
     def _note_origin(self, from_file: bool) -> None:
-        """To be called by `__post_init__`."""
+        """Record whether the config was read from a file; `__post_init__` calls it."""
         self._sibo_from_file = from_file
-        # Names that the default chose, by adapter injection; saved, so that loading needs no search.
+        # Names that injection chose by default; saved, so that loading needs no search.
         self._sibo_resolved: list[str] | None = None
 
     @property
@@ -40,11 +40,11 @@ class SiboOptions:
         return self.sibo_learnable or self.sibo_lambda != 0.0
 
     def in_no_tensor(self) -> tuple[str, ...]:
-        """The options that change what saved weights compute, and that no tensor among them holds."""
+        """The options that change what saved weights compute, but are stored in no tensor among them."""
         return ("sibo_source",) if self.mixes else ()
 
     def check_options(self) -> None:
-        """Raise what the constructor raises; injection calls it again, for options that were set since."""
+        """Raise what the constructor raises; injection calls it again, as options may have been set since."""
         if not isinstance(self.sibo_learnable, bool):
             raise TypeError(f"sibo_learnable must be True or False, got {self.sibo_learnable!r}.")
         self.sibo_lambda = validate_lambda(self.sibo_lambda, self.sibo_learnable)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from peft import PeftConfig
@@ -10,11 +12,37 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from sibo_triton.injection.sites import tuner_layers
-from sibo_triton.injection.snapshot import Snapshot, undo_if_loading_fails
+from sibo_triton.injection.snapshot import Snapshot
 
-# What each adapter's config was when it was injected. Injecting another under its name replaces it in PEFT's dictionary
-# before anything of ours runs; a refusal puts it back.
+# Each adapter's config as it was injected. Injecting another adapter of the same name replaces the config in PEFT's
+# dictionary before our code runs; a refusal puts it back.
 _configs: WeakKeyDictionary[nn.Module, dict[str, PeftConfig]] = WeakKeyDictionary()
+
+
+class _Loads(threading.local):
+    undo: list[Callable[[], None]] | None = None
+
+
+_loads = _Loads()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Context in which an adapter's folder is loaded: if it raises, the injections within it are undone."""
+    outer, _loads.undo = _loads.undo, []
+    try:
+        yield
+    except BaseException:
+        for undo in reversed(_loads.undo):
+            undo()
+        raise
+    finally:
+        _loads.undo = outer
+
+
+def is_loading() -> bool:
+    """Whether an adapter's folder is being loaded in this thread."""
+    return _loads.undo is not None
 
 
 def note_config(model: nn.Module, adapter_name: str, config: PeftConfig) -> None:
@@ -29,7 +57,7 @@ def inject_reversibly(
     adapter_name: str,
     remove_unused_hooks: Callable[[nn.Module], None],
 ) -> None:
-    """Run `inject`, and take back what it did to `model` and `tuner` if it raises, or if loading then fails."""
+    """Run `inject`, and undo what it did to `model` and `tuner` if it raises, or if loading fails later."""
     snapshot = Snapshot(model)
     targeted = (tuner.targeted_module_names, tuner.targeted_parameter_names)
     targeted_before = [list(names) for names in targeted]
@@ -51,7 +79,8 @@ def inject_reversibly(
     except BaseException:
         take_back()
         raise
-    undo_if_loading_fails(take_back)
+    if _loads.undo is not None:
+        _loads.undo.append(take_back)
 
 
 def adapters_on(layer: BaseTunerLayer) -> set[str]:

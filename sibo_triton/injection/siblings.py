@@ -1,13 +1,14 @@
-"""Adapted layers that get the same x (q, k and v; gate and up) meet, and share their passes over it.
+"""Siblings, adapted layers that get the same x (q, k and v; gate and up), share their passes over it.
 
-Who shares x was seen in a trial run of the model. At run time nothing is taken for granted: the first sibling that is
-called computes the down-projections of all, and each of the others takes its own only if it is called by the same run
-of their parent, with the very same x, unchanged, and by the same adapter. Else it runs alone, which is always right.
+Which layers share x is found by a trial run of the model. At run time it is checked again: the first sibling that is
+called computes the down-projections of all, and each of the others takes its own only if it is called in the same
+forward of their parent, with the very same, unmodified x and the same adapter. Else it runs alone, which is always
+correct.
 
-The run of the parent is a scope, opened and closed by its hooks: nothing is kept past it, threads do not meet, and a
+A forward of the parent is a scope, opened and closed by hooks: nothing outlives it, threads do not share it, and a
 recompute (gradient checkpointing), which runs the hooks again, groups as its forward did.
 
-A layer's class has what `Shares` names.
+`Shares` is the interface of the layers.
 """
 
 from __future__ import annotations
@@ -19,29 +20,29 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from sibo_triton.initial_residual import Feeds
+from sibo_triton.initial_residual import TrialRun
 from sibo_triton.ops import Group, autocast_dtype, shares_passes
 
 Names = tuple[tuple[str, ...], ...]
 
 
 class Shares(Protocol):
-    """What a layer that may share its passes has."""
+    """The interface of a layer that may share its passes."""
 
     sibo_sites: dict[str, Any]  # by adapter
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:
-        """The adapter, if it alone runs, as one operation that siblings may share."""
+        """The active adapter, if it is the only one and runs as one operation that siblings may share; else None."""
 
     def only_active(self) -> str | None:
-        """The one adapter that is active, and that the layer has; None if several are, or none."""
+        """The active adapter of this layer, if there is exactly one; else None."""
 
-    def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
-        """What may be read when the first sibling is called: a change shows that what was computed is out of date."""
+    def tensors_read(self, adapter_name: str) -> list[torch.Tensor]:
+        """The tensors read when the first sibling is called: a change since then makes the result out of date."""
 
     @staticmethod
     def group_of(layers: Sequence[Any], adapter_name: str, x: torch.Tensor) -> Group | None:
-        """The operation of layers that get the same x."""
+        """One operation for layers that get the same x; None where each must run alone."""
 
 
 class _Scopes(threading.local):
@@ -53,26 +54,26 @@ _scopes = _Scopes()
 
 
 class _Run:
-    """What was computed for siblings, until each of them has taken its own."""
+    """What was computed for a group of siblings, until each of them has taken its output."""
 
     def __init__(self, x: torch.Tensor, adapter_name: str, group: Group, read: dict[str, list[torch.Tensor]]) -> None:
         self._key = self._key_of(x, adapter_name)
         self._x = x
         self._group = group
-        # by the child's name: its place, and the versions of what was read of it
-        self.waiting = {name: (i, _versions(of)) for i, (name, of) in enumerate(read.items())}
+        # by the child's name: its index in the group, and the versions of the tensors that were read
+        self.waiting = {name: (i, _versions(tensors)) for i, (name, tensors) in enumerate(read.items())}
 
     @staticmethod
     def _key_of(x: torch.Tensor, adapter_name: str) -> tuple:
         return x._version, adapter_name, torch.is_grad_enabled(), autocast_dtype(x.device.type)
 
     def take(self, name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-        """The layer's output, once; None where it is not the one that was computed."""
+        """The layer's output, once; None if something has changed since it was computed."""
         place, versions = self.waiting.pop(name)
         adapter_name = self._key[1]
         if x is not self._x or self._key_of(x, adapter_name) != self._key:
             return None
-        if layer.only_active() != adapter_name or _versions(layer.read_at_once(adapter_name)) != versions:
+        if layer.only_active() != adapter_name or _versions(layer.tensors_read(adapter_name)) != versions:
             return None
         return self._group.output(place)
 
@@ -86,7 +87,7 @@ def _have_versions(tensors: list[torch.Tensor]) -> bool:
 
 
 class _Scope:
-    """One run of the module whose children the siblings are."""
+    """One forward of the siblings' parent."""
 
     def __init__(self, parent: nn.Module, names: Names) -> None:
         self.parent = parent
@@ -103,7 +104,7 @@ class _Scope:
 
     def _output(self, names: tuple[str, ...], name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         if names not in self._runs:
-            self._runs[names] = None  # of a group that cannot be, every layer runs alone
+            self._runs[names] = None  # kept where no group can be made: every layer then runs alone
             self._runs[names] = self._start(names, name, x)
         run = self._runs[names]
         if run is None or name not in run.waiting:
@@ -114,13 +115,13 @@ class _Scope:
         return y
 
     def _start(self, names: tuple[str, ...], first: str, x: torch.Tensor) -> _Run | None:
-        if x.is_inference() or not shares_passes(x):  # inference: no versions, which tell that x was written to
+        if x.is_inference() or not shares_passes(x):  # inference tensors have no version, which would tell of writes
             return None
         layer: Any = self.parent._modules[first]
         adapter_name = layer.fused_adapter(x)
         if adapter_name is None:
             return None
-        read = {first: layer.read_at_once(adapter_name)}
+        read = {first: layer.tensors_read(adapter_name)}
         if not _have_versions(read[first]):
             return None
         members = [layer]
@@ -128,9 +129,9 @@ class _Scope:
             sibling: Any = self.parent._modules.get(name)
             if name == first or type(sibling) is not type(layer) or sibling.fused_adapter(x) != adapter_name:
                 continue
-            of_sibling = sibling.read_at_once(adapter_name)
-            if _have_versions(of_sibling):
-                read[name] = of_sibling
+            tensors = sibling.tensors_read(adapter_name)
+            if _have_versions(tensors):
+                read[name] = tensors
                 members.append(sibling)
         if len(members) < 2:
             return None
@@ -139,13 +140,13 @@ class _Scope:
 
 
 def shared_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """What a fused layer returns for x if it shares it with siblings; None where it is to run alone."""
+    """The output of a fused layer that shares x with siblings; None where it must run alone."""
     scopes = _scopes.open
     return scopes[-1].output(layer, x) if scopes else None
 
 
 class _SiblingHook:
-    """Put on a parent. It can be told from other hooks, copied and pickled: it holds names only."""
+    """A hook of a parent. It has a type of its own, and holds only names, so that it can be copied and pickled."""
 
     def __init__(self, names: Names) -> None:
         self.names = names
@@ -172,25 +173,28 @@ class _CloseScope(_SiblingHook):
             pass
 
 
-def find_siblings(layers: Iterable[tuple[str, Any]], feeds: Feeds) -> dict[str, Names]:
-    """The layers below one parent that got the same tensor in the trial run: parent's name -> its groups.
+def find_siblings(layers: Iterable[tuple[str, Any]], trial: TrialRun) -> dict[str, Names]:
+    """The children of one parent that got the same tensor in the trial run: parent's name -> its groups.
 
     Args:
-        layers: those of a method, each with its name from the model's root.
-        feeds: what the trial run saw.
+        layers: the adapted layers of one PEFT method, each with its name from the model's root.
+        trial: what the trial run saw.
     """
-    found: dict[str, dict[tuple[int, ...], list[str]]] = {}
+    by_input: dict[str, dict[tuple[int, ...], list[str]]] = {}  # parent -> the tensors of the calls -> children
     for name, layer in layers:
-        inputs = feeds.inputs.get(name)
+        inputs = trial.inputs.get(name)
         if inputs and isinstance(layer.get_base_layer(), nn.Linear):
-            parent, _, own = name.rpartition(".")
-            found.setdefault(parent, {}).setdefault(inputs, []).append(own)
-    groups = {parent: tuple(tuple(names) for names in of.values() if len(names) > 1) for parent, of in found.items()}
+            parent, _, child = name.rpartition(".")
+            by_input.setdefault(parent, {}).setdefault(inputs, []).append(child)
+    groups = {
+        parent: tuple(tuple(names) for names in children.values() if len(names) > 1)
+        for parent, children in by_input.items()
+    }
     return {parent: names for parent, names in groups.items() if names}
 
 
 def attach_siblings(model: nn.Module, siblings: dict[str, Names]) -> None:
-    """Let the layers meet, by hooks on their parents; what an earlier adapter put there is replaced."""
+    """Register the hooks on the parents by which siblings share passes, in the place of an earlier adapter's."""
     for parent, names in siblings.items():
         module = model.get_submodule(parent)
         detach_siblings(module)
@@ -199,7 +203,7 @@ def attach_siblings(model: nn.Module, siblings: dict[str, Names]) -> None:
 
 
 def detach_unused_siblings(model: nn.Module) -> None:
-    """Take the hooks off parents below which no two layers of a group are fused any more."""
+    """Remove the hooks from parents that no longer have two fused layers of a group."""
     for module in model.modules():
         names = siblings_below(module)
         if names and not any(_count(module, group) > 1 for group in names):
@@ -218,7 +222,7 @@ def _count(module: nn.Module, names: Iterable[str]) -> int:
 
 
 def detach_siblings(module: nn.Module) -> None:
-    """Take the hooks of siblings off a module, whose children then run alone."""
+    """Remove the hooks of siblings from a module, whose children then run alone."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(hook, _SiblingHook):

@@ -16,19 +16,25 @@ from torch import nn
 from sibo_triton import reference
 from sibo_triton.initial_residual import InitialResidual
 
-# Where layers keep their lambdas by adapter; the prefix is PEFT's, which tells the weights of a method by it.
+# The bottleneck adapter's name in PEFT's registry and in adapter_config.json, and the prefix of its weights' names.
+BOTTLENECK_TYPE = "SIBO_ADAPTER"
+BOTTLENECK_PREFIX = "sibo_adapter_"
+
+# Where layers keep their lambdas by adapter; each begins with the prefix by which PEFT tells a method's weights.
 LORA_LAMBDA_NAME = "lora_sibo_lambda"
 BOTTLENECK_LAMBDA_NAME = "sibo_adapter_lambda"
-LAMBDA_NAMES = (LORA_LAMBDA_NAME, BOTTLENECK_LAMBDA_NAME)
+
+# By the name of a method's lambdas: a weight that each of its adapters has.
+FIRST_WEIGHTS = {LORA_LAMBDA_NAME: "lora_A", BOTTLENECK_LAMBDA_NAME: "sibo_adapter_down"}
 
 
 @dataclass
 class Notices:
-    """What has been said about one adapter of one model: each reason once."""
+    """The warnings about the speed of one adapter of one model: each reason is given once."""
 
     said: set[str] = field(default_factory=set)
 
-    def say(self, module_name: str, what: str, reason: str) -> None:
+    def warn_once(self, module_name: str, what: str, reason: str) -> None:
         """Warn that a module does not run by the fastest path, unless the reason has been given before."""
         if torch.compiler.is_compiling() or reason in self.said:
             return
@@ -47,8 +53,8 @@ class MixingSite:
     Attributes:
         name: the layer's name from the base model's root.
         residual: the initial residual that it mixes in, or None for the plain method.
-        reason: why it mixes or not, in words.
-        notices: what was said about the adapter's speed.
+        reason: why it mixes or not.
+        notices: the warnings about the adapter's speed.
     """
 
     name: str
@@ -66,7 +72,7 @@ _mixed_batch = _MixedBatch()
 
 @contextmanager
 def mixed_batch(adapter_names: Sequence[str]) -> Iterator[None]:
-    """While a batch is split by `adapter_names`, let the layers know, so that they split h0 alike."""
+    """Context in which a batch is split by `adapter_names`: the layers split h0 in the same way."""
     previous, _mixed_batch.adapter_names = _mixed_batch.adapter_names, adapter_names
     try:
         yield
@@ -83,8 +89,12 @@ def site_of(module: nn.Module, adapter_name: str) -> MixingSite:
 def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
     """h0 for the tokens of `x`, on its device and of its shape.
 
-    In a batch of several adapters x holds one adapter's rows: h0 is indexed alike. An x of [tokens, K] (routers and
-    shared experts flatten batch and sequence) gets h0 flattened.
+    In a mixed batch x holds one adapter's rows, and h0 is indexed in the same way. For an x of [tokens, K] (routers and
+    shared experts flatten batch and sequence) h0 is flattened too.
+
+    Raises:
+        RuntimeError: no forward of the layer's stack runs in this thread.
+        ValueError: h0 does not fit x, or `adapter_names`.
     """
     site = site_of(module, adapter_name)
     assert site.residual is not None
@@ -111,10 +121,10 @@ def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) 
 def mixing_arguments(
     layers: Sequence[Any], adapter_name: str, x: torch.Tensor, dropouts: Sequence[nn.Module], lambdas: str
 ) -> list[dict[str, Any]]:
-    """What the operations take of h0, lambda and dropout, of an adapter of each layer; they get the same x.
+    """The operations' arguments for h0, lambda and dropout, for one adapter of layers that get the same x.
 
     Args:
-        dropouts: the adapter's module of each layer.
+        dropouts: the adapter's dropout module of each layer.
         lambdas: the name of the layers' dictionary of lambdas.
     """
     all_arguments: list[dict[str, Any]] = []
@@ -126,9 +136,10 @@ def mixing_arguments(
             if id(residual) not in residuals:  # siblings get the same tensor
                 residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
             arguments["initial_residual"] = residuals[id(residual)]
-            share = layer._modules[lambdas]._modules[adapter_name]
-            hooked = share._forward_hooks or share._forward_pre_hooks
-            arguments["lambda_"] = share() if hooked else share.forward()  # a call takes the host as long as a product
+            lambda_module = layer._modules[lambdas]._modules[adapter_name]
+            hooked = lambda_module._forward_hooks or lambda_module._forward_pre_hooks
+            # calling the module would cost as much host time as a product
+            arguments["lambda_"] = lambda_module() if hooked else lambda_module.forward()
         if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
             arguments["dropout_p"] = dropout.p
             dropping.append(arguments)
@@ -150,7 +161,7 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def lambda_name_of(layer: nn.Module) -> str:
     """The name under which a layer keeps its lambdas, or would."""
-    return next((name for name in LAMBDA_NAMES if name in layer._modules), LORA_LAMBDA_NAME)
+    return next((name for name in FIRST_WEIGHTS if name in layer._modules), LORA_LAMBDA_NAME)
 
 
 def sibo_lambdas(layer: nn.Module) -> dict[str, Any]:

@@ -1,10 +1,7 @@
-"""Take back what adapter injection did to a model: when it is refused, or when its weights then fail to load."""
+"""What a model was before an adapter was injected, to put it back when that is refused or its weights fail to load."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -55,38 +52,6 @@ class Snapshot:
             parameter.requires_grad = trainable
         if "peft_config" not in self._root and getattr(self._model, "_hf_peft_config_loaded", False):
             self._model._hf_peft_config_loaded = False  # transformers sets it before it injects
-
-
-class _Loads(threading.local):
-    undo: list[Callable[[], None]] | None = None
-
-
-_loads = _Loads()
-
-
-@contextmanager
-def loading() -> Iterator[None]:
-    """While an adapter's folder is loaded: if that fails, take back the injections since the beginning."""
-    outer, _loads.undo = _loads.undo, []
-    try:
-        yield
-    except BaseException:
-        for undo in reversed(_loads.undo):
-            undo()
-        raise
-    finally:
-        _loads.undo = outer
-
-
-def is_loading() -> bool:
-    """Whether an adapter's folder is being loaded in this thread."""
-    return _loads.undo is not None
-
-
-def undo_if_loading_fails(undo: Callable[[], None]) -> None:
-    """Note how to take an injection back. Outside of `loading` there is nothing to wait for."""
-    if _loads.undo is not None:
-        _loads.undo.append(undo)
 
 
 def _is_bookkeeping(name: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Match module names as PEFT matches `target_modules`, and say a set of them shortly."""
+"""Match module names as PEFT matches `target_modules`, and shorten a list of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 
 def matches(target: Collection[str] | str, name: str) -> bool:
-    """A string is a regular expression for the whole name; the items of a list are names or their last parts."""
+    """Whether `target` matches: a string is a regular expression for the whole name, a list holds names or endings."""
     if isinstance(target, str):
         return re.fullmatch(target, name) is not None
     return any(name == item or name.endswith(f".{item}") for item in target)

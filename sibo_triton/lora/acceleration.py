@@ -1,15 +1,14 @@
 """Run plain LoRA adapters, of whatever origin, by the fused operations: `accelerate`, and back: `restore`.
 
-The adapter stays what it is: the same parameters, the same files, PEFT's own code for saving, merging and everything
-else. What changes is how its layers compute: their class, a `LoraVariant` that PEFT's forward calls, and the hooks by
-which siblings meet.
+An adapter keeps its parameters, its files, and PEFT's own code for saving, merging and everything else. What changes is
+how its layers compute: their class, a `LoraVariant` that PEFT's forward calls, and the hooks by which siblings (layers
+with the same input) share passes over it.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -18,43 +17,42 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.xlora import XLoraModel
 from torch import nn
 
-from sibo_triton.initial_residual import find_block_stacks, trace_feeds
+from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection.siblings import attach_siblings, detach_unused_siblings, find_siblings
-from sibo_triton.injection.sites import Notices
-from sibo_triton.lora.forward import SiboLoraVariant
+from sibo_triton.injection.sites import MixingSite, Notices
+from sibo_triton.lora.forward import AcceleratedLora, SiboLoraVariant
 from sibo_triton.lora.install import add_site, forget, is_linear
-from sibo_triton.lora.layer import MixingSite, dispatches_variants, lora_layers
+from sibo_triton.lora.layer import dispatches_variants, lora_layers
+from sibo_triton.lora.wrapping import wrap_layer_classes
 
-_state = {"all": False}
-
-
-class AcceleratedLora(SiboLoraVariant):
-    """Plain LoRA, computed by the fused operations. PEFT merges and converts it as if this were not there."""
-
-    def supports_lora_conversion(self) -> bool:
-        return True
+_accelerates_all = False
 
 
 def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> nn.Module:
-    """Run the plain LoRA adapters of a model by fused kernels: ``y = W0 x + s B A drop(x)``.
+    """Run the plain LoRA adapters of a model by fused kernels: ``y = W0 x + b + s B A drop(x)``.
+
+    That is SIBO's ``y = W0 x + b + s B A drop((1 - lambda) x + lambda h0)`` at lambda = 0, with x ``[..., K]``, W0
+    ``[N, K]``, A ``[r, K]``, B ``[N, r]``, y ``[..., N]``; dtypes and devices stay as they are. On a GPU that the
+    kernels support the layers run on Triton, elsewhere in plain PyTorch.
 
     The adapters stay plain LoRA: the same parameters, the same files, and outputs that differ by rounding (under
-    dropout by the mask, which has the same distribution). Adapters that are more than LoRA (DoRA, aLoRA...) are left
-    as they are, and so are layers of PEFT that compute without asking; `print(sibo_triton.explain(model))` says what
-    runs how, and why. Where nothing at all could be accelerated, a warning says so. SIBO adapters are fused anyway.
+    dropout by the mask, which has the same distribution). Variants of LoRA (DoRA, aLoRA...) are left as they are, and
+    so are PEFT layers whose forward ignores `lora_variant` (AWQ, EETQ...); `print(sibo_triton.explain(model))` says how
+    each layer runs, and why. If nothing could be accelerated, a warning says so. SIBO adapters are always fused. To
+    find the layers that share their input, the model runs once on a tiny input.
 
     Args:
         model: a `PeftModel`, or a model with injected LoRA adapters. It is changed in place.
-        adapter_names: the adapters; None: all.
+        adapter_names: the adapters to accelerate. Default: all.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
-        ValueError: it has no LoRA layers, no adapter of a name that is asked for, or is an X-LoRA model.
+        ValueError: `model` has no LoRA layers or no adapter of a name in `adapter_names`, or is an X-LoRA model.
     """
-    root = _root_of(model)
+    root = _root_of(model, "accelerate")
     layers = dict(lora_layers(root))
     present = {name for layer in layers.values() for name in _adapters_of(layer)}
     if not present:
@@ -65,7 +63,7 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
     unknown = sorted(set(adapter_names or ()) - present)
     if unknown:
         raise ValueError(f"No LoRA adapter is named {', '.join(unknown)}; there are {', '.join(sorted(present))}.")
-    notices, found = Notices(), False
+    notices, changed = Notices(), False
     obstacles: dict[str, str] = {}  # each reason, and the first layer that has it
     for name, layer in layers.items():
         for adapter_name in present if adapter_names is None else adapter_names:
@@ -75,14 +73,12 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
             if obstacle is None:
                 add_site(layer, adapter_name, MixingSite(name, None, "plain LoRA, accelerated", notices))
                 layer.lora_variant[adapter_name] = AcceleratedLora()
-                found = True
+                changed = True
             elif not isinstance(layer.lora_variant.get(adapter_name), SiboLoraVariant):  # which is fused anyway
                 obstacles.setdefault(obstacle, f"{name}, adapter {adapter_name!r}")
-    if found:
-        from sibo_triton.registration import wrap_layer_classes  # which imports this file
-
+    if changed:
         wrap_layer_classes(root)
-        _let_siblings_meet(root)
+        _attach_siblings(root)
     elif obstacles:
         reasons = "; ".join(f"{where}: {obstacle}" for obstacle, where in obstacles.items())
         message = f"accelerate changed nothing: no adapter is plain LoRA on a linear layer ({reasons})."
@@ -91,18 +87,19 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Take `accelerate` back: plain adapters run by PEFT's own forward again, bit for bit, and no trace is left.
+    """Undo `accelerate`: plain adapters run by PEFT's own forward again, bit for bit, and no trace is left.
 
     Args:
-        model: as for `accelerate`; changed in place.
+        model: as for `accelerate`; changed in place. Adapters that were not accelerated are left as they are.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
+        ValueError: `model` is an X-LoRA model.
     """
-    root = _root_of(model)
+    root = _root_of(model, "restore")
     for _, layer in lora_layers(root):
         for adapter_name, variant in list(layer.lora_variant.items()):
             if isinstance(variant, AcceleratedLora):
@@ -112,22 +109,26 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def accelerate_all(enabled: bool = True) -> None:
-    """Accelerate each plain LoRA adapter of this process as it is made or loaded, from now on; or no longer.
+    """Accelerate every plain LoRA adapter that is created or loaded from now on, as `accelerate` does.
 
-    For adapters that are made inside of another library (TRL's trainers). Models that have theirs already are left
-    alone: `accelerate` and `restore` are for them.
+    For adapters that another library creates (TRL's trainers). Adapters that exist already are left as they are: use
+    `accelerate` and `restore` for them.
+
+    Args:
+        enabled: False stops it. The setting is process-wide.
     """
-    _state["all"] = bool(enabled)
+    global _accelerates_all
+    _accelerates_all = bool(enabled)
 
 
 def accelerate_if_all(root: nn.Module, adapter_name: str) -> None:
-    """What `accelerate_all` asks for, for an adapter that was just made on a base model."""
-    if _state["all"] and any(adapter_name in _adapters_of(layer) for _, layer in lora_layers(root)):
+    """Accelerate an adapter that was just injected into a base model, if `accelerate_all` asks for it."""
+    if _accelerates_all and any(adapter_name in _adapters_of(layer) for _, layer in lora_layers(root)):
         accelerate(root, [adapter_name])
 
 
 def obstacle_to_acceleration(layer: LoraLayer, adapter_name: str) -> str | None:
-    """Why an adapter of a LoRA layer stays PEFT's, or None."""
+    """Reason why an adapter of a LoRA layer keeps PEFT's forward, or None."""
     if adapter_name not in layer.lora_A:
         return f"LoRA on a {type(layer.get_base_layer()).__name__}"
     variant = layer.lora_variant.get(adapter_name)
@@ -137,34 +138,22 @@ def obstacle_to_acceleration(layer: LoraLayer, adapter_name: str) -> str | None:
     if not is_linear(layer):
         return f"LoRA on a {type(layer.get_base_layer()).__name__}"
     if not dispatches_variants(layer):
-        return f"PEFT's {type(layer).__name__} computes without asking"
+        return f"PEFT's {type(layer).__name__} ignores lora_variant"
     return None
 
 
-@contextmanager
-def as_peft_made_it(layer: LoraLayer) -> Iterator[None]:
-    """While PEFT merges or takes apart, an accelerated adapter is a plain one."""
-    hidden = {name: of for name, of in layer.lora_variant.items() if isinstance(of, AcceleratedLora)}
-    for name in hidden:
-        del layer.lora_variant[name]
-    try:
-        yield
-    finally:
-        layer.lora_variant.update(hidden)
-
-
-def _let_siblings_meet(root: nn.Module) -> None:
+def _attach_siblings(root: nn.Module) -> None:
     try:
         stacks = find_block_stacks(root)
-    except ValueError:  # no transformer: every layer runs alone
+    except ValueError:  # not a transformer: every layer runs alone
         return
-    attach_siblings(root, find_siblings(lora_layers(root), trace_feeds(root, stacks)))
+    attach_siblings(root, find_siblings(lora_layers(root), trial_run(root, stacks)))
 
 
-def _root_of(model: nn.Module) -> nn.Module:
-    """The base model, from which modules are named."""
+def _root_of(model: nn.Module, function: str) -> nn.Module:
+    """The base model, relative to which modules are named; the errors name the `function` that asks."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"a torch.nn.Module is needed, got {type(model).__name__}")
+        raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}.")
     tuner: Any = model.base_model if isinstance(model, PeftModel) else model
     if isinstance(tuner, XLoraModel):
         raise ValueError("X-LoRA calls the modules of its adapters itself: it cannot be accelerated.")

@@ -8,15 +8,15 @@ from typing import Any
 
 from peft import LoraConfig
 
-from sibo_triton.injection.card import update_model_card
+from sibo_triton.injection.model_card import update_model_card
 from sibo_triton.injection.options import SiboOptions
 
 # The type in adapter_config.json. Stock PEFT does not know it and fails, instead of loading the adapter as plain LoRA
 # and computing something else. In memory the type is LORA, so that hotswap, weight conversion, Trainer and TRL work.
 SIBO_LORA_TYPE = "SIBO_LORA"
 
-# Initialisations that leave the base weights alone. The others subtract B A from W0, and a fresh adapter gives that
-# back only when it reads x itself.
+# Initialisations that leave the base weights unchanged. The others subtract s B A from W0, which a fresh adapter adds
+# back only if it reads x itself.
 _SAFE_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 # Options that make LoRA another method. PEFT >= 0.20 marks them in the field's metadata; 0.19 does not.
@@ -27,29 +27,33 @@ _VARIANT_FIELDS = ("use_dora", "alora_invocation_tokens", "use_qalora", "arrow_c
 class SiboLoraConfig(SiboOptions, LoraConfig):
     """Configuration of a SIBO-LoRA adapter (arXiv 2402.11896).
 
-        y = W0 x + b + s * B A drop(x~),    x~ = (1 - lambda) * x + lambda * h0
+        y = W0 x + b + s * B A drop((1 - lambda) * x + lambda * h0)
 
-    `h0` is the initial residual: the hidden state that enters the first transformer block. Everything that `LoraConfig`
-    takes is taken here, with the same meaning.
+    with x and h0 [..., K], W0 [N, K], A [r, K], B [N, r], y [..., N] in the base layer's dtype, and s = alpha / r, or
+    alpha / sqrt(r) with `use_rslora`. `h0` is the initial residual: the hidden state that enters the first transformer
+    block. All options of `LoraConfig` are accepted, with the same meaning.
 
     Args:
-        sibo_lambda: lambda in [0, 1], the share of the initial residual. 0 is plain LoRA, and then stock PEFT layers
-            run and a plain LoRA adapter is saved.
-        sibo_learnable: train one lambda per mixing module (a sigmoid, starting at `sibo_lambda`, no weight decay).
+        sibo_lambda: lambda in [0, 1], the share of the initial residual. 0 is plain LoRA: stock PEFT layers run, and a
+            plain LoRA adapter is saved.
+        sibo_learnable: train one lambda per mixing module (a sigmoid, starting at `sibo_lambda`, which must then lie
+            strictly between 0 and 1; no weight decay).
         sibo_target_modules: which of the LoRA targets mix, matched as PEFT matches `target_modules`. Default: those
             that read the residual stream of their stack, found by running the model once on a tiny input and
             following what feeds them. The attention output projection, down projections and cross-attention keys and
             values never do; they get plain LoRA.
         sibo_source: "block_input", what enters the first block, or "embedding", what the token embedding returns.
-        sibo_blocks: names of the block lists from the base model's root ("model.layers"), where detection fails or
-            takes too much. Default: every list of transformers' blocks that holds a LoRA target, each with its own h0.
+        sibo_blocks: names of the block lists from the base model's root ("model.layers"), if detection finds no list,
+            or lists that must not mix. Default: every list of transformers' blocks that holds a LoRA target, each with
+            its own h0.
         sibo_mixing_modules: not to be set by hand: what the default of `sibo_target_modules` chose, in a saved adapter.
 
     Raises:
         TypeError: `sibo_lambda` is not a number, `sibo_learnable` not a bool, or a list option is of another type.
-        ValueError: `sibo_lambda` is NaN or outside of [0, 1], `sibo_source` is unknown, or the config asks for
-            something that SIBO cannot do right: DoRA, aLoRA and the other variants of LoRA, initialisations that
-            change the base weights (PiSSA, OLoRA, CorDA, LoftQ...), layer replication.
+        ValueError: `sibo_lambda` is NaN or outside of [0, 1], or 0 or 1 and learnable; `sibo_source` is unknown; a list
+            option is empty; `sibo_target_modules` is "all-linear"; or the config asks for something that SIBO cannot
+            compute correctly: DoRA, aLoRA and other variants of LoRA, initialisations that change the base weights
+            (PiSSA, OLoRA, CorDA, LoftQ...), layer replication.
     """
 
     _plain_method = "plain LoRA"
@@ -61,7 +65,7 @@ class SiboLoraConfig(SiboOptions, LoraConfig):
         self.check_options()
 
     def check_options(self) -> None:
-        """Raise what the constructor raises; injection calls it again, for options that were set since."""
+        """Raise what the constructor raises; injection calls it again, as options may have been set since."""
         super().check_options()
         if self.mixes:
             self._refuse_what_cannot_mix()
@@ -69,9 +73,9 @@ class SiboLoraConfig(SiboOptions, LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as it is saved: a plain LoRA adapter's if nothing mixes, else with a peft_type of its own."""
         config = super().to_dict()
-        own = [f.name for f in fields(SiboLoraConfig) if f.name.startswith("sibo_")]
+        sibo_options = [f.name for f in fields(SiboLoraConfig) if f.name.startswith("sibo_")]
         if not self.mixes:
-            return {key: value for key, value in config.items() if key not in own}
+            return {key: value for key, value in config.items() if key not in sibo_options}
         config["peft_type"] = SIBO_LORA_TYPE
         if self.sibo_target_modules is None and self._sibo_resolved is not None:
             config["sibo_mixing_modules"] = list(self._sibo_resolved)

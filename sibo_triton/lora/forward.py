@@ -10,19 +10,18 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 
 from sibo_triton import reference
-from sibo_triton.injection.obstacles import dropped, parameter
+from sibo_triton.injection.obstacles import apply_dropout, parameter
 from sibo_triton.injection.siblings import shared_output
-from sibo_triton.injection.sites import mixing_arguments
-from sibo_triton.lora.layer import LAMBDA_NAME, initial_residual_for, lambda_of, site_of
-from sibo_triton.lora.paths import adapter_modules, obstacle_to_adapter, obstacle_to_fusing
+from sibo_triton.injection.sites import LORA_LAMBDA_NAME, initial_residual_for, mixing_arguments, site_of
+from sibo_triton.lora.paths import adapter_modules, obstacle_to_fusing, obstacle_to_lora
 from sibo_triton.ops import Group, add_lora, lora_linear, lora_linear_group
 
 
 class FusedLinear(LoraLinear):
-    """PEFT's lora.Linear, which runs as one operation with its frozen linear where one SIBO adapter is all that runs.
+    """PEFT's lora.Linear; if a single SIBO adapter is active, it and the frozen linear run as one operation.
 
-    Everything else, a plain adapter among it, goes to PEFT's own forward. A layer that PEFT made becomes one by its
-    class, and goes back likewise (`install.match_class`).
+    Otherwise, for example with a plain adapter, PEFT's own forward runs. `install.match_class` turns a layer that PEFT
+    made into one of these, and back, by setting its class.
     """
 
     def _get_name(self) -> str:
@@ -42,7 +41,7 @@ class FusedLinear(LoraLinear):
 
     @staticmethod
     def arguments_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
-        """What the operation takes of each of these layers, which get the same x."""
+        """The arguments of `lora_linear` for each of these layers, which get the same x."""
         arguments = []
         for layer, of_adapter in zip(layers, _adapter_arguments(layers, adapter_name, x), strict=True):
             base: Any = layer._modules["base_layer"]
@@ -51,37 +50,37 @@ class FusedLinear(LoraLinear):
 
     @staticmethod
     def group_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> Group | None:
-        """The operation of these layers, which get the same x; None where they must run alone."""
+        """One operation for these layers, which get the same x; None where each must run alone."""
         return lora_linear_group(x, FusedLinear.arguments_of(layers, adapter_name, x))
 
-    def read_at_once(self, adapter_name: str) -> list[torch.Tensor]:
-        """The weights and biases, and lambda where it mixes."""
+    def tensors_read(self, adapter_name: str) -> list[torch.Tensor]:
+        """The tensors that the operation reads: weights and biases, and those of lambda where it mixes."""
         base: Any = self._modules["base_layer"]
         tensors: list[torch.Tensor] = []
         for module in (base, *adapter_modules(self, adapter_name)[:2]):
             bias = parameter(module, "bias")
             tensors += (parameter(module, "weight"),) if bias is None else (parameter(module, "weight"), bias)
-        lambdas: Any = self._modules.get(LAMBDA_NAME)
+        lambdas: Any = self._modules.get(LORA_LAMBDA_NAME)
         if lambdas is not None and adapter_name in lambdas:
             tensors += lambdas[adapter_name].stored
         return tensors
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:
-        """The adapter, if it alone runs and nothing stands in the way."""
+        """The active adapter, if it is the only one and can run as one operation with the frozen linear; else None."""
         name = self.only_active()
         if name is None or name not in self.__dict__.get("sibo_sites", ()):
             return None
-        if obstacle_to_adapter(self, name, x) is not None:
-            return None  # PEFT's forward calls the variant, which looks again and says it
+        if obstacle_to_lora(self, name, x) is not None:
+            return None  # PEFT's forward calls the variant, which looks again and warns
         obstacle = obstacle_to_fusing(self, x)
         if obstacle is not None:
             site = site_of(self, name)
-            site.notices.say(site.name, "the frozen layer and its adapter run apart", obstacle)
+            site.notices.warn_once(site.name, "the frozen layer and its adapter run apart", obstacle)
             return None
         return name
 
     def only_active(self) -> str | None:
-        """The one adapter that is active, and that the layer has; None if several are, or none, or it is merged."""
+        """The active adapter of this layer, if there is exactly one and none is merged; else None."""
         if self._disable_adapters or self.merged_adapters:
             return None
         active = self.active_adapter
@@ -93,14 +92,14 @@ class FusedLinear(LoraLinear):
 
 
 class SiboLoraVariant(LoraVariant):
-    """The adapter on what PEFT's layer computed: result + s * B A drop((1 - lambda) * x + lambda * h0)."""
+    """Adds an adapter to what PEFT's layer computed: result + s * B A drop((1 - lambda) * x + lambda * h0)."""
 
     def supports_lora_conversion(self) -> bool:
         return False  # an update of the weight that gives the same output does not exist
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **_: Any) -> None:
-        """Nothing: `install` puts on what is needed, after PEFT has made the layer."""
+        """Does nothing: `install` sets the adapter up, after PEFT has made the layer."""
 
     @staticmethod
     def forward(
@@ -114,19 +113,22 @@ class SiboLoraVariant(LoraVariant):
             x: [..., K], which PEFT has cast to the adapter's dtype.
             result: [..., N].
 
+        Returns:
+            y, [..., N].
+
         Raises:
             RuntimeError: no forward of the layer's stack runs in this thread.
             ValueError: h0 and x are not of the same tokens.
         """
-        obstacle = obstacle_to_adapter(module, active_adapter, x)
+        obstacle = obstacle_to_lora(module, active_adapter, x)
         if obstacle is None:
             return add_lora(result, x, **_adapter_arguments([module], active_adapter, x)[0])
         site = site_of(module, active_adapter)
-        site.notices.say(site.name, "the adapter's modules are called one by one", obstacle)
+        site.notices.warn_once(site.name, "the adapter's modules are called one by one", obstacle)
         if site.residual is not None:
             h0 = initial_residual_for(module, active_adapter, x)
-            x = reference.mix(x, h0, lambda_of(module, active_adapter))
-        down = module.lora_A[active_adapter](dropped(module.lora_dropout[active_adapter], x))
+            x = reference.mix(x, h0, getattr(module, LORA_LAMBDA_NAME)[active_adapter]())
+        down = module.lora_A[active_adapter](apply_dropout(module.lora_dropout[active_adapter], x))
         return result + module.lora_B[active_adapter](down) * module.scaling[active_adapter]
 
     @staticmethod
@@ -142,8 +144,15 @@ class SiboLoraVariant(LoraVariant):
         refuse_merge(f"{site_of(module, active_adapter).name}, adapter {active_adapter!r}")
 
 
+class AcceleratedLora(SiboLoraVariant):
+    """Plain LoRA (lambda = 0) by the fused operations. PEFT merges and converts it as if this were not there."""
+
+    def supports_lora_conversion(self) -> bool:
+        return True
+
+
 def refuse_merge(what: str) -> NoReturn:
-    """Raise the error that says why a SIBO adapter is never merged."""
+    """Raise the ValueError that says why a SIBO adapter cannot be merged."""
     raise ValueError(
         f"Cannot merge {what}: a SIBO adapter reads the initial residual beside the layer's input, so no weight of the "
         "layer gives the same output (W0 + s (1 - lambda) B A is only a part of it). Keep the adapter unmerged: it can "
@@ -153,9 +162,9 @@ def refuse_merge(what: str) -> NoReturn:
 
 
 def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
-    """What the operations take of an adapter of each layer, beside x."""
+    """The arguments of the operations, beside x, for one adapter of each layer."""
     modules = [adapter_modules(layer, adapter_name) for layer in layers]
-    all_arguments = mixing_arguments(layers, adapter_name, x, [dropout for *_, dropout in modules], LAMBDA_NAME)
+    all_arguments = mixing_arguments(layers, adapter_name, x, [dropout for *_, dropout in modules], LORA_LAMBDA_NAME)
     for layer, (lora_a, lora_b, _), arguments in zip(layers, modules, all_arguments, strict=True):
         arguments |= {
             "lora_a": parameter(lora_a, "weight"),

@@ -6,15 +6,16 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from sibo_triton.injection.sites import LORA_LAMBDA_NAME, MixingSite, sibo_adapters
 from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
-from sibo_triton.lora.layer import LAMBDA_NAME, MixingSite, dispatches_variants, sibo_adapters
+from sibo_triton.lora.layer import dispatches_variants
 from sibo_triton.mixing import SiboLambda
 
 _NOT_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d)
 
 
 def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float, learnable: bool, train: bool) -> None:
-    """Make `adapter_name` of a LoRA layer a SIBO adapter, or only note why it stays plain LoRA.
+    """Make `adapter_name` of a LoRA layer a SIBO adapter, or only record why it stays plain LoRA.
 
     Args:
         layer: PEFT's LoRA layer, which already has the adapter.
@@ -29,49 +30,49 @@ def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float,
         layer.lora_variant[adapter_name] = SiboLoraVariant()
     if site.residual is None:
         return
-    if LAMBDA_NAME not in layer._modules:
-        setattr(layer, LAMBDA_NAME, nn.ModuleDict())
-        layer.adapter_layer_names = (*layer.adapter_layer_names, LAMBDA_NAME)
+    if LORA_LAMBDA_NAME not in layer._modules:
+        setattr(layer, LORA_LAMBDA_NAME, nn.ModuleDict())
+        layer.adapter_layer_names = (*layer.adapter_layer_names, LORA_LAMBDA_NAME)
     device = layer.lora_A[adapter_name].weight.device
     lambda_ = SiboLambda(value, learnable, None if device.type == "meta" else device)
     lambda_.requires_grad_(train)
-    getattr(layer, LAMBDA_NAME)[adapter_name] = lambda_
+    getattr(layer, LORA_LAMBDA_NAME)[adapter_name] = lambda_
 
 
 def add_site(layer: LoraLayer, adapter_name: str, site: MixingSite) -> None:
-    """Note that an adapter of the layer is ours, and let the layer be."""
+    """Record the site of an adapter on the layer, and give the layer the class that fits."""
     if "sibo_sites" not in layer.__dict__:
         layer.sibo_sites = {}
-        # an instance's, not the class's, so that plain LoRA layers stay stock; PEFT deletes an adapter by these
+        # on the instance, not the class, so that plain LoRA layers stay stock; PEFT deletes an adapter by these names
         layer.other_param_names = (*layer.other_param_names, "sibo_sites", "lora_variant")
     layer.sibo_sites[adapter_name] = site
     match_class(layer)
 
 
 def forget(layer: LoraLayer, adapter_name: str) -> None:
-    """Make `adapter_name` of a LoRA layer plain LoRA, or nothing yet."""
+    """Remove from a LoRA layer what was installed for `adapter_name`, which is then plain LoRA."""
     if getattr(layer, "sibo_sites", {}).pop(adapter_name, None) is not None:
         layer.lora_variant.pop(adapter_name, None)
     if adapter_name in sibo_adapters(layer):
-        del getattr(layer, LAMBDA_NAME)[adapter_name]
+        del getattr(layer, LORA_LAMBDA_NAME)[adapter_name]
     match_class(layer)
 
 
 def match_class(layer: LoraLayer) -> None:
-    """Let a dense LoRA layer be ours while a SIBO adapter is on it; without one, leave no trace."""
+    """Make a dense LoRA layer a `FusedLinear` while it has sites; without any, restore PEFT's class and attributes."""
     has_sibo = bool(getattr(layer, "sibo_sites", None))
     if not has_sibo and "sibo_sites" in layer.__dict__:
         for name in ("sibo_sites", "adapter_layer_names", "other_param_names"):
             layer.__dict__.pop(name, None)
-        layer._modules.pop(LAMBDA_NAME, None)
-    wrapped = "forward" in layer.__dict__ or "_old_forward" in layer.__dict__  # by accelerate: bound to the class
+        layer._modules.pop(LORA_LAMBDA_NAME, None)
+    wrapped = "forward" in layer.__dict__ or "_old_forward" in layer.__dict__  # by accelerate, bound to the class
     if type(layer) is LoraLinear or (type(layer) is FusedLinear and not wrapped):
         fuses = has_sibo and type(layer.base_layer) is nn.Linear
         layer.__class__ = FusedLinear if fuses else LoraLinear
 
 
 def is_linear(layer: LoraLayer) -> bool:
-    """Whether a LoRA layer's A and B are linears on a linear."""
+    """Whether a LoRA layer's A and B are linears, on a linear base layer."""
     down = next(iter(layer.lora_A.values()), None)
     # PEFT's wrapper of an nn.Parameter has them too
     return not isinstance(layer, _NOT_LINEAR) and isinstance(down, nn.Linear) and not hasattr(layer, "parameter_name")

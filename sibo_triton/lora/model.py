@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from sibo_triton.initial_residual import find_block_stacks, trace_feeds
+from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection import mixing_modules
 from sibo_triton.injection.mixing_modules import Method, bind, decide, requested_modules
 from sibo_triton.injection.reversible import inject_reversibly, note_config
@@ -30,7 +30,7 @@ def inject_adapter(
     """`LoraModel.inject_adapter`, and SIBO on top where the adapter's config asks for it.
 
     Raises:
-        ValueError: the adapter cannot be made to mix right; the model is then as it was.
+        ValueError: the adapter cannot mix correctly; the model is then as it was.
     """
     config = tuner.peft_config[adapter_name]
     mixes = isinstance(config, SiboLoraConfig) and config.mixes
@@ -62,21 +62,20 @@ def _inject_sibo(
         )
     stacks = find_block_stacks(model, config.sibo_blocks)
     requested, known = requested_modules(config)
-    shared = trace_feeds(model, stacks)  # also of a saved adapter, which names what mixes: who shares x is in no file
-    feeds = None if known else shared
+    trial = trial_run(model, stacks)  # also for a saved adapter: its file says what mixes, not which layers share x
     original(tuner, model, adapter_name, *args, **kwargs)
 
     layers = {name: layer for name, layer in lora_layers(model) if _has_adapter(layer, adapter_name)}
-    decisions = decide(layers, requested, stacks, feeds, _LORA)
+    decisions = decide(layers, requested, stacks, None if known else trial, _LORA)
     sites = bind(model, config, layers, decisions, _LORA)
     train = adapter_name in tuner.active_adapters and not config.inference_mode
     for name, layer in layers.items():
         install(layer, adapter_name, sites[name], config.sibo_lambda, config.sibo_learnable, train)
-    attach_siblings(model, find_siblings(lora_layers(model), shared))
+    attach_siblings(model, find_siblings(lora_layers(model), trial))
 
 
 def remove_unused_hooks(model: nn.Module) -> None:
-    """Take off the hooks of initial residuals that no layer of `model` mixes in any more, and its layers' class."""
+    """Remove the hooks that no layer of `model` needs any more, and `FusedLinear` from layers without a site."""
     for _, layer in lora_layers(model):
         match_class(layer)
     mixing_modules.remove_unused_hooks(model)
@@ -102,8 +101,7 @@ def _refuse(name: str, layer: LoraLayer) -> None:
 _LORA = Method(
     name="LoRA",
     plain="plain LoRA",
-    advice="linears that read the residual stream (q/k/v, gate/up, the first of an MLP)",
-    obstacle=_obstacle,
     width=lambda layer: layer.in_features,
+    obstacle=_obstacle,
     refuse=_refuse,
 )

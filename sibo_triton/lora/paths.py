@@ -29,8 +29,8 @@ PathName = Literal["fused", "adapter", "modules"]
 
 
 def path_of(layer: LoraLayer, adapter_name: str) -> tuple[PathName, str | None]:
-    """The path of a layer that runs one SIBO adapter, and why it is not a faster one; of its input nothing is known."""
-    obstacle = obstacle_to_adapter(layer, adapter_name)
+    """The path of a layer that runs one SIBO adapter, for an unknown input, and why it is not a faster one."""
+    obstacle = obstacle_to_lora(layer, adapter_name)
     if obstacle is not None:
         return "modules", obstacle
     # accelerate's hook runs the forward that the object had when the hook came
@@ -41,15 +41,15 @@ def path_of(layer: LoraLayer, adapter_name: str) -> tuple[PathName, str | None]:
 
 
 def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str | None:
-    """Why the frozen layer must run by its own forward (for an input x), or None."""
+    """Reason why the frozen layer must run by its own forward (for an input x), or None."""
     if not isinstance(layer, LoraLinear):
         return f"the layer is PEFT's {type(layer).__name__}"
     base: Any = layer._modules["base_layer"]
     return obstacle_in_frozen(base, x)
 
 
-def obstacle_to_adapter(layer: LoraLayer, adapter_name: str, x: torch.Tensor | None = None) -> str | None:
-    """Why `lora_dropout`, `lora_A` and `lora_B` must be called as modules (for an input x), or None."""
+def obstacle_to_lora(layer: LoraLayer, adapter_name: str, x: torch.Tensor | None = None) -> str | None:
+    """Reason why `lora_dropout`, `lora_A` and `lora_B` must be called as modules (for an input x), or None."""
     if torch_module._has_any_global_hook():
         return "hooks are registered on all modules"
     lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)

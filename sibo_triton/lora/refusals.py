@@ -1,4 +1,4 @@
-"""What a model with SIBO adapters does not do, because the result would be another adapter without a word."""
+"""What a model with SIBO adapters refuses to do, because the result would silently be another adapter."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from sibo_triton.injection.sites import sibo_adapters
 from sibo_triton.lora.forward import refuse_merge
-from sibo_triton.lora.layer import dispatches_variants, lora_layers, sibo_adapters
+from sibo_triton.lora.layer import dispatches_variants, lora_layers
 
 
 def check_merge_allowed(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
@@ -30,7 +31,7 @@ def check_weighted_adapter_allowed(model: nn.Module, adapters: Sequence[str]) ->
 
 
 def check_mixed_batch_allowed(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    """Raise a ValueError if a layer would run one of the adapters as plain LoRA in a batch of several (HQQ's would)."""
+    """Raise a ValueError if a layer (HQQ's) would run one of the adapters of a mixed batch as plain LoRA."""
     for name, layer in lora_layers(model):
         for adapter_name in sibo_adapters(layer):
             if adapter_name in adapter_names and not dispatches_variants(layer, "_mixed_batch_forward"):

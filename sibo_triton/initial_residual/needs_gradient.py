@@ -1,4 +1,4 @@
-"""Whether the initial residual needs a gradient, decided by where it comes from."""
+"""Whether the initial residual needs a gradient, decided by what it was computed from."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import nn
 
 
 def needs_gradient(initial_residual: torch.Tensor, called_with_gradient: bool, outermost: nn.Module | None) -> bool:
-    """Whether dh0 has anywhere to go.
+    """Whether the gradient of h0 reaches a parameter or an input of the model.
 
     `requires_grad` alone does not tell: `enable_input_require_grads()` makes the output of a frozen embedding require
-    grad, and giving it one would cost an [M, K] accumulation for every mixing module.
+    grad, and computing it would cost an [M, K] accumulation for every mixing module.
 
     Args:
         initial_residual: h0, of any shape.
         called_with_gradient: whether the outermost model was called with a tensor that requires grad (`inputs_embeds`,
             soft prompts).
-        outermost: the outermost model that was called, or None where that is not known.
+        outermost: the outermost model that was called, or None if it is not known.
     """
     if not initial_residual.requires_grad:
         return False
@@ -34,7 +34,7 @@ def _reaches_parameter(node: torch.autograd.graph.Node, outermost: nn.Module) ->
         leaf = getattr(node, "variable", None)  # AccumulateGrad
         if leaf is not None and _is_parameter(leaf, outermost):
             return True
-        if node.name() == "CheckpointFunctionBackward":  # reentrant: its graph, and its parameters, are hidden
+        if node.name() == "CheckpointFunctionBackward":  # reentrant: it hides its graph and its parameters
             return True
         for successor, _ in node.next_functions:
             if successor is not None and successor not in seen:

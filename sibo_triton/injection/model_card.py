@@ -1,4 +1,4 @@
-"""The part of a saved adapter's model card that tells how to load it."""
+"""The section of a saved adapter's model card that says how to load it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Find out what the output of each linear goes into: another linear, token by token, or an attention, or a choice.
+"""Find out what the output of each linear is used for: another linear, token by token, or an attention, or a choice.
 
 That tells a feed-forward network's linears from the others that read the residual stream (q, k, v, routers), without
-names. The output of a linear carries a tag through every operation, up to a product with a weight: it went into a
-linear. What is met on the way is noted: a product of two tensors that are tagged, an attention kernel or a convolution
-mixes tokens; a softmax or a top-k weighs or chooses something (a router).
+names. The output of a linear carries a tag through every operation, up to a product with a weight: then it went into
+a linear. Uses on the way are recorded: a product of two tagged tensors, an attention kernel or a convolution mixes
+tokens; a softmax or a top-k weighs or chooses something (a router).
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ _CHOICES = {"softmax", "_softmax", "topk", "sort", "argsort", "argmax", "max", "
 
 
 class OutputUses(TorchDispatchMode):
-    """Carries tags from operation to operation, and notes what they met.
+    """Carries tags from operation to operation, and records the uses of tagged tensors.
 
     Attributes:
-        uses: by the linear's name, what its output met.
-        readers: by the linear's name, the linears whose input its output became.
+        uses: by a linear's name, the uses of its output.
+        readers: by a linear's name, the linears that read its output.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.uses: dict[str, set[str]] = {}
         self.readers: dict[str, set[str]] = {}
-        # by the tensor's memory, as views are other objects; it is kept so that its memory is not reused
+        # by the tensor's memory, as views are other objects; the tensor is kept so that its memory is not reused
         self._tags: dict[tuple, tuple[torch.Tensor, frozenset[str]]] = {}
 
     def enter_linear(self, name: str, x: Any) -> None:
-        """Note that a linear is going to read `x`."""
+        """Record that a linear is about to read `x`."""
         for writer in self._tags_of(x) if isinstance(x, torch.Tensor) else ():
             self.readers[writer].add(name)
 
     def leave_linear(self, name: str, output: Any) -> None:
-        """Note that a linear has returned `output`."""
+        """Record that a linear has returned `output`."""
         self.uses.setdefault(name, set())
         self.readers.setdefault(name, set())
         if isinstance(output, torch.Tensor):
-            self._tags[_memory(output)] = (output, frozenset([name]))
+            self._tags[memory_of(output)] = (output, frozenset([name]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -61,20 +61,20 @@ class OutputUses(TorchDispatchMode):
                 for name in tags:
                     self.uses[name].add(use)
             if use != LINEAR:
-                self._tags.update((_memory(tensor), (tensor, tags)) for tensor in _tensors(result))
+                self._tags.update((memory_of(tensor), (tensor, tags)) for tensor in _tensors(result))
         return result
 
     def feeds_forward(self, name: str) -> bool:
-        """Whether a linear's output goes into other linears token by token, and theirs into no attention."""
+        """Whether only other linears use a linear's output, token by token, and no attention uses theirs."""
         readers = self.readers.get(name, ())
         return self.uses.get(name) == {LINEAR} and all(MIXES_TOKENS not in self.uses[reader] for reader in readers)
 
     def _tags_of(self, tensor: torch.Tensor) -> frozenset[str]:
-        return self._tags.get(_memory(tensor), (None, frozenset()))[1]
+        return self._tags.get(memory_of(tensor), (None, frozenset()))[1]
 
 
 def is_linear_like(module: nn.Module) -> bool:
-    """Whether a module's output is to be followed: a linear of any kind, with an adapter or without."""
+    """Whether a module is a linear of any kind, with an adapter or without: its output is then followed."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     weight = getattr(base, "weight", None)
     has_matrix = isinstance(weight, torch.Tensor) and weight.dim() == 2
@@ -100,5 +100,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def _memory(tensor: torch.Tensor) -> tuple:
+def memory_of(tensor: torch.Tensor) -> tuple:
+    """A key for the memory that a tensor shows; views that show the same are different objects."""
     return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

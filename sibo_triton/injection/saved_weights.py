@@ -1,10 +1,11 @@
-"""An adapter's weights and its lambda belong together: refuse the ones without the other.
+"""An adapter's weights and its lambda belong together: either one without the other is refused.
 
-Where this package is imported it is checked here. Where it is not, a guard in the saved weights makes the loading fail.
+Where this package is imported, the checks are here. Where it is not, a guard in the saved weights makes loading fail.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,57 +17,56 @@ from torch import nn
 from sibo_triton.injection.options import SiboOptions
 from sibo_triton.injection.sites import (
     BOTTLENECK_LAMBDA_NAME,
-    LAMBDA_NAMES,
-    LORA_LAMBDA_NAME,
+    BOTTLENECK_PREFIX,
+    BOTTLENECK_TYPE,
+    FIRST_WEIGHTS,
     lambda_name_of,
     sibo_adapters,
     sibo_lambdas,
     tuner_layers,
 )
 
-# Of no parameter: load_state_dict refuses another shape even with strict=False. Two dimensions, because a shard of a
-# one-dimensional parameter may be empty.
+# A shape that no parameter has: load_state_dict refuses it even with strict=False. It has two dimensions, because a
+# shard of a one-dimensional parameter may be empty.
 _GUARD_SHAPE = (0, 0)
 
-# A weight that every adapter of the method has, and the name of its lambda.
-_FIRST_WEIGHTS = {LORA_LAMBDA_NAME: "lora_A", BOTTLENECK_LAMBDA_NAME: "sibo_adapter_down"}
-_LAMBDA_PATTERN = "|".join(map(re.escape, LAMBDA_NAMES))
+_LAMBDA_PATTERN = "|".join(map(re.escape, FIRST_WEIGHTS))
 
 
 def with_guard(
     model: nn.Module, tensors: dict[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Add the guard to the weights of a SIBO adapter that are going to be saved; return those of others as they are.
+    """Add the guard to the weights of a SIBO adapter before they are saved; return those of others as they are.
 
-    Stock PEFT reads no config when it loads weights onto an adapter that is there. It would copy A and B to a plain
-    LoRA adapter and drop the lambdas, which have no place in it. The guard is an empty tensor with the name of a base
-    parameter: now it stops with "size mismatch for ...".
+    Stock PEFT reads no config when it loads weights onto an existing adapter. It would copy A and B to a plain LoRA
+    adapter and drop the lambdas, which that does not have. The guard, an empty tensor under the name of a base
+    parameter, makes it stop with "size mismatch for ...".
 
     Args:
-        model: what the adapter is in.
+        model: the model that has the adapter.
         tensors: the adapter's weights by their names in a file, without the adapter's name.
-        state_dict: that of the whole model, where the weights were taken from one.
+        state_dict: the whole model's, if the weights were taken from one.
     """
     mixing = next((re.split(rf"\.(?:{_LAMBDA_PATTERN})\.", key)[0] for key in tensors if _is_lambda(key)), None)
     if mixing is None:
         return tensors
-    own = {name: tensor for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named}
-    tensors_of_model = {**{_as_in_state_dict(name): tensor for name, tensor in own.items()}, **(state_dict or {})}
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    tensors_of_model = {**{_as_in_state_dict(name): tensor for name, tensor in named}, **(state_dict or {})}
     name = _guarded_name(mixing, tensors_of_model, {*tensors}, {*getattr(model, "peft_config", {})})
     return {**tensors, name: torch.zeros(_GUARD_SHAPE)}
 
 
 def without_others(model: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
-    """Leave other bottleneck adapters' weights out of what is going to be saved of one: PEFT 0.19 does not."""
+    """Drop other bottleneck adapters' weights from those of one that is saved: PEFT 0.19 does not."""
     others = [re.escape(name) for name in getattr(model, "peft_config", {}) if name != adapter_name]
     if not others:
         return tensors
-    of_others = re.compile(rf"\.sibo_adapter_[a-z]+\.({'|'.join(others)})\.[^.]+$")
+    of_others = re.compile(rf"\.{BOTTLENECK_PREFIX}[a-z]+\.({'|'.join(others)})\.[^.]+$")
     return {key: tensor for key, tensor in tensors.items() if of_others.search(key) is None}
 
 
 def without_guard(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The weights of a SIBO adapter as they are loaded; values may be slices of a safetensors file."""
+    """The weights of a SIBO adapter without the guard; values may be slices of a safetensors file."""
     guards = _guards(tensors)
     return {key: value for key, value in tensors.items() if key not in guards} if guards else tensors
 
@@ -74,9 +74,9 @@ def without_guard(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
 def _guarded_name(
     mixing: str, tensors_of_model: Mapping[str, torch.Tensor], saved: set[str], adapters: set[str]
 ) -> str:
-    """The name of a base parameter near the layer `mixing` that every LoRA model of this base has under this name.
+    """A base parameter near the layer `mixing` that has the same name in every LoRA model of this base.
 
-    A norm's weight: LoRA does not wrap it (a wrapped module's parameters have other names), nor is it quantised.
+    It is a norm's weight: LoRA does not wrap norms (which would rename their parameters), nor are they quantised.
     """
     layer = mixing.split(".")
 
@@ -114,12 +114,12 @@ def _guards(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def _is_lambda(key: str, adapter_name: str | None = None) -> bool:
-    # PEFT 0.19 writes the parameters of all adapters whose name holds "bias" into the file of each: not this one's
+    # PEFT 0.19 writes parameters whose name holds "bias" into the files of all adapters, not only of their own
     optional = "" if adapter_name is None else rf"({re.escape(adapter_name)}\.)?"
     return re.search(rf"\.({_LAMBDA_PATTERN})\.{optional}[^.]+$", key) is not None
 
 
-def check_checkpoint(
+def check_state_dict(
     model: nn.Module,
     state_dict: dict[str, torch.Tensor],
     prefix: str,
@@ -139,17 +139,17 @@ def check_checkpoint(
     for name, layer in tuner_layers(model):
         for adapter_name, lambda_ in sibo_lambdas(layer).items():
             stem, lambda_name = f"{prefix}{name}.", lambda_name_of(layer)
-            if f"{stem}{_FIRST_WEIGHTS[lambda_name]}.{adapter_name}.weight" not in state_dict:
+            if f"{stem}{FIRST_WEIGHTS[lambda_name]}.{adapter_name}.weight" not in state_dict:
                 continue
             for entry in lambda_.tensors():
                 key = f"{stem}{lambda_name}.{adapter_name}.{entry}"
                 problem = lambda_.problem_with(entry, state_dict[key]) if key in state_dict else "is missing"
                 if problem is not None:
-                    _refuse_checkpoint(f"{name}.{lambda_name}.{entry}", problem)
+                    _refuse_weights(f"{name}.{lambda_name}.{entry}", problem)
 
 
 def check_loaded_lambdas(model: nn.Module, adapter_name: str, missing: Sequence[str]) -> None:
-    """The same check for a loader that sets tensors itself (transformers' load_adapter), after it is done."""
+    """The same check after a loader that sets tensors itself (transformers' load_adapter)."""
     for name, layer in tuner_layers(model):
         if adapter_name not in sibo_adapters(layer):
             continue
@@ -160,11 +160,11 @@ def check_loaded_lambdas(model: nn.Module, adapter_name: str, missing: Sequence[
             if any(key.endswith(other) or other.endswith(key) for other in missing):
                 problem = "is missing"
             if problem is not None:
-                _refuse_checkpoint(f"{name}.{lambda_name}.{entry}", problem)
+                _refuse_weights(f"{name}.{lambda_name}.{entry}", problem)
 
 
 def check_adapter_mixes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]) -> None:
-    """Raise a ValueError if weights of a SIBO adapter are going to be loaded onto an adapter that mixes nowhere."""
+    """Raise a ValueError if weights of a SIBO adapter are about to be loaded onto an adapter that mixes nowhere."""
     exists = adapter_name in getattr(model, "peft_config", {})
     if exists and not any(adapter_name in sibo_adapters(layer) for _, layer in tuner_layers(model)):
         lambdas = sorted(key for key in tensors if _is_lambda(key, adapter_name))
@@ -172,7 +172,7 @@ def check_adapter_mixes(model: nn.Module, adapter_name: str, tensors: Mapping[st
 
 
 def check_all_lambdas_taken(adapter_name: str, unexpected: Iterable[str]) -> None:
-    """Raise a ValueError if the weights that were loaded held a lambda for which the adapter had no place."""
+    """Raise a ValueError if the loaded weights held a lambda that the adapter does not have."""
     _refuse_without_place(adapter_name, sorted(key for key in unexpected if _is_lambda(key, adapter_name)))
 
 
@@ -187,9 +187,9 @@ def _refuse_without_place(adapter_name: str, keys: Sequence[str]) -> None:
 
 
 def check_same_source(adapter: PeftConfig, saved: PeftConfig) -> None:
-    """Raise a ValueError if weights would be loaded onto an adapter that makes something else of them.
+    """Raise a ValueError if weights would be loaded onto an adapter that computes something else with them.
 
-    Such as of another kind of h0: that is in no tensor.
+    For example with another source of h0, which is stored in no tensor.
     """
     if not isinstance(adapter, SiboOptions) or not isinstance(saved, SiboOptions):
         return
@@ -202,24 +202,24 @@ def check_same_source(adapter: PeftConfig, saved: PeftConfig) -> None:
 
 
 def check_same_method(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
-    """Raise a ValueError if the weights of a bottleneck adapter are going to be loaded onto another, or the reverse.
+    """Raise a ValueError if the weights are a bottleneck adapter's and the adapter is LoRA, or the reverse.
 
-    No name would match, and PEFT would load nothing without a word.
+    No name would match, and PEFT would silently load nothing.
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None:
         return
-    expected = config.peft_type == "SIBO_ADAPTER"
-    found = any(f".{_FIRST_WEIGHTS[BOTTLENECK_LAMBDA_NAME]}." in key for key in tensors)
-    if expected != found:
-        weights = "those of" if found else "not those of"
+    expected = config.peft_type == BOTTLENECK_TYPE
+    are_of_bottleneck = any(f".{FIRST_WEIGHTS[BOTTLENECK_LAMBDA_NAME]}." in key for key in tensors)
+    if expected != are_of_bottleneck:
+        weights = "those of" if are_of_bottleneck else "not those of"
         raise ValueError(
             f"The weights are {weights} a bottleneck adapter (SiboAdapterConfig), and adapter {adapter_name!r} is "
             f"{'' if expected else 'not '}one: nothing would be loaded. Load the folder as an adapter of another name."
         )
 
 
-def _refuse_checkpoint(key: str, problem: str) -> None:
+def _refuse_weights(key: str, problem: str) -> None:
     raise ValueError(
         f"{key} {problem} in the adapter's weights. A SIBO adapter without its lambda would compute something else "
         "than what was trained. Load the complete adapter folder as save_pretrained wrote it; a plain LoRA adapter "

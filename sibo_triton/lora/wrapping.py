@@ -1,0 +1,94 @@
+"""`wrap`, by which PEFT's functions are changed, and what it changes of the classes of PEFT's LoRA layers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from sibo_triton.injection.sites import mixed_batch, sibo_adapters, site_of
+from sibo_triton.lora.forward import AcceleratedLora, refuse_merge
+from sibo_triton.lora.layer import lora_layers
+
+_ORIGINAL = "_sibo_triton_wraps"  # attribute of a wrapper
+
+
+def wrap(owner: type | ModuleType, name: str, wrapper: Callable) -> None:
+    """Put `wrapper(original, *args, **kwargs)` in the place of a function of `owner`; a second time does nothing."""
+    attribute = inspect.getattr_static(owner, name)
+    is_classmethod = isinstance(attribute, classmethod)
+    original = attribute.__func__ if is_classmethod else attribute
+    if hasattr(original, _ORIGINAL):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _ORIGINAL, original)
+    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def wrap_layer_classes(model: nn.Module) -> None:
+    """Wrap the classes of the LoRA layers that have sites: PEFT may have imported them just now."""
+    for _, layer in lora_layers(model):
+        if layer.__dict__.get("sibo_sites"):
+            wrap_layer_class(type(layer))
+
+
+def wrap_layer_class(layer_class: type) -> None:
+    """Wrap the methods that a class of LoRA layers defines or inherits. PEFT imports backends' classes late."""
+    for name, wrapper in _LAYER_WRAPPERS.items():
+        owner = next((base for base in layer_class.__mro__ if name in vars(base)), None)
+        if owner is not None:
+            wrap(owner, name, wrapper)
+
+
+def _merge_layer(
+    original: Callable, layer: LoraLayer, safe_merge: bool = False, adapter_names: Any = None, **kwargs: Any
+) -> Any:
+    for name in adapter_names or layer.active_adapters:  # before PEFT merges a plain one in front
+        if name in sibo_adapters(layer):
+            refuse_merge(f"{site_of(layer, name).name}, adapter {name!r}")
+    with _as_peft_made_it(layer):
+        return original(layer, safe_merge, adapter_names, **kwargs)
+
+
+def _unmerge_layer(original: Callable, layer: LoraLayer, *args: Any, **kwargs: Any) -> Any:
+    with _as_peft_made_it(layer):
+        return original(layer, *args, **kwargs)
+
+
+def _supports_lora_conversion(original: Callable, layer: LoraLayer, adapter_name: str = "default") -> bool:
+    return adapter_name not in sibo_adapters(layer) and original(layer, adapter_name)  # PEFT 0.19 asks no variant
+
+
+def _mixed_batch_forward(original: Callable, layer: LoraLayer, x: Any, *args: Any, **kwargs: Any) -> Any:
+    with mixed_batch(kwargs["adapter_names"]):
+        return original(layer, x, *args, **kwargs)
+
+
+_LAYER_WRAPPERS: dict[str, Callable] = {
+    "merge": _merge_layer,
+    "unmerge": _unmerge_layer,
+    "supports_lora_conversion": _supports_lora_conversion,
+    "_mixed_batch_forward": _mixed_batch_forward,
+}
+
+
+@contextmanager
+def _as_peft_made_it(layer: LoraLayer) -> Iterator[None]:
+    """Hide the variants of accelerated adapters while PEFT merges or unmerges: they are plain LoRA."""
+    hidden = {name: variant for name, variant in layer.lora_variant.items() if isinstance(variant, AcceleratedLora)}
+    for name in hidden:
+        del layer.lora_variant[name]
+    try:
+        yield
+    finally:
+        layer.lora_variant.update(hidden)
