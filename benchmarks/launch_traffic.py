@@ -4,7 +4,7 @@ A kernel's entry says how often its programs load each operand. Every element of
 mask turns off load and store nothing, but tensor cores multiply whole tiles: flops are those of the padded tiles, every
 dot of `precision.split_dot` among them. What is not a dot counts as no flop.
 
-`tests/kernels_interpreted/test_traffic.py` holds these numbers against what Triton's interpreter does.
+`tests/kernels_interpreted/test_traffic_of_launches.py` holds these numbers against what Triton's interpreter does.
 """
 
 from __future__ import annotations
