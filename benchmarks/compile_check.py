@@ -1,6 +1,6 @@
 """Whether every kernel fits every GPU that it is made for, checked without one: `make compile-check`.
 
-Compiles each case of `tests/kernels_compiled/cases.py` for each target, at the tiles that a launch would choose, and
+Compiles each case of `ahead_of_time/cases.py` for each target, at the tiles that a launch would choose, and
 reads the binaries: no register may be spilled, shared memory must stay within the target's limit, 16-bit operands must
 be multiplied by tensor cores, and global loads must be of 16 bytes. Prints registers and shared memory of every kernel,
 writes them to `benchmarks/results/compile-check-TARGET.json` as soon as a target is through, and ends with status 1 if
@@ -14,13 +14,10 @@ import sys
 from dataclasses import astuple
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # has the classes of launches
 
-from ahead_of_time import TARGETS
-from cases import CASES, COLUMNS, Row, check
-
+from benchmarks.ahead_of_time.binaries import TARGETS
+from benchmarks.ahead_of_time.cases import CASES, COLUMNS, Row, check
 from benchmarks.in_parallel import in_parallel
 from sibo_triton.environment import provenance
 
@@ -118,7 +115,7 @@ def print_table(rows: list[Row]) -> None:
 def write(rows: list[Row], target: str, merged_in: list[str] | None = None) -> None:
     """A line to a row, so that a change of one kernel is a change of its lines."""
     head = {
-        "command": f"python benchmarks/compile_check.py --targets {target}",
+        "command": f"python -m benchmarks.compile_check --targets {target}",
         **({"merged_in_last": f"--only {' '.join(merged_in)} --merge"} if merged_in else {}),
         **{key: value for key, value in provenance().items() if key != "devices"},
         "target": target,

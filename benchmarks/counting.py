@@ -26,11 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from benchmarks.ahead_of_time.without_gpu import kernels_chosen
 from benchmarks.launch_traffic import Traffic, recorded_launches
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.kernels import autotune, targets
-from sibo_triton.ops import low_rank
-from sibo_triton.ops.dispatch import Choice
 
 aten = torch.ops.aten
 
@@ -177,7 +176,7 @@ def as_on_a_gpu(target: targets.Target) -> Iterator[None]:
     """The kernels' backend, planning for a target, and torch's operations as they would be there."""
     with ExitStack() as stack:
         patch = mock.patch.object
-        stack.enter_context(patch(low_rank, "backend_for", lambda *_: Choice("triton", "counted")))
+        stack.enter_context(kernels_chosen())
         stack.enter_context(patch(targets, "target_of", lambda device: target))
         stack.enter_context(patch(autotune, "ENABLED", False))
         stack.enter_context(patch(F, "dropout", _dropout_of_gpu))

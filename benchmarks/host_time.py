@@ -17,28 +17,24 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
 
 import torch
 from torch import nn
 
+from benchmarks.ahead_of_time.binaries import TARGETS
+from benchmarks.ahead_of_time.without_gpu import kernels_chosen, launching_for
 from benchmarks.checks import without_known_warnings
 from benchmarks.models import LLAMA_3_8B, Part, part_linears
 from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider
 from benchmarks.results_file import RESULTS, command_line, slug
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
-from sibo_triton.ops import low_rank
-from sibo_triton.ops.dispatch import Choice
 
 TINY = replace(LLAMA_3_8B, hidden=16, ffn=16, heads=1, kv_heads=1, head=16)
 TOKENS, REPEATS = 2, 20
@@ -47,9 +43,6 @@ GROUPS = {"one linear": ("o_proj",), "three that share x": ("q_proj", "k_proj", 
 
 def h100_that_is_not_there() -> AbstractContextManager[None]:
     """Inside, launchers and Triton do everything for an H100 but call its driver."""
-    from ahead_of_time import TARGETS
-    from without_gpu import launching_for
-
     return launching_for(TARGETS["sm_90"][0])
 
 
@@ -96,7 +89,7 @@ def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device
     for provider in (of for of in providers if of.name.startswith("ours") and of.name in runs):
         name = f"{provider.name}, kernels' path"
         runs[name] = Run(provider, names, dtype, setting, device)
-        runs[name].choice = mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "timed"))
+        runs[name].choice = kernels_chosen()
     return runs
 
 

@@ -2,7 +2,7 @@
 
 `make gpu` runs it first, so that no benchmark's time goes into compiling. Our providers run the linears of each row,
 those that share an input together, on tensors without memory, for the device that is there: what a launch would
-compile is compiled (`tests/kernels_compiled/without_gpu.py`).
+compile is compiled (`ahead_of_time/without_gpu.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
 
 import torch
 
 from benchmarks import decode, layer, step
+from benchmarks.ahead_of_time.without_gpu import Compiled, compiling_for, target_of_device
 from benchmarks.checks import without_known_warnings
 from benchmarks.counting import as_on_a_gpu
 from benchmarks.in_parallel import in_parallel
@@ -82,10 +80,8 @@ def _jobs(
     ]
 
 
-def compiled_of(job: Job, gpu: Any, target: Any) -> list[Any]:
-    """The kernels of a job (`without_gpu.Compiled`), compiled for a GPU that the launchers find as the target."""
-    from without_gpu import compiling_for
-
+def compiled_of(job: Job, gpu: Any, target: Any) -> list[Compiled]:
+    """The kernels of a job, compiled for a GPU that the launchers find as the target."""
     with compiling_for(gpu, target) as compiled, as_on_a_gpu(target):
         run(job)
     return compiled
@@ -123,7 +119,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks.precompile: torch sees no CUDA device, so there is nothing to compile for")
     from triton.runtime.driver import driver
-    from without_gpu import target_of_device
 
     gpu, target = driver.active.get_current_target(), target_of_device()
     jobs = [(job, gpu, target) for job in jobs_of(options.quick) if all(word in str(job) for word in options.only)]

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
-
 import torch
 from torch import Tensor
 
+from benchmarks.ahead_of_time.without_gpu import compiling_for, target_of_device
 from benchmarks.in_parallel import in_parallel
 from benchmarks.models import LLAMA_3_8B
 from benchmarks.results_file import RESULTS, command_line, slug
@@ -204,8 +203,6 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
 
 def compile_variant(task: tuple[Case, Variant, Any, Any]) -> str | None:
     """Into Triton's cache; the error if there is one."""
-    from without_gpu import compiling_for
-
     case, variant, gpu, target = task
     try:
         with compiling_for(gpu, target), planned(case.job, variant):
@@ -253,7 +250,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks.tune: torch sees no CUDA device")
     from triton.runtime.driver import driver
-    from without_gpu import target_of_device
 
     chosen = [
         case

@@ -1,6 +1,7 @@
 """Every launch whose kernels must fit every target, and what is asked of them.
 
-`make compile-check` goes through all of them, `test_without_gpu.py` through a few.
+`make compile-check` goes through all of them, `tests/kernels_compiled/test_without_gpu.py` through a few. The launches
+are classes of `tests/`, which must be on the path.
 """
 
 import re
@@ -9,11 +10,12 @@ from dataclasses import dataclass, fields
 from itertools import product
 
 import torch
-from ahead_of_time import TARGETS, TENSOR_CORE, Binary, read_binary
 from gradient_launches import InputGradient, UpBackward, WeightGradient
 from kernel_launches import SHORT, Activated, Down, Launch, LowRank, Up
 from triton.compiler import CompiledKernel
-from without_gpu import compiling_for
+
+from benchmarks.ahead_of_time.binaries import TARGETS, TENSOR_CORE, Binary, read_binary
+from benchmarks.ahead_of_time.without_gpu import compiling_for
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

@@ -7,7 +7,7 @@ cache are those that the launch on such a GPU looks for.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
@@ -19,6 +19,8 @@ from triton.runtime import jit
 
 from sibo_triton.kernels import targets
 from sibo_triton.kernels.launching import forget_launches
+from sibo_triton.ops import low_rank
+from sibo_triton.ops.dispatch import Choice
 
 
 @dataclass
@@ -114,6 +116,11 @@ def launching_for(gpu: GPUTarget, launcher: Callable[..., None] = lambda *argume
         finally:
             for function in functions:  # whose binaries would call this launcher
                 function.device_caches.pop(str(gpu), None)
+
+
+def kernels_chosen() -> AbstractContextManager[object]:
+    """Inside, operations choose the kernels on every device. It may be entered several times."""
+    return mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "chosen without a GPU"))
 
 
 @contextmanager
