@@ -24,7 +24,7 @@ class Examples:
     """The examples of one file.
 
     Attributes:
-        columns: ("text",), or ("prompt", "completion").
+        columns: those that are read: ("text",), or ("prompt", "completion").
         rows: one tuple of strings for each example, in the order of `columns`.
         places: where each example stands in the file, such as "line 3"; for messages.
         ignored: names of columns that the file holds besides.

@@ -24,7 +24,7 @@ from sibo_triton.finetune.options import DTYPES, InputError, check_output, first
 from sibo_triton.finetune.recipes import Recipe
 from sibo_triton.finetune.report import markdown_table
 from sibo_triton.finetune.scoring import AnswerKind, kind_of, response_of
-from sibo_triton.finetune.tokens import without_end
+from sibo_triton.finetune.tokens import ensure_pad_token, without_end
 
 REPORT, TABLE, PREDICTIONS = "evaluation.json", "evaluation.md", "predictions.jsonl"
 
@@ -168,8 +168,6 @@ def _kind(recipe: Recipe, path: Path, questions: Sequence[Question]) -> AnswerKi
 
 
 def _load(options: EvaluateOptions, console: Console) -> tuple[Any, Any]:
-    import sibo_triton  # noqa: F401  (registers the adapter types with PEFT)
-
     model, tokenizer = load_base(options.model, str(options.dtype))
     if model.config.model_type != options.recipe.model_type:
         console.print(
@@ -184,10 +182,7 @@ def _load(options: EvaluateOptions, console: Console) -> tuple[Any, Any]:
             raise InputError(
                 f"--adapter {options.adapter} does not load on {options.model}: {first_line(error)}"
             ) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"--model {options.model}: its tokenizer has neither a padding nor an end-of-text token.")
-        tokenizer.pad_token = tokenizer.eos_token  # any will do: padding is masked
+    ensure_pad_token(tokenizer, options.model)
     tokenizer.padding_side = "left"  # a response begins where its prompt ends
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sibo_triton.finetune.data import read_rows, text_value
+from sibo_triton.finetune.data import Examples, read_rows, text_value
 from sibo_triton.finetune.options import InputError
 
 # Pairs first: a file with both columns of a pair is one of pairs. The names are those of GLUE's tasks, and our own.
@@ -30,23 +30,14 @@ _UNLABELLED = "-1"  # what GLUE's test sets have as label
 
 
 @dataclass
-class LabelledTexts:
-    """The examples of one file.
+class LabelledTexts(Examples):
+    """The examples of one file; `columns` are the one or two that are read as text.
 
     Attributes:
-        columns: the one or two columns that are read as text.
-        rows: one tuple of one or two strings for each example.
-        labels: of each: the label's name, or the number for regression.
-        places, ignored, notes: as in `sibo_triton.finetune.data.Examples`.
+        labels: for each example the name of its class, or a number for regression.
     """
 
-    path: Path
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    ignored: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
 
 
 def read_labelled(path: Path, regression: bool) -> LabelledTexts:

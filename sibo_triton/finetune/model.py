@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from sibo_triton import SiboAdapterConfig, SiboLoraConfig
 from sibo_triton.finetune.options import ALL_LINEAR, FinetuneOptions, InputError, first_line
+from sibo_triton.finetune.tokens import ensure_pad_token
 
 # Without --max-length, where the model allows it: a batch of 16 then stays modest.
 _DEFAULT_MAX_LENGTH = 512
@@ -69,10 +71,7 @@ def load_classifier(name: str, dtype: str, names: Sequence[str], regression: boo
         )
     except (*_LOADING_ERRORS, RuntimeError) as error:
         raise InputError(f"--model {name} cannot be loaded as a sequence classifier: {first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"--model {name}: its tokenizer has neither a padding nor an end-of-text token.")
-        tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer, name)
     if model.config.pad_token_id is None:  # a decoder reads it to find the last token of a text
         model.config.pad_token_id = tokenizer.pad_token_id
     fresh = {key.rpartition(".")[0] for key in loading["missing_keys"]}
@@ -137,8 +136,7 @@ def add_adapter(
     """
     notes: list[str] = []
     targets = _target_modules(model, options, notes)
-    config = adapter_config(options, targets)
-    config.task_type = task_type
+    config = _adapter_config(options, targets, task_type)
     if modules_to_save:
         config.modules_to_save = list(modules_to_save)
         notes.append(f"no weights in --model for {', '.join(modules_to_save)}: trained, and saved with the adapter")
@@ -149,11 +147,9 @@ def add_adapter(
     return peft_model, notes
 
 
-def adapter_config(options: FinetuneOptions, target_modules: list[str] | str | None) -> PeftConfig:
-    """The PEFT config of the chosen method; plain and SIBO's differ in lambda alone."""
-    from sibo_triton import SiboAdapterConfig, SiboLoraConfig
-
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": target_modules}
+def _adapter_config(options: FinetuneOptions, target_modules: list[str] | str | None, task_type: str) -> PeftConfig:
+    """The PEFT config of the chosen method; a plain method and its SIBO differ in lambda alone."""
+    common: dict[str, Any] = {"task_type": task_type, "target_modules": target_modules}
     mixing: dict[str, Any] = {"sibo_lambda": options.lambda_, "sibo_learnable": options.sibo_learnable}
     if options.sibo_target_modules is not None:
         mixing["sibo_target_modules"] = list(options.sibo_target_modules)

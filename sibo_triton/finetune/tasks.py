@@ -18,7 +18,7 @@ from sibo_triton.finetune.labelled import LabelledTexts, class_ids, class_names,
 from sibo_triton.finetune.metrics import classification_metrics, regression_metrics, require_metrics
 from sibo_triton.finetune.model import load_base, load_classifier
 from sibo_triton.finetune.options import CAUSAL_LM, REGRESSION, FinetuneOptions
-from sibo_triton.finetune.tokens import Collator, TokenizedExamples, tokenize_examples
+from sibo_triton.finetune.tokens import TokenizedExamples, completion_collator, tokenize_examples
 
 
 class CausalLanguageModelling:
@@ -55,7 +55,7 @@ class CausalLanguageModelling:
 
     def collator(self, tokenizer: Any) -> Callable[[Any], Any]:
         """What makes padded tensors of examples."""
-        return Collator(tokenizer)
+        return completion_collator(tokenizer, self._options.model)
 
 
 class SequenceClassification:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from transformers import DataCollatorForSeq2Seq
 
 from sibo_triton.finetune.data import Examples
 from sibo_triton.finetune.options import InputError
@@ -103,24 +103,23 @@ def without_end(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-class Collator:
-    """Pad examples on the right into a batch: input_ids, attention_mask and labels, each int64 [batch, longest]."""
+def ensure_pad_token(tokenizer: Any, model_name: str, fallback: str | None = None) -> None:
+    """Let the end-of-text token pad where the tokenizer has no padding token, and `fallback` where it has neither.
 
-    def __init__(self, tokenizer: Any) -> None:
-        # Any id will do where the tokenizer has none: padding is masked and carries no loss.
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad_id: int = next(token for token in candidates if token is not None)
+    Raises:
+        InputError: it has neither, and there is no fallback.
+    """
+    if tokenizer.pad_token_id is not None:
+        return
+    token = fallback if tokenizer.eos_token is None else tokenizer.eos_token
+    if token is None:
+        raise InputError(f"--model {model_name}: its tokenizer has neither a padding nor an end-of-text token.")
+    tokenizer.pad_token = token
 
-    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
 
-        def padded(name: str, value: int) -> torch.Tensor:
-            rows = [list(example[name]) + [value] * (longest - len(example[name])) for example in examples]
-            return torch.tensor(rows, dtype=torch.int64)
-
-        mask = [[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in examples]
-        return {
-            "input_ids": padded("input_ids", self.pad_id),
-            "attention_mask": torch.tensor(mask, dtype=torch.int64),
-            "labels": padded("labels", NO_LOSS),
-        }
+def completion_collator(tokenizer: Any, model_name: str) -> DataCollatorForSeq2Seq:
+    """Pads examples on the right into a batch: input_ids, attention_mask and labels, each int64 [batch, longest]."""
+    # Any token will do: padding is masked and carries no loss.
+    ensure_pad_token(tokenizer, model_name, fallback=tokenizer.convert_ids_to_tokens(0))
+    tokenizer.padding_side = "right"
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS)

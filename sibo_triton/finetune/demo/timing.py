@@ -1,4 +1,4 @@
-"""The demonstration's measurements: time of a step, side by side, and what the frozen model keeps."""
+"""The time of a training step of several models, measured side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-
-from sibo_triton.finetune.saved_activations import saved_activation_bytes
 
 _WARMUP_ROUNDS = 3
 
@@ -48,9 +46,3 @@ def _step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return step
-
-
-def frozen_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Saved-activation bytes of a frozen model that passes the gradient on to its embedding output."""
-    model.train()
-    return saved_activation_bytes(model, lambda: model(**batch).loss)

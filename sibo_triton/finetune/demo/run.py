@@ -25,13 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sibo_triton.environment import provenance
-from sibo_triton.finetune import demo_task as task
 from sibo_triton.finetune.data import read_examples
-from sibo_triton.finetune.demo_measure import frozen_bytes, seconds_per_step
-from sibo_triton.finetune.demo_report import METHOD_NAMES, print_outcome, write_demo_report
+from sibo_triton.finetune.demo import task
+from sibo_triton.finetune.demo.report import METHOD_NAMES, print_outcome, write_demo_report
+from sibo_triton.finetune.demo.timing import seconds_per_step
 from sibo_triton.finetune.options import ADAPTER_METHODS, LORA_METHODS, METHODS, FinetuneOptions, InputError
 from sibo_triton.finetune.result import FinetuneResult
-from sibo_triton.finetune.tokens import Collator, tokenize_examples
+from sibo_triton.finetune.saved_activations import saved_activation_bytes
+from sibo_triton.finetune.tokens import completion_collator, tokenize_examples
 from sibo_triton.finetune.train import finetune
 
 RESULTS = "results.json"
@@ -223,7 +224,9 @@ def _measure(output: Path, runs: dict[str, FinetuneResult], scale: task.Scale, r
     results["loss"] = {"base": any_run.losses("eval_loss")[0][1]} | {
         m: run.losses("eval_loss")[-1][1] for m, run in runs.items()
     }
-    results["saved_activation_bytes"] = {"base": frozen_bytes(frozen, batch)} | {
+    frozen.train()
+    frozen_bytes = saved_activation_bytes(frozen, lambda: frozen(**batch).loss)
+    results["saved_activation_bytes"] = {"base": frozen_bytes} | {
         m: run.saved_activation_bytes for m, run in runs.items()
     }
     results["similarity_by_layer"] = {"base": any_run.base_similarity} | {m: run.similarity for m, run in runs.items()}
@@ -235,7 +238,8 @@ def _batch(output: Path, scale: task.Scale, device: str) -> dict[str, torch.Tens
     tokenizer = AutoTokenizer.from_pretrained(output / "base")
     tokens = tokenize_examples(read_examples(output / "subtraction-train.jsonl"), tokenizer, max_length=32)
     rows = [{"input_ids": tokens.input_ids[i], "labels": tokens.labels[i]} for i in range(scale.batch)]
-    return {name: tensor.to(device) for name, tensor in Collator(tokenizer)(rows).items()}
+    batch = completion_collator(tokenizer, str(output / "base"))(rows)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _problems(results: dict[str, Any]) -> list[str]:
