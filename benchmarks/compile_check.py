@@ -19,10 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # has th
 from benchmarks.ahead_of_time.binaries import TARGETS
 from benchmarks.ahead_of_time.cases import CASES, COLUMNS, Row, check
 from benchmarks.in_parallel import in_parallel
+from benchmarks.results_file import RESULTS
 from sibo_triton.environment import provenance
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"
 
 
 def main() -> int:
@@ -117,7 +115,7 @@ def write(rows: list[Row], target: str, merged_in: list[str] | None = None) -> N
     head = {
         "command": f"python -m benchmarks.compile_check --targets {target}",
         **({"merged_in_last": f"--only {' '.join(merged_in)} --merge"} if merged_in else {}),
-        **{key: value for key, value in provenance().items() if key != "devices"},
+        **provenance(with_devices=False),
         "target": target,
         "shared_memory_limit": TARGETS[target][1],
         "kernels": len(rows),

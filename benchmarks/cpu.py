@@ -24,14 +24,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.results_file import FLOOR, RESULTS
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
+from sibo_triton.finetune.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 TURNS, TOKENS = 9, 512
 SETTINGS = (Setting(fp32_adapters=True, dropout=0.0), Setting(fp32_adapters=True, dropout=0.05))
-FLOOR, YARDSTICK = "frozen model", "PEFT LoRA"
+YARDSTICK = "PEFT LoRA"
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1376,
@@ -102,20 +103,20 @@ def table(seconds: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
     return rows
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| adapters | model | ms | over the frozen model | ratio to PEFT LoRA (lowest, highest) |")
-    print("|---|---|---|---|---|")
+def markdown_of(rows: list[dict[str, Any]]) -> str:
+    cells = []
     for row in rows:
         low, high = row["ratio_lowest_and_highest"]
-        print(
-            f"| {row['setting']} | {row['provider']} | {row['milliseconds']:.1f} | {row['percent_over_frozen']:+.1f} % "
-            f"| {row['ratio_to_peft_lora']:.3f} ({low:.3f}, {high:.3f}) |"
-        )
+        ratio = f"{row['ratio_to_peft_lora']:.3f} ({low:.3f}, {high:.3f})"
+        over = f"{row['percent_over_frozen']:+.1f} %"
+        cells.append((row["setting"], row["provider"], f"{row['milliseconds']:.1f}", over, ratio))
+    heads = ("adapters", "model", "ms", "over the frozen model", "ratio to PEFT LoRA (lowest, highest)")
+    return markdown_table(heads, cells)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="default: %(default)s")
     output = parser.parse_args().output
     with tempfile.TemporaryDirectory() as folder:
         times = Path(folder) / "times.json"
@@ -125,10 +126,10 @@ def main() -> int:
         if done.returncode:
             return done.returncode
         rows = table(medians(json.loads(times.read_text(encoding="utf-8"))))
-    print_table(rows)
+    print(markdown_of(rows))
     head = {
         "command": shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]]),
-        **{key: value for key, value in provenance().items() if key != "devices"},
+        **provenance(with_devices=False),
         "what": f"forward + backward, float32, 1 x {TOKENS} tokens, rank {SETTINGS[0].rank}, one thread, {TURNS} turns",
         "model": SHAPE,
     }

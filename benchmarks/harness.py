@@ -18,13 +18,12 @@ import torch
 
 from benchmarks.checks import Verdict
 from benchmarks.providers import Provider
-from benchmarks.results_file import Budget, ResultsFile, command_line, output_of
+from benchmarks.results_file import FLOOR, MIB, Budget, ResultsFile, command_line, output_of
 from benchmarks.settings import AdapterSetting
 from benchmarks.supervised import BROKEN_DEVICE, supervise
-from benchmarks.timing import MIB, Effort, Step, ceilings, compared, interleaved, peak_bytes
+from benchmarks.timing import Effort, Step, ceilings, compared, interleaved, peak_bytes
 from sibo_triton.environment import provenance
 
-FLOOR = "frozen model"
 IN_TURN = "all, in turn"
 
 

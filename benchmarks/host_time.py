@@ -138,7 +138,7 @@ def main() -> None:
             rows += measured(title, dtype, setting, options.rounds, options.device)
     head = {
         "command": command_line("host_time"),
-        **{key: value for key, value in provenance().items() if gpu is not None or key != "devices"},
+        **provenance(with_devices=gpu is not None),
         **({} if gpu is None else {"gpu": gpu}),
         "what": f"microseconds of {'process time' if gpu is None else 'time'} that a module adds to its frozen linear; "
         "tiny tensors, float32 adapters",

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch.autograd.profiler import DeviceType
 
-from benchmarks.harness import FLOOR
 from benchmarks.launch_traffic import KERNELS, Traffic, recorded_launches
 from benchmarks.layer import BF16, DEFAULTS, LayerRow, LayerStep
 from benchmarks.models import LLAMA_3_8B
 from benchmarks.peers import TIMED
-from benchmarks.results_file import RESULTS, ResultsFile, command_line, slug
-from benchmarks.timing import MIB, ceilings
+from benchmarks.results_file import FLOOR, MIB, RESULTS, ResultsFile, command_line, slug
+from benchmarks.timing import ceilings
 from sibo_triton.environment import provenance
 
 PROVIDERS = (FLOOR, "PEFT LoRA", "addmm_ scheme, siblings grouped", "ours, lambda = 0", "ours, SIBO")

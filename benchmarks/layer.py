@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import checks
 from benchmarks.checks import Values, Verdict
-from benchmarks.harness import FLOOR, run_benchmark
+from benchmarks.harness import run_benchmark
 from benchmarks.models import (
     ARCHITECTURES,
     EMBEDDINGS,
@@ -36,9 +36,9 @@ from benchmarks.models import (
 )
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
-from benchmarks.results_file import parser_of
+from benchmarks.results_file import FLOOR, MIB, parser_of
 from benchmarks.settings import AdapterSetting, BottleneckSetting, Setting, least_moved
-from benchmarks.timing import MIB, Effort, buffers_beyond_cache
+from benchmarks.timing import Effort, buffers_beyond_cache
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
 
 BF16 = Setting(fp32_adapters=False, dropout=0.0)

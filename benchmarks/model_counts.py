@@ -57,8 +57,8 @@ def operations_of(
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step of models of any depth."""
+class StepCounts:
+    """What a step counts, of models of any depth."""
 
     one_layer: Counts  # of a model with one layer, with what is once per network
     further_layer: Counts
@@ -68,17 +68,17 @@ class Step:
         """Of a model with so many layers, divided by them."""
         return (self.one_layer + self.further_layer * (layers - 1)) * (1 / layers)
 
-    def __sub__(self, other: Step) -> Step:
-        return Step(self.one_layer - other.one_layer, self.further_layer - other.further_layer, self.kernels)
+    def __sub__(self, other: StepCounts) -> StepCounts:
+        return StepCounts(self.one_layer - other.one_layer, self.further_layer - other.further_layer, self.kernels)
 
 
-def step_of(provider: Provider, setting: AdapterSetting, work: Workload) -> Step:
+def step_of(provider: Provider, setting: AdapterSetting, work: Workload) -> StepCounts:
     one, two = (operations_of(provider, setting, work, layers) for layers in (1, 2))
-    return Step(summed(*one), summed(*two) - summed(*one), kernels_of(one[0]))
+    return StepCounts(summed(*one), summed(*two) - summed(*one), kernels_of(one[0]))
 
 
 @cache
-def floor_of(work: Workload) -> Step:
+def floor_of(work: Workload) -> StepCounts:
     """The frozen model's."""
     return step_of(Provider(), Setting(fp32_adapters=False, dropout=0.0), work)
 

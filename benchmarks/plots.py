@@ -18,12 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_file import RESULTS
+from benchmarks.results_file import FLOOR, MIB, RESULTS
 from sibo_triton.finetune.plots import NO_PLOTS, can_plot
 
 PLOTS = Path(__file__).resolve().parent / "plots"
-MIB = 2**20
-FROZEN = "frozen model"
 
 #: Ours in the two strong colours, peers in quiet ones, the same in every plot; and the marks of lines.
 STYLES = {
@@ -70,11 +68,11 @@ def ordered(providers: Sequence[str]) -> list[str]:
     return sorted(providers, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-def figure_of(rows: int, columns: int, height: float, width: float = 8.6, **options: Any) -> tuple[Any, Any]:
+def figure_of(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
     """A figure as wide as a README shows it, and its axes as an array of `rows` and `columns`."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8.6, height), dpi=120, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
@@ -147,7 +145,7 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
     figure, axes = figure_of(1, len(panels), 3.9)
     shown: dict[str, Any] = {}
     for each, ((adapters, dropout), of_panel) in zip(axes[0], panels.items(), strict=True):
-        names = ordered(list(dict.fromkeys(name for row in of_panel for name in row["providers"] if name != FROZEN)))
+        names = ordered(list(dict.fromkeys(name for row in of_panel for name in row["providers"] if name != FLOOR)))
         for name in names:
             percents = [(row["tokens"], _percent(row["providers"].get(name, {}), "both")) for row in of_panel]
             points = [(tokens, percent) for tokens, percent in percents if percent is not None]
@@ -193,7 +191,7 @@ def rows_plot(results: dict[str, Any], phase: str, measure: str, title: str) -> 
         names = ordered([name for name, percent in percents.items() if percent is not None])
         values = [percents[name]["p50"] for name in names]
         bars(each, names, values, "{:+.1f} %", max(1.0, *values))
-        floor = row["providers"][FROZEN]
+        floor = row["providers"][FLOOR]
         amount = floor["ms"][phase]["p50"] if measure == "ms" else floor[measure]
         unit = "ms" if measure == "ms" else "tokens/s"
         each.set_ylim(tallest - 0.5, -0.5)  # bars of one thickness in all panels

@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.results_file import FLOOR
 from benchmarks.settings import AdapterSetting, Linears, Setting
 from sibo_triton import SiboLoraConfig, accelerate
 from sibo_triton.injection.siblings import attach_siblings, detach_siblings
@@ -26,7 +27,7 @@ ADAPTER = "default"
 class Provider:
     """The frozen model itself: the floor. The others override what they do otherwise."""
 
-    name = "frozen model"
+    name = FLOOR
     mixes = False
     compiles = False  # by torch.compile
     takes: type[AdapterSetting] = AdapterSetting  # the kind of setting

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+#: The provider that the others are compared with.
+FLOOR = "frozen model"
+MIB = 2**20
 
 
 class ResultsFile:

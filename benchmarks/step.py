@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from benchmarks import checks
 from benchmarks.checks import Values, Verdict
-from benchmarks.harness import FLOOR, run_benchmark
+from benchmarks.harness import run_benchmark
 from benchmarks.layer import BF16, DEFAULTS, DTYPE
 from benchmarks.models import LLAMA_3_8B, QWEN2_5_0_5B, Architecture, frozen_model
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
-from benchmarks.results_file import parser_of
+from benchmarks.results_file import FLOOR, parser_of
 from benchmarks.settings import Setting
 from benchmarks.timing import Effort
 

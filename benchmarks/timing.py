@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-MIB = 2**20
+from benchmarks.results_file import MIB
+
 MIN_ROUNDS = 5
-CLOCKS = {"cuda": "CUDA events", "cpu": "time.perf_counter"}
 
 
 class Step(Protocol):

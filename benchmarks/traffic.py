@@ -30,22 +30,22 @@ from typing import Any
 from benchmarks.bottleneck_providers import BOTTLENECK_PROVIDERS, EagerAdapter, EagerMixedAdapter
 from benchmarks.compiled_kept import added_kept_bytes
 from benchmarks.counting import H200, Counts
-from benchmarks.model_counts import Step, Workload, floor_of, step_of
+from benchmarks.model_counts import StepCounts, Workload, floor_of, step_of
 from benchmarks.models import ARCHITECTURES, Architecture
 from benchmarks.providers import APART, PROVIDERS, Peft, PeftMixed, Provider
+from benchmarks.results_file import FLOOR, MIB, RESULTS
 from benchmarks.settings import AdapterSetting, BottleneckSetting, Setting, least_moved
 from sibo_triton.environment import provenance
+from sibo_triton.finetune.report import markdown_row, markdown_table
 
 COMMAND = "python -m benchmarks.traffic"
-RESULTS = Path(__file__).parent / "results/traffic.json"
+OUTPUT = RESULTS / "traffic.json"
 LAYERS = 32
 ADDED = f"added_per_layer_of_{LAYERS}"
-MIB = 2**20
-FLOOR = PROVIDERS[0].name
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CountedAdapters:
     """Adapters of one kind.
 
     Attributes:
@@ -72,9 +72,9 @@ OF_PEERS = (
     ("ours, SIBO", "ours, lambda = 0"),
 )
 SETTINGS = (Setting(fp32_adapters=False, dropout=0.0), Setting(fp32_adapters=True, dropout=0.05))
-LORA = Comparison(SETTINGS, (*PROVIDERS[1:], *APART), OF_PEERS + OF_SIBLINGS)
-LORA_OF_OTHERS = Comparison(SETTINGS, PROVIDERS[1:], OF_PEERS)
-BOTTLENECK = Comparison(
+LORA = CountedAdapters(SETTINGS, (*PROVIDERS[1:], *APART), OF_PEERS + OF_SIBLINGS)
+LORA_OF_OTHERS = CountedAdapters(SETTINGS, PROVIDERS[1:], OF_PEERS)
+BOTTLENECK = CountedAdapters(
     tuple(
         BottleneckSetting(fp32_adapters=fp32, dropout=dropout, placement=placement, biases=biases)
         for placement, biases in (("series", False), ("parallel", True))
@@ -101,7 +101,7 @@ def rounded(counts: Counts) -> dict[str, float]:
 
 
 def results_of(
-    of: Comparison, setting: AdapterSetting, work: Workload, report: Any = lambda line: None
+    of: CountedAdapters, setting: AdapterSetting, work: Workload, report: Any = lambda line: None
 ) -> dict[str, Any]:
     """Everything about a setting; `report` gets each line of the table once it is there."""
     setting, floor = replace(setting, linears=work.of.linears), floor_of(work)
@@ -110,15 +110,15 @@ def results_of(
         *("", "launches", "MiB read", "written", "over minimum", "loaded again", "kept", "kept, 1 layer"),
         *("modelled ms", "of frozen"),
     )
-    report("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    report(markdown_table(heads, ()))
     frozen = floor.per_layer(LAYERS)
-    report(_line(FLOOR, floor, None, frozen))
+    report(markdown_row(_cells(FLOOR, floor, None, frozen)))
     results: dict[str, Any] = {FLOOR: {f"per_layer_of_{n}": rounded(floor.per_layer(n)) for n in (1, LAYERS)}}
     for provider in of.providers:
         reason = provider.unavailable(setting)
         if reason is not None:
             results[provider.name] = {"unavailable": reason}
-            report(f"| {provider.name} | {reason} |" + " |" * (len(heads) - 2))
+            report(markdown_row((provider.name, reason, *[""] * (len(heads) - 2))))
             continue
         added = step_of(provider, setting, work) - floor
         least = least_moved(setting, work.of.shapes(), work.tokens, provider.mixes)
@@ -127,16 +127,16 @@ def results_of(
             "minimum": {"read": least[0], "written": least[1]},
             **({"kernels_of_one_layer": added.kernels} if added.kernels else {}),
         }
-        report(_line(provider.name, added, least, frozen))
+        report(markdown_row(_cells(provider.name, added, least, frozen)))
     results["ratios"] = ratios(of.ratios, results)
     for pair, ratio in results["ratios"].items():
         report(f"{pair}: " + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
     return results
 
 
-def _line(name: str, step: Step, least: tuple[int, int] | None, frozen: Counts) -> str:
+def _cells(name: str, step: StepCounts, least: tuple[int, int] | None, frozen: Counts) -> tuple[str, ...]:
     counts = step.per_layer(LAYERS)
-    cells = (
+    return (
         name,
         f"{counts.launches:.1f}",
         f"{counts.read / MIB:,.0f}",
@@ -148,7 +148,6 @@ def _line(name: str, step: Step, least: tuple[int, int] | None, frozen: Counts) 
         f"{counts.modelled_ms:.2f}",
         "" if least is None else f"{100 * counts.modelled_ms / frozen.modelled_ms:+.1f} %",
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 def ratios(pairs: Sequence[tuple[str, str]], results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -176,15 +175,14 @@ def ratios_of_others(
     table: dict[str, Any] = {}
     report(f"\nOther models, LoRA, ratios of what is added to the frozen layer, of {LAYERS} layers:")
     heads = ("model", "adapters", "", "launches", "moved", "kept")
-    report("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    report(markdown_table(heads, ()))
     for of in others:
         table[of.name] = {}
         for setting in LORA_OF_OTHERS.settings:
             found = results_of(LORA_OF_OTHERS, setting, Workload(of))["ratios"]
             table[of.name][str(setting)] = found
             for pair, ratio in found.items():
-                numbers = " | ".join(f"{ratio[name]:.2f}" for name in heads[3:])
-                report(f"| {of.name} | {setting} | {pair} | {numbers} |")
+                report(markdown_row((of.name, setting, pair, *(f"{ratio[name]:.2f}" for name in heads[3:]))))
     return table
 
 
@@ -192,7 +190,7 @@ def document(report: Any = lambda line: None) -> dict[str, Any]:
     """The results of Llama-3-8B and of all settings, without where they come from."""
     work = Workload()
 
-    def settings(of: Comparison) -> dict[str, Any]:
+    def settings(of: CountedAdapters) -> dict[str, Any]:
         return {str(setting): results_of(of, setting, work, report) for setting in of.settings}
 
     return {
@@ -218,9 +216,9 @@ def kept_when_compiled(report: Any = lambda line: None) -> dict[str, dict[str, i
 def main() -> None:
     """Print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     output = parser.parse_args().output
-    head = {"command": COMMAND, **{key: value for key, value in provenance().items() if key != "devices"}}
+    head = {"command": COMMAND, **provenance(with_devices=False)}
 
     def report(line: str) -> None:
         print(line, flush=True)

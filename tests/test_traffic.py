@@ -140,7 +140,7 @@ def test_h0_is_kept_once_per_network(setting, ours):
 
 
 def results_file():
-    return json.loads(traffic.RESULTS.read_text(encoding="utf-8"))
+    return json.loads(traffic.OUTPUT.read_text(encoding="utf-8"))
 
 
 def test_the_committed_results_are_what_is_counted_now():

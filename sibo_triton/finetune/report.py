@@ -39,11 +39,12 @@ def write_report(result: FinetuneResult, output: Path) -> None:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; a vertical bar within a cell is escaped."""
+    return "\n".join([markdown_row(header), "|" + "---|" * len(header), *map(markdown_row, rows)])
 
-    def line(cells: Iterable[object]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
-    return "\n".join([line(header), "|" + "---|" * len(header), *(line(row) for row in rows)])
+def markdown_row(cells: Iterable[object]) -> str:
+    """A row of such a table."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def format_bytes(count: int) -> str:
