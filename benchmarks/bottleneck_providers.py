@@ -21,8 +21,8 @@ class EagerAdapter(Provider):
         h0 = kept_initial_residual(model) if self.mixes else None
         for name, linear in list(model.named_modules()):
             if name.endswith(setting.targets) and isinstance(linear, nn.Linear):
-                parent, _, own = name.rpartition(".")
-                setattr(model.get_submodule(parent), own, EagerLayer(linear, setting, h0))
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, EagerLayer(linear, setting, h0))
         return model.train()
 
 

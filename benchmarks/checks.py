@@ -69,19 +69,19 @@ def put_adapters(model: nn.Module, adapters: dict[str, Weights]) -> None:
     Raises:
         ValueError: the model does not have adapters on just these linears, with just these weights.
     """
-    found = set()
+    placed = set()
     with torch.no_grad():
         for name, module in model.named_modules():
-            own = weights_of(module)
-            if own:
-                given = adapters[canonical(name)]
-                if own.keys() != given.keys():
-                    raise ValueError(f"{canonical(name)} has {sorted(own)} instead of {sorted(given)}")
-                for weight, tensor in own.items():
-                    tensor.copy_(given[weight])
-                found.add(canonical(name))
-    if found != set(adapters):
-        raise ValueError(f"adapters are missing on {sorted(set(adapters) - found)}")
+            weights = weights_of(module)
+            if weights:
+                adapter = adapters[canonical(name)]
+                if weights.keys() != adapter.keys():
+                    raise ValueError(f"{canonical(name)} has {sorted(weights)} instead of {sorted(adapter)}")
+                for weight, tensor in weights.items():
+                    tensor.copy_(adapter[weight])
+                placed.add(canonical(name))
+    if placed != set(adapters):
+        raise ValueError(f"adapters are missing on {sorted(set(adapters) - placed)}")
 
 
 @contextmanager
@@ -112,11 +112,11 @@ def reference_model(frozen: nn.Module, adapters: dict[str, Weights], setting: Ad
         model.enable_input_require_grads()  # as in `copy_of`
     h0 = kept_initial_residual(model)
     for name, weights in adapters.items():
-        parent, _, own = name.rpartition(".")
+        parent, _, child = name.rpartition(".")
         mixed = mixes and name.endswith(setting.mixing)
         definition = DEFINITIONS[type(setting)]
         linear = definition(model.get_submodule(name), weights, setting, h0 if mixed else None)
-        setattr(model.get_submodule(parent), own, linear)
+        setattr(model.get_submodule(parent), child, linear)
     return model.train()
 
 
@@ -146,19 +146,18 @@ class Verdict:
     problem: str | None = None
 
 
-def compare(found: Values, expected: Values, allowed: dict[str, float] | None = None) -> Verdict:
+def compare(actual: Values, expected: Values, allowed: dict[str, float] | None = None) -> Verdict:
     """Each result against the definition's, all of it and line by line; what is not finite is wrong.
 
     Args:
         found, expected: by the same names.
         allowed: errors that are allowed beyond the tolerances, by the names of :func:`errors`.
     """
-    if found.keys() != expected.keys():
-        return Verdict(math.inf, "results", f"has {sorted(found)} instead of {sorted(expected)}")
+    if actual.keys() != expected.keys():
+        return Verdict(math.inf, "results", f"has {sorted(actual)} instead of {sorted(expected)}")
     worst = Verdict(0.0, "nothing")
-    for what, error in errors(found, expected).items():
-        tolerance = TOLERANCE_OF_A_LINE if what.endswith(LINES) else TOLERANCE
-        relative = error / max(tolerance, (allowed or {}).get(what, 0.0))
+    for what, error in errors(actual, expected).items():
+        relative = error / max(tolerance_of(what), (allowed or {}).get(what, 0.0))
         if not relative <= worst.worst:  # also NaN
             worst = Verdict(relative, what)
     if worst.worst <= 1:
@@ -169,10 +168,15 @@ def compare(found: Values, expected: Values, allowed: dict[str, float] | None = 
 LINES = (", worst row", ", worst column")
 
 
-def errors(found: Values, expected: Values) -> dict[str, float]:
+def tolerance_of(what: str) -> float:
+    """The relative error that is allowed, by the names of :func:`errors`."""
+    return TOLERANCE_OF_A_LINE if what.endswith(LINES) else TOLERANCE
+
+
+def errors(actual: Values, expected: Values) -> dict[str, float]:
     """The norm of each result's error over the result's own, and those of its worst row and column."""
     table = {}
-    for name, value in found.items():
+    for name, value in actual.items():
         exact = expected[name].float().reshape(-1, expected[name].shape[-1])
         error = value.float().reshape(exact.shape) - exact
         size = exact.norm()
@@ -188,17 +192,17 @@ class Yardsticks:
     def __init__(self) -> None:
         self.allowed: dict[bool, dict[str, float]] = {}  # by whether it mixes
 
-    def verdict(self, provider: Provider, found: Values, expected: Values) -> Verdict:
+    def verdict(self, provider: Provider, actual: Values, expected: Values) -> Verdict:
         """What a provider computes, without dropout, against the definition."""
         stock = type(provider) in STOCK
-        if not stock or found.keys() != expected.keys():
-            alike = self.allowed.get(provider.mixes, next(iter(self.allowed.values()), None))
-            return compare(found, expected, alike)
-        own = errors(found, expected)
+        if not stock or actual.keys() != expected.keys():
+            allowed = self.allowed.get(provider.mixes, next(iter(self.allowed.values()), None))
+            return compare(actual, expected, allowed)
+        stock_errors = errors(actual, expected)
         if type(provider) is not Provider:
-            self.allowed[provider.mixes] = {what: SLACK_OVER_STOCK * error for what, error in own.items()}
-        slack = {what: SLACK_OF_STOCK * (TOLERANCE_OF_A_LINE if what.endswith(LINES) else TOLERANCE) for what in own}
-        return compare(found, expected, slack)
+            self.allowed[provider.mixes] = {what: SLACK_OVER_STOCK * error for what, error in stock_errors.items()}
+        slack = {what: SLACK_OF_STOCK * tolerance_of(what) for what in stock_errors}
+        return compare(actual, expected, slack)
 
 
 class SharedWeights:
@@ -230,9 +234,9 @@ class SharedWeights:
             self._expected[kind] = values(model)
         return self._expected[kind]
 
-    def verdict(self, provider: Provider, found: Values, expected: Values) -> Verdict:
+    def verdict(self, provider: Provider, actual: Values, expected: Values) -> Verdict:
         """See :class:`Yardsticks`."""
-        return self._yardsticks.verdict(provider, found, expected)
+        return self._yardsticks.verdict(provider, actual, expected)
 
 
 def dropouts(model: nn.Module) -> list[nn.Dropout]:
@@ -251,15 +255,15 @@ def without_dropout(model: nn.Module, values: Callable[[], Values]) -> Values:
             module.p = rate
 
 
-def dropout_problem(found: Values, expected: Values, rate: float) -> str | None:
+def dropout_problem(actual: Values, expected: Values, rate: float) -> str | None:
     """What is wrong with the gradients of the adapters' matrices under dropout, if something is, against those without.
 
     A mask of rate p changes ``A x`` by ``sqrt(p / (1 - p))`` of itself where x is random; in a whole layer gradients
     change by two or three times that. Gradients that are not there change by 1, those of something else by more.
     """
-    usual, changes = math.sqrt(rate / (1 - rate)), errors(found, expected)
-    matrices = tuple(f".{name}" for of in DEFINITIONS.values() for name in of.matrices)
-    changes = {name: changes[name] for name in found if name.startswith("gradient of") and name.endswith(matrices)}
+    usual, changes = math.sqrt(rate / (1 - rate)), errors(actual, expected)
+    matrices = tuple(f".{name}" for definition in DEFINITIONS.values() for name in definition.matrices)
+    changes = {name: changes[name] for name in actual if name.startswith("gradient of") and name.endswith(matrices)}
     for name, change in changes.items():
         if not change >= usual / 6:
             return f"{name} changes by {change:.3g} of itself under dropout {rate}; about {usual:.2g} is usual"

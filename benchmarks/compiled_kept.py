@@ -26,7 +26,7 @@ from sibo_triton.finetune.saved_activations import saved_activation_bytes
 
 def kept_bytes(provider: Provider, setting: AdapterSetting, work: Workload) -> int:
     """By one step of a provider's model of one layer, compiled."""
-    model: nn.Module = provider.wrap(frozen_model(work.of.with_layers(1)), setting)
+    model: nn.Module = provider.wrap(frozen_model(work.architecture.with_layers(1)), setting)
     torch._dynamo.reset()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:

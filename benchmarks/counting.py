@@ -104,18 +104,19 @@ class Counts:
 def summed(operations: list[Traffic], saved: int = 0, gpu: Gpu = H200) -> Counts:
     """The counts of a step."""
 
-    def seconds(of: Traffic, reread: int) -> float:
-        return max((of.read + of.written + reread) / gpu.bytes_per_second, of.flops / gpu.flops_per_second)
+    def seconds(operation: Traffic, reread: int) -> float:
+        moved = operation.read + operation.written + reread
+        return max(moved / gpu.bytes_per_second, operation.flops / gpu.flops_per_second)
 
     return Counts(
         launches=len(operations),
-        read=sum(of.read for of in operations),
-        written=sum(of.written for of in operations),
-        reread=sum(of.reread for of in operations),
-        flops=sum(of.flops for of in operations),
+        read=sum(operation.read for operation in operations),
+        written=sum(operation.written for operation in operations),
+        reread=sum(operation.reread for operation in operations),
+        flops=sum(operation.flops for operation in operations),
         saved=saved,
-        modelled_ms=1e3 * sum(seconds(of, 0) for of in operations),
-        modelled_ms_no_cache=1e3 * sum(seconds(of, of.reread) for of in operations),
+        modelled_ms=1e3 * sum(seconds(operation, 0) for operation in operations),
+        modelled_ms_no_cache=1e3 * sum(seconds(operation, operation.reread) for operation in operations),
     )
 
 

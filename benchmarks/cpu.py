@@ -88,8 +88,8 @@ def table(seconds: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
     """A row for each setting and provider."""
     rows = []
     for (setting, provider), turns in seconds.items():
-        over = [own / floor - 1 for own, floor in zip(turns, seconds[setting, FLOOR], strict=True)]
-        ratio = [own / peft for own, peft in zip(turns, seconds[setting, YARDSTICK], strict=True)]
+        over = [turn / floor - 1 for turn, floor in zip(turns, seconds[setting, FLOOR], strict=True)]
+        ratio = [turn / peft for turn, peft in zip(turns, seconds[setting, YARDSTICK], strict=True)]
         rows.append(
             {
                 "setting": setting,

@@ -131,4 +131,7 @@ def weights_of(module: nn.Module) -> Weights:
     """The weights of the adapter on a provider's module, or of a definition, by name; none if it has no adapter."""
     if isinstance(module, Definition):
         return dict(module.adapter.items())
-    return next((found for of in DEFINITIONS.values() if (found := of.weights_of(module))), {})
+    for definition in DEFINITIONS.values():
+        if weights := definition.weights_of(module):
+            return weights
+    return {}

@@ -141,14 +141,14 @@ class Session:
         )
         for name, error in times.errors.items():
             self._stop_if_broken(row, name, error)
-        found = {name: {"error": _say(name, error)} for name, error in times.errors.items()}
+        outcomes = {name: {"error": _say(name, error)} for name, error in times.errors.items()}
         table = compared(times, FLOOR, [name for name in times.rounds if name.startswith("ours")])
         for name, more in table.items():
-            found[name] = {**facts[name], **more}
+            outcomes[name] = {**facts[name], **more}
             if FLOOR in table:
-                comparison.derived(name, found[name], {**facts[FLOOR], **table[FLOOR]}, self.ceilings)
-            print(f"  {name}: {_line(found[name])}", flush=True)
-        return found
+                comparison.derived(name, outcomes[name], {**facts[FLOOR], **table[FLOOR]}, self.ceilings)
+            print(f"  {name}: {_line(outcomes[name])}", flush=True)
+        return outcomes
 
     def _stop_if_broken(self, row: Row, name: str, error: Exception) -> None:
         """End the process if the device does not run anything any more; the supervisor starts another."""
@@ -217,11 +217,11 @@ def run_benchmark(
         print("\n".join(row.title for row in rows))
         return 0
     if options.providers:
-        known = [of.name for of in providers]
-        unknown = [given for given in options.providers if given not in known]
+        known = [provider.name for provider in providers]
+        unknown = [name for name in options.providers if name not in known]
         if unknown:
             sys.exit(f"benchmarks.{name}: {unknown[0]!r} is no provider: choose among {', '.join(known)}")
-        providers = [of for of in providers if of.name in (FLOOR, *options.providers)]
+        providers = [provider for provider in providers if provider.name in (FLOOR, *options.providers)]
     output = output_of(name, options)
     if not options.unsupervised:
         command = [sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:], "--unsupervised"]

@@ -54,8 +54,8 @@ class Run:
     ) -> None:
         torch.manual_seed(0)
         with without_known_warnings():
-            own = replace(setting, linears=part_linears(TINY, names))
-            self.model: nn.Module = provider.wrap(Part(TINY, names, device, dtype), own)
+            part_setting = replace(setting, linears=part_linears(TINY, names))
+            self.model: nn.Module = provider.wrap(Part(TINY, names, device, dtype), part_setting)
         self.choice: AbstractContextManager[Any] = nullcontext()
         self._now = now_on_gpu if device == "cuda" else time.process_time
 
@@ -82,11 +82,15 @@ def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device
     """By name, the frozen linears first."""
     providers = (Provider(), Peft(), OursLora(), PeftMixed(), OursSibo())
     runs = {
-        of.name: Run(of, names, dtype, setting, device) for of in providers if not (of.mixes and names == ("o_proj",))
+        provider.name: Run(provider, names, dtype, setting, device)
+        for provider in providers
+        if not (provider.mixes and names == ("o_proj",))
     }
     if device == "cuda":
         return runs
-    for provider in (of for of in providers if of.name.startswith("ours") and of.name in runs):
+    for provider in providers:
+        if not provider.name.startswith("ours") or provider.name not in runs:
+            continue
         name = f"{provider.name}, kernels' path"
         runs[name] = Run(provider, names, dtype, setting, device)
         runs[name].choice = kernels_chosen()
@@ -113,7 +117,7 @@ def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int, devi
     rows = []
     for name in others:
         pairs = list(zip(times[name], times[frozen], strict=True))
-        added = [statistics.median((own[i] - floor[i]) / len(names) for own, floor in pairs) for i in range(2)]
+        added = [statistics.median((timed[i] - floor[i]) / len(names) for timed, floor in pairs) for i in range(2)]
         print(f"  {name:32} {added[0]:7.1f} {added[1]:7.1f}", flush=True)
         both, alone = (round(value, 1) for value in added)
         case = {"linears": title, "base": base, "dropout": setting.dropout, "provider": name}

@@ -73,12 +73,12 @@ def totals(steps: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
 
 def ours(steps: list[list[tuple[str, float]]], launches: list[Traffic], copy_GB_per_s: float) -> list[dict[str, Any]]:
     """Each launch of ours in order: its traffic, and the median of its times."""
-    of_steps = [[of for of in step if of[0] in KERNELS] for step in steps]
-    if any([name for name, _ in step] != [launch.name for launch in launches] for step in of_steps):
+    launched = [[event for event in step if event[0] in KERNELS] for step in steps]
+    if any([name for name, _ in step] != [launch.name for launch in launches] for step in launched):
         raise RuntimeError("what the profiler saw of our kernels is not what was launched")
     rows = []
     for i, launch in enumerate(launches):
-        microseconds = median(step[i][1] for step in of_steps)
+        microseconds = median(step[i][1] for step in launched)
         moved = launch.read + launch.written
         rows.append(
             {
@@ -119,16 +119,17 @@ def main() -> None:
             step = comparison.build(provider)
             steps = device_kernels(step)
             kernels, launches = totals(steps), traffic_of(step)
-            of_ours = ours(steps, launches, ceiling["copy_GB_per_s"])
+            our_launches = ours(steps, launches, ceiling["copy_GB_per_s"])
             in_all = round(median(sum(us for _, us in one) for one in steps), 1)
             title = f"{row.title}, {provider.name}"
-            results.add({"title": title, "us": in_all, "kernels": kernels, "launches_of_ours": of_ours})
+            results.add({"title": title, "us": in_all, "kernels": kernels, "launches_of_ours": our_launches})
             print(f"\n{title}: {in_all:,.0f} us in kernels", flush=True)
-            for of in kernels[:14]:
-                print(f"  {of['us']:9.1f} us  {of['count']:4g} x  {of['kernel'][:90]}", flush=True)
-            for of in of_ours:
-                moved = f"{of['MiB']:8.1f} MiB {of['reread_MiB']:8.1f} again"
-                print(f"  {of['us']:9.1f} us  {moved}  {of['share_of_copy']:5.2f} of copy  {of['kernel']} {of['grid']}")
+            for kernel in kernels[:14]:
+                print(f"  {kernel['us']:9.1f} us  {kernel['count']:4g} x  {kernel['kernel'][:90]}", flush=True)
+            for launch in our_launches:
+                moved = f"{launch['MiB']:8.1f} MiB {launch['reread_MiB']:8.1f} again"
+                share = f"{launch['share_of_copy']:5.2f} of copy"
+                print(f"  {launch['us']:9.1f} us  {moved}  {share}  {launch['kernel']} {launch['grid']}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks.settings import AdapterSetting, Setting
 class Workload:
     """A model in bfloat16, and its batch."""
 
-    of: Architecture = LLAMA_3_8B
+    architecture: Architecture = LLAMA_3_8B
     batch: int = 4
     length: int = 2048
 
@@ -34,10 +34,10 @@ class Workload:
         return self.batch * self.length
 
 
-def frozen_model(of: Architecture) -> PreTrainedModel:
+def frozen_model(architecture: Architecture) -> PreTrainedModel:
     """On the CPU, not initialised: memory is given to what is written only. Its input asks for a gradient."""
     # the embeddings are frozen, and no head is on top
-    model = models.frozen_model(of, "meta", torch.bfloat16, vocabulary=128, head=False).to_empty(device="cpu")
+    model = models.frozen_model(architecture, "meta", torch.bfloat16, vocabulary=128, head=False).to_empty(device="cpu")
     for buffer in model.buffers():  # positions, with which the library runs the model once, to see who shares x
         buffer.zero_()
     model.config.use_cache = False
@@ -49,7 +49,7 @@ def operations_of(
     provider: Provider, setting: AdapterSetting, work: Workload, layers: int
 ) -> tuple[list[Traffic], int]:
     """Of one step of the whole model, and the bytes that it keeps for the backward."""
-    model: nn.Module = provider.wrap(frozen_model(work.of.with_layers(layers)), setting)
+    model: nn.Module = provider.wrap(frozen_model(work.architecture.with_layers(layers)), setting)
     with FakeTensorMode() as mode:
         to_fake(model, mode)
         tokens = torch.zeros(work.batch, work.length, dtype=torch.int64)
@@ -85,10 +85,10 @@ def floor_of(work: Workload) -> StepCounts:
 
 def kernels_of(operations: list[Traffic]) -> dict[str, dict[str, int]]:
     """Sums over the launches of each kernel of ours."""
-    names = dict.fromkeys(of.name for of in operations if of.grid is not None)
+    names = dict.fromkeys(operation.name for operation in operations if operation.grid is not None)
     table = {}
     for name in names:
-        own = [of for of in operations if of.name == name]
-        sums = {f: sum(getattr(of, f) for of in own) for f in ("read", "written", "reread", "flops")}
-        table[name] = {"launches": len(own), **sums}
+        launches = [operation for operation in operations if operation.name == name]
+        sums = {f: sum(getattr(operation, f) for operation in launches) for f in ("read", "written", "reread", "flops")}
+        table[name] = {"launches": len(launches), **sums}
     return table

@@ -102,31 +102,33 @@ ARCHITECTURES = (LLAMA_3_8B, QWEN3_4B, GEMMA_3_1B, BERT_LARGE)
 EMBEDDINGS = 32768
 
 
-def frozen_model(of: Architecture, device: str, dtype: torch.dtype, vocabulary: int, head: bool) -> PreTrainedModel:
+def frozen_model(
+    architecture: Architecture, device: str, dtype: torch.dtype, vocabulary: int, head: bool
+) -> PreTrainedModel:
     """Of transformers' own classes with their own initialisation, frozen; with a language model's head if asked for."""
-    config_class, plain, with_head = _CLASSES[of.kind]
+    config_class, plain, with_head = _CLASSES[architecture.kind]
     config = config_class(
-        hidden_size=of.hidden,
-        intermediate_size=of.ffn,
-        num_hidden_layers=of.layers,
-        num_attention_heads=of.heads,
-        num_key_value_heads=of.kv_heads,
-        head_dim=of.head,
+        hidden_size=architecture.hidden,
+        intermediate_size=architecture.ffn,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.kv_heads,
+        head_dim=architecture.head,
         vocab_size=vocabulary,
         max_position_embeddings=32768,
         pad_token_id=0,
         attn_implementation="sdpa",
-        **_OPTIONS.get(of.kind, {}),
+        **_OPTIONS.get(architecture.kind, {}),
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             if head:
-                assert with_head is not None, f"{of.name} has no language model's head"
+                assert with_head is not None, f"{architecture.name} has no language model's head"
                 model = with_head(config)
             else:
-                model = plain(config, add_pooling_layer=False) if of.kind == "bert" else plain(config)
+                model = plain(config, add_pooling_layer=False) if architecture.kind == "bert" else plain(config)
     finally:
         torch.set_default_dtype(before)
     return model.requires_grad_(False)
@@ -167,24 +169,24 @@ class Part(nn.Module):
     linear, ``[batch, length, N]``.
     """
 
-    def __init__(self, of: Architecture, names: Sequence[str], device: str, dtype: torch.dtype) -> None:
+    def __init__(self, architecture: Architecture, names: Sequence[str], device: str, dtype: torch.dtype) -> None:
         super().__init__()
-        shapes = of.shapes()
+        shapes = architecture.shapes()
         # BERT's are called "attention.output.dense" and the like, which no module can be
-        own = {name.replace(".", "_"): shapes[name] for name in names}
+        linears = {name.replace(".", "_"): shapes[name] for name in names}
         with torch.device(device):
-            self.layers = nn.ModuleList([_Entry(), _Linears(own, of.kind == "bert")])
+            self.layers = nn.ModuleList([_Entry(), _Linears(linears, architecture.kind == "bert")])
         self.to(dtype).requires_grad_(False)
 
     def forward(self, initial_residual: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         return self.layers[1](self.layers[0](initial_residual, x))
 
 
-def part_linears(of: Architecture, names: Sequence[str]) -> Linears:
+def part_linears(architecture: Architecture, names: Sequence[str]) -> Linears:
     """Of a :class:`Part`."""
-    own = tuple(name.replace(".", "_") for name in names)
+    module_names = tuple(name.replace(".", "_") for name in names)
     mixing, feed_forward = (
-        tuple(name.replace(".", "_") for name in names if name in those)
-        for those in (of.linears.mixing, of.linears.feed_forward)
+        tuple(name.replace(".", "_") for name in names if name in subset)
+        for subset in (architecture.linears.mixing, architecture.linears.feed_forward)
     )
-    return Linears(all=own, mixing=mixing, groups=(own,), feed_forward=feed_forward)
+    return Linears(all=module_names, mixing=mixing, groups=(module_names,), feed_forward=feed_forward)

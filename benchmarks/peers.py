@@ -151,6 +151,6 @@ class _FusedLinearOf:
         return y.to(x.dtype)
 
 
-_COMPILED = tuple(Compiled(of) for of in (Peft(), PeftMixed(), EagerAdapter(), EagerMixedAdapter()))
+_COMPILED = tuple(Compiled(provider) for provider in (Peft(), PeftMixed(), EagerAdapter(), EagerMixedAdapter()))
 #: Of the timed benchmarks; the floor first, and what is counted before the others.
 TIMED: tuple[Provider, ...] = (*PROVIDERS, *BOTTLENECK_PROVIDERS, *_COMPILED, LoraFusion(), Unsloth())

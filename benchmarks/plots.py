@@ -102,16 +102,16 @@ def traffic_plot(results: dict[str, Any]) -> Any:
         for setting, providers in settings.items()
     }  # fmt: skip
     measures = (
-        ("MiB moved", lambda of: (of["read"] + of["written"]) / MIB),
-        ("MiB kept for the backward", lambda of: of["saved"] / MIB),
-        ("launches", lambda of: of["launches"]),
+        ("MiB moved", lambda added: (added["read"] + added["written"]) / MIB),
+        ("MiB kept for the backward", lambda added: added["saved"] / MIB),
+        ("launches", lambda added: added["launches"]),
     )
     heights = [len(of_setting) for of_setting in counts.values()]
     figure, axes = figure_of(len(counts), 3, 0.9 + 0.27 * sum(heights), height_ratios=heights, sharey="row")
     for row, (setting, of_setting) in enumerate(counts.items()):
         names = ordered(list(of_setting))
         for column, (what, measure) in enumerate(measures):
-            longest = max(measure(of) for each in counts.values() for of in each.values())
+            longest = max(measure(added) for providers in counts.values() for added in providers.values())
             bars(axes[row][column], names, [measure(of_setting[name]) for name in names], "{:,.0f}", longest)
             if row == 0:
                 axes[row][column].set_title(what, fontsize=10)
@@ -139,7 +139,7 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
     panels: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault((row["adapters"], row["dropout"]), []).append(row)
-    panels = {key: sorted(of, key=lambda row: row["tokens"]) for key, of in panels.items() if len(of) > 1}
+    panels = {key: sorted(rows, key=lambda row: row["tokens"]) for key, rows in panels.items() if len(rows) > 1}
     if not panels:
         return None
     figure, axes = figure_of(1, len(panels), 3.9)
@@ -179,15 +179,15 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
 
 def rows_plot(results: dict[str, Any], phase: str, measure: str, title: str) -> Any | None:
     """Bars of each row's percent over the frozen model; the frozen model's own number is in the row's title."""
-    rows = [row for row in results["rows"] if any(_percent(of, phase) for of in row["providers"].values())]
+    rows = [row for row in results["rows"] if any(_percent(facts, phase) for facts in row["providers"].values())]
     if not rows:
         return None
     columns = min(2, len(rows))
     lines = -(-len(rows) // columns)
-    tallest = max(sum(_percent(of, phase) is not None for of in row["providers"].values()) for row in rows)
+    tallest = max(sum(_percent(facts, phase) is not None for facts in row["providers"].values()) for row in rows)
     figure, axes = figure_of(lines, columns, 0.6 + lines * (0.7 + 0.22 * tallest))
     for each, row in zip(axes.flat, rows, strict=False):
-        percents = {name: _percent(of, phase) for name, of in row["providers"].items()}
+        percents = {name: _percent(facts, phase) for name, facts in row["providers"].items()}
         names = ordered([name for name, percent in percents.items() if percent is not None])
         values = [percents[name]["p50"] for name in names]
         bars(each, names, values, "{:+.1f} %", max(1.0, *values))

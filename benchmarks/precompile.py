@@ -31,7 +31,7 @@ from benchmarks.settings import AdapterSetting
 class Job:
     """One provider on linears that share an input."""
 
-    of: Architecture
+    architecture: Architecture
     names: tuple[str, ...]
     tokens: int
     setting: AdapterSetting
@@ -39,7 +39,7 @@ class Job:
     trains: bool = True
 
     def __str__(self) -> str:
-        return f"{self.provider}, {self.of.name} {'+'.join(self.names)}, M={self.tokens}, {self.setting}"
+        return f"{self.provider}, {self.architecture.name} {'+'.join(self.names)}, M={self.tokens}, {self.setting}"
 
 
 def ours() -> list[Provider]:
@@ -50,18 +50,19 @@ def jobs_of(quick: bool) -> list[Job]:
     """All that the benchmarks' rows launch, each once, the most important first."""
     jobs: list[Job] = []
     for row in layer.plan(quick):
-        jobs += _jobs(row.of, row.groups, [row.tokens], row.setting)
+        jobs += _jobs(row.architecture, row.groups, [row.tokens], row.setting)
     for training in step.plan(quick):
         tokens = [training.tokens, step.CHECKED_TOKENS]
-        jobs += _jobs(training.of, layer.groups_of(training.of), tokens, training.setting)
+        jobs += _jobs(training.architecture, layer.groups_of(training.architecture), tokens, training.setting)
     for decoding in decode.plan(quick):
         tokens = [decoding.batch * length for length in (1, decode.PROMPT - 1, decode.PROMPT)]
-        jobs += _jobs(decoding.of, layer.groups_of(decoding.of), tokens, decoding.setting, trains=False)
+        groups = layer.groups_of(decoding.architecture)
+        jobs += _jobs(decoding.architecture, groups, tokens, decoding.setting, trains=False)
     return list(dict.fromkeys(jobs))
 
 
 def _jobs(
-    of: Architecture,
+    architecture: Architecture,
     groups: Iterable[tuple[str, ...]],
     tokens: Iterable[int],
     setting: AdapterSetting,
@@ -70,13 +71,13 @@ def _jobs(
     # with dropout a check also runs without
     settings = [setting, replace(setting, dropout=0.0)] if setting.dropout else [setting]
     return [
-        Job(of, names, M, each, provider.name, trains)
+        Job(architecture, names, M, each, provider.name, trains)
         for M in tokens
         for names in groups
         for each in settings
         for provider in ours()
         if isinstance(setting, provider.takes)
-        and (not provider.mixes or any(name in of.linears.mixing for name in names))
+        and (not provider.mixes or any(name in architecture.linears.mixing for name in names))
     ]
 
 
@@ -98,12 +99,13 @@ def compile_job(arguments: tuple[Job, Any, Any]) -> tuple[str, int, str | None]:
 
 def run(job: Job) -> None:
     """Forward, and backward if it trains, on tensors of the device "meta"."""
-    provider = next(of for of in ours() if of.name == job.provider)
-    setting = replace(job.setting, linears=part_linears(job.of, job.names))
+    provider = next(provider for provider in ours() if provider.name == job.provider)
+    setting = replace(job.setting, linears=part_linears(job.architecture, job.names))
     with without_known_warnings():
-        model = provider.wrap(Part(job.of, job.names, "meta", layer.DTYPE), setting).to("meta").train(job.trains)
-    K = job.of.shapes()[job.names[0]][0]
-    h0, x = (torch.empty(1, job.tokens, width, dtype=layer.DTYPE, device="meta") for width in (job.of.hidden, K))
+        part = Part(job.architecture, job.names, "meta", layer.DTYPE)
+        model = provider.wrap(part, setting).to("meta").train(job.trains)
+    widths = job.architecture.hidden, job.architecture.shapes()[job.names[0]][0]
+    h0, x = (torch.empty(1, job.tokens, width, dtype=layer.DTYPE, device="meta") for width in widths)
     with torch.set_grad_enabled(job.trains):
         outputs = model(h0, x.requires_grad_(job.trains))
     if job.trains:

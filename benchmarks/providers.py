@@ -112,9 +112,9 @@ class Addmm(Peft):
         wrapped = super().wrap(model, setting)
         layers = dict(_lora_linears(wrapped))
         for name in layers:
-            parent, _, own = name.rpartition(".")
+            parent, _, child = name.rpartition(".")
             for group in self.groups(setting.linears):
-                if group[0] == own:
+                if group[0] == child:
                     _Siblings([layers[f"{parent}.{sibling}"] for sibling in group])
         return wrapped
 
@@ -147,13 +147,13 @@ class _Siblings:
         if self.x is not x:
             self.x = x
             tensors = [
-                weight
-                for of in self.layers
-                for weight in (of.base_layer.weight, of.lora_A[ADAPTER].weight, of.lora_B[ADAPTER].weight)
+                module.weight
+                for sibling in self.layers
+                for module in (sibling.base_layer, sibling.lora_A[ADAPTER], sibling.lora_B[ADAPTER])
             ]
-            biases = [of.base_layer.bias for of in self.layers]
+            biases = [sibling.base_layer.bias for sibling in self.layers]
             outputs = _AddmmLinears.apply(x, layer.scaling[ADAPTER], biases, *tensors)
-            self.outputs = {id(of): y for of, y in zip(self.layers, outputs, strict=True)}
+            self.outputs = {id(sibling): y for sibling, y in zip(self.layers, outputs, strict=True)}
         y = self.outputs.pop(id(layer))
         if not self.outputs:
             self.x = None
@@ -252,7 +252,8 @@ def _with_siblings(model: nn.Module, setting: Setting) -> nn.Module:
     if any(isinstance(module, PreTrainedModel) for module in model.modules()):
         return model
     for name, module in model.named_modules():
-        groups = tuple(of for of in setting.linears.groups if len(of) > 1 and all(own in module._modules for own in of))
+        children = module._modules.keys()
+        groups = tuple(group for group in setting.linears.groups if len(group) > 1 and children >= set(group))
         if groups:
             attach_siblings(model, {name: groups})
     return model

@@ -61,9 +61,10 @@ def compiled_table(results: dict[str, Any]) -> str:
     rows = []
     for setting, compiled in results["kept_when_compiled"].items():
         eager = results["settings"].get(setting) or results["bottleneck_adapters"][setting]
-        kept = {name: of["added_per_layer_of_32"]["saved"] for name, of in eager.items() if "minimum" in of}
+        kept = {name: counts["added_per_layer_of_32"]["saved"] for name, counts in eager.items() if "minimum" in counts}
         for name, bytes_ in compiled.items():
-            ours = next(own for own in kept if own.startswith("ours") and ("mix" in name) == ("SIBO" in own))
+            mixes = "mix" in name
+            ours = next(other for other in kept if other.startswith("ours") and ("SIBO" in other) == mixes)
             cells = (f"{size / MIB:,.0f}" for size in (kept[name], bytes_, kept[ours]))
             rows.append((setting, name, *cells))
     return markdown_table(("adapters", "", "eager", "compiled", "ours"), rows)
@@ -124,9 +125,9 @@ def other_layers(results: Path) -> str:
     parts = []
     for where, rows in _layers(results):
         for shown in (SHOWN, SHOWN_ADAPTERS):
-            own = [row for row in rows if ("rank" in row) == (shown is SHOWN) and not _is_first(row)]
-            if own:
-                parts.append(f"Time over the frozen layer, {where}:\n\n{layer_table(own, shown)}")
+            selected = [row for row in rows if ("rank" in row) == (shown is SHOWN) and not _is_first(row)]
+            if selected:
+                parts.append(f"Time over the frozen layer, {where}:\n\n{layer_table(selected, shown)}")
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -153,10 +154,11 @@ def kernels_table(results: Path) -> str:
             dropout, _, provider = provider.partition(", ")
             if provider == FLOOR:
                 frozen = row["us"]
-            own = [
-                sum(of["us"] for of in row["launches_of_ours"] if of["kernel"] in names) for names in OF_OURS.values()
+            times = [
+                sum(launch["us"] for launch in row["launches_of_ours"] if launch["kernel"] in names)
+                for names in OF_OURS.values()
             ]
-            cells = [f"{us:,.0f}" if us else "" for us in own]
+            cells = [f"{us:,.0f}" if us else "" for us in times]
             over = f"{100 * (row['us'] / frozen - 1):+.1f} %" if provider != FLOOR else ""
             _, tokens, _, adapters = layer.split(", ")
             name = f"{int(tokens.removeprefix('M=')):,} tokens, {adapters}, {dropout}"
@@ -169,10 +171,10 @@ def tuning_table(results: Path) -> str:
     rows = []
     for file in sorted(results.glob("tune-*.json")):
         for case, timed in json.loads(file.read_text(encoding="utf-8"))["cases"].items():
-            own = next(us for us, variant in timed if not variant)
+            of_plan = next(us for us, variant in timed if not variant)
             us, variant = next((us, variant) for us, variant in timed if "torch" not in variant)
             tiles = ", ".join(f"{name} {value}" for name, value in variant.items()) or "the plan's"
-            rows.append((case, f"{own:.1f}", f"{us:.1f}", tiles))
+            rows.append((case, f"{of_plan:.1f}", f"{us:.1f}", tiles))
     return markdown_table(("launcher, linears, adapters", "the plan's, us", "fastest, us", "with"), rows)
 
 
@@ -226,8 +228,8 @@ def root_of(document: Path) -> str:
 
 def _between_markers(text: str, name: str, made: str) -> str:
     start, end = f"<!-- {name}-results -->", f"<!-- /{name}-results -->"
-    before, found, rest = text.partition(start)
-    if not found:
+    before, marker, rest = text.partition(start)
+    if not marker:
         return text
     return f"{before}{start}\n{made}\n{end}{rest.partition(end)[2]}"
 

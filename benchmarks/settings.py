@@ -130,8 +130,8 @@ class BottleneckSetting(AdapterSetting):
         return f"{self.placement}{' with biases' if self.biases else ''}, {super().__str__()}"
 
     def describe(self) -> dict[str, Any]:
-        own = ("bottleneck_size", "activation", "placement", "biases")
-        return {name: getattr(self, name) for name in own} | super().describe()
+        names = ("bottleneck_size", "activation", "placement", "biases")
+        return {name: getattr(self, name) for name in names} | super().describe()
 
     @property
     def size(self) -> str:

@@ -37,7 +37,7 @@ CHECKED_TOKENS = 128
 class StepRow:
     """A model, its batch, and how it trains."""
 
-    of: Architecture
+    architecture: Architecture
     batch: tuple[int, int]  # sequences, and tokens of each
     setting: Setting
     checkpointing: bool
@@ -47,7 +47,8 @@ class StepRow:
     def title(self) -> str:
         sequences, length = self.batch
         how = ", checkpointing" if self.checkpointing else ""
-        return f"{self.of.name}, {self.of.layers} layers, {sequences} x {length} tokens{how}, {self.setting}"
+        model = f"{self.architecture.name}, {self.architecture.layers} layers"
+        return f"{model}, {sequences} x {length} tokens{how}, {self.setting}"
 
     @property
     def tokens(self) -> int:
@@ -55,9 +56,9 @@ class StepRow:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "model": self.of.name,
-            "layers": self.of.layers,
-            "vocabulary": self.of.vocabulary,
+            "model": self.architecture.name,
+            "layers": self.architecture.layers,
+            "vocabulary": self.architecture.vocabulary,
             "tokens": self.tokens,
             "batch": list(self.batch),
             "checkpointing": self.checkpointing,
@@ -102,9 +103,10 @@ class StepComparison:
     def __init__(self, row: StepRow, device: str) -> None:
         self.row = row
         torch.manual_seed(0)
-        frozen = frozen_model(row.of, device, DTYPE, row.of.vocabulary, head=True)
-        self.weights = checks.SharedWeights(frozen, replace(row.setting, linears=row.of.linears))
-        self.batches = [torch.randint(1, row.of.vocabulary, row.batch, device=device) for _ in range(BATCHES)]
+        frozen = frozen_model(row.architecture, device, DTYPE, row.architecture.vocabulary, head=True)
+        self.weights = checks.SharedWeights(frozen, replace(row.setting, linears=row.architecture.linears))
+        vocabulary = row.architecture.vocabulary
+        self.batches = [torch.randint(1, vocabulary, row.batch, device=device) for _ in range(BATCHES)]
 
     def build(self, provider: Provider) -> TrainingStep:
         model: Any = self.weights.model(provider)
@@ -119,16 +121,16 @@ class StepComparison:
         ids = self.batches[0][:1, :CHECKED_TOKENS]
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        found = {"loss": loss.detach().reshape(1, 1), **checks.gradients_of(model)}
+        results = {"loss": loss.detach().reshape(1, 1), **checks.gradients_of(model)}
         model.zero_grad(set_to_none=True)
-        return found
+        return results
 
     def check(self, provider: Provider, step: TrainingStep) -> Verdict:
         if provider.compiles:  # a short sequence is another graph: the layer benchmark checks what is compiled
             return Verdict(0.0, "nothing: compiled for one shape")
         expected, rate = self.weights.expected(provider, self.values), self.row.setting.dropout
-        found = checks.without_dropout(step.model, lambda: self.values(step.model))
-        verdict = self.weights.verdict(provider, found, expected)
+        actual = checks.without_dropout(step.model, lambda: self.values(step.model))
+        verdict = self.weights.verdict(provider, actual, expected)
         if verdict.problem is None and rate and provider.name != FLOOR:
             verdict = replace(verdict, problem=checks.dropout_problem(self.values(step.model), expected, rate))
         return verdict

@@ -101,10 +101,10 @@ def rounded(counts: Counts) -> dict[str, float]:
 
 
 def results_of(
-    of: CountedAdapters, setting: AdapterSetting, work: Workload, report: Any = lambda line: None
+    adapters: CountedAdapters, setting: AdapterSetting, work: Workload, report: Any = lambda line: None
 ) -> dict[str, Any]:
     """Everything about a setting; `report` gets each line of the table once it is there."""
-    setting, floor = replace(setting, linears=work.of.linears), floor_of(work)
+    setting, floor = replace(setting, linears=work.architecture.linears), floor_of(work)
     report(f"\n{setting}, {work.tokens} tokens, {setting.size}; added to the frozen layer, of {LAYERS} layers:")
     heads = (
         *("", "launches", "MiB read", "written", "over minimum", "loaded again", "kept", "kept, 1 layer"),
@@ -114,21 +114,21 @@ def results_of(
     frozen = floor.per_layer(LAYERS)
     report(markdown_row(_cells(FLOOR, floor, None, frozen)))
     results: dict[str, Any] = {FLOOR: {f"per_layer_of_{n}": rounded(floor.per_layer(n)) for n in (1, LAYERS)}}
-    for provider in of.providers:
+    for provider in adapters.providers:
         reason = provider.unavailable(setting)
         if reason is not None:
             results[provider.name] = {"unavailable": reason}
             report(markdown_row((provider.name, reason, *[""] * (len(heads) - 2))))
             continue
         added = step_of(provider, setting, work) - floor
-        least = least_moved(setting, work.of.shapes(), work.tokens, provider.mixes)
+        least = least_moved(setting, work.architecture.shapes(), work.tokens, provider.mixes)
         results[provider.name] = {
             **{f"added_per_layer_of_{n}": rounded(added.per_layer(n)) for n in (1, LAYERS)},
             "minimum": {"read": least[0], "written": least[1]},
             **({"kernels_of_one_layer": added.kernels} if added.kernels else {}),
         }
         report(markdown_row(_cells(provider.name, added, least, frozen)))
-    results["ratios"] = ratios(of.ratios, results)
+    results["ratios"] = ratios(adapters.ratios, results)
     for pair, ratio in results["ratios"].items():
         report(f"{pair}: " + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
     return results
@@ -176,13 +176,13 @@ def ratios_of_others(
     report(f"\nOther models, LoRA, ratios of what is added to the frozen layer, of {LAYERS} layers:")
     heads = ("model", "adapters", "", "launches", "moved", "kept")
     report(markdown_table(heads, ()))
-    for of in others:
-        table[of.name] = {}
+    for architecture in others:
+        table[architecture.name] = {}
         for setting in LORA_OF_OTHERS.settings:
-            found = results_of(LORA_OF_OTHERS, setting, Workload(of))["ratios"]
-            table[of.name][str(setting)] = found
-            for pair, ratio in found.items():
-                report(markdown_row((of.name, setting, pair, *(f"{ratio[name]:.2f}" for name in heads[3:]))))
+            pairs = results_of(LORA_OF_OTHERS, setting, Workload(architecture))["ratios"]
+            table[architecture.name][str(setting)] = pairs
+            for pair, ratio in pairs.items():
+                report(markdown_row((architecture.name, setting, pair, *(f"{ratio[name]:.2f}" for name in heads[3:]))))
     return table
 
 
@@ -190,13 +190,13 @@ def document(report: Any = lambda line: None) -> dict[str, Any]:
     """The results of Llama-3-8B and of all settings, without where they come from."""
     work = Workload()
 
-    def settings(of: CountedAdapters) -> dict[str, Any]:
-        return {str(setting): results_of(of, setting, work, report) for setting in of.settings}
+    def settings(adapters: CountedAdapters) -> dict[str, Any]:
+        return {str(setting): results_of(adapters, setting, work, report) for setting in adapters.settings}
 
     return {
         "what": "counted on tensors without data; times are modelled by a roofline, not measured",
         "modelled_gpu": {**asdict(H200), "flops": "all as fast as bfloat16's"},
-        "model": work.of.name,
+        "model": work.architecture.name,
         "batch": [work.batch, work.length],
         "settings": settings(LORA),
         "bottleneck_adapters": settings(BOTTLENECK),
@@ -208,7 +208,7 @@ def kept_when_compiled(report: Any = lambda line: None) -> dict[str, dict[str, i
     table: dict[str, dict[str, int]] = {}
     report("\nKept under torch.compile, added to the compiled frozen layer, MiB:")
     for setting, providers in COMPILED.items():
-        table[str(setting)] = {of.name: added_kept_bytes(of, setting, Workload()) for of in providers}
+        table[str(setting)] = {provider.name: added_kept_bytes(provider, setting, Workload()) for provider in providers}
         report(f"{setting}: " + ", ".join(f"{name} {kept / MIB:,.0f}" for name, kept in table[str(setting)].items()))
     return table
 

@@ -8,13 +8,13 @@ not count. Variants are compiled in parallel first. Beside them torch's products
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,9 +79,9 @@ class Case:
         As, Bs = [random(r, K, dtype=dtype) for _ in shapes], [random(N, r, dtype=dtype) for _, N in shapes]
         ts = [random(M, r, dtype=dtype) for _ in shapes]
         if self.job == "down":
-            siblings = [DownProjection(A, lambda_, p, seed) for A in As]
+            projections = [DownProjection(A, lambda_, p, seed) for A in As]
             together = torch.cat(As).to(BF16)
-            return lambda: down_siblings(x, siblings, h0), lambda: x @ together.T
+            return lambda: down_siblings(x, projections, h0), lambda: x @ together.T
         if self.job == "up":
             ys = [random(M, N) for _, N in shapes]
             pairs = list(zip(ts, Bs, strict=True))
@@ -91,9 +91,9 @@ class Case:
             )
         if self.job == "up_backward":
             dys = [random(M, N) for _, N in shapes]
-            given = [UpGradients(dy, t, B, 2.0, True, dtype) for dy, t, B in zip(dys, ts, Bs, strict=True)]
-            low = [(of.grad_y, of.lora_b.to(BF16), of.t.to(BF16)) for of in given]
-            return lambda: up_backward_siblings(given), lambda: [(dy @ B, dy.T @ t) for dy, B, t in low]
+            siblings = [UpGradients(dy, t, B, 2.0, True, dtype) for dy, t, B in zip(dys, ts, Bs, strict=True)]
+            low = [(sibling.grad_y, sibling.lora_b.to(BF16), sibling.t.to(BF16)) for sibling in siblings]
+            return lambda: up_backward_siblings(siblings), lambda: [(dy @ B, dy.T @ t) for dy, B, t in low]
         us = [random(M, r, dtype=FP32) for _ in shapes]
         gradients = [DownGradients(u, A, dtype, lambda_, p, seed, dtype) for u, A in zip(us, As, strict=True)]
         u16, A16 = torch.cat(us, 1).to(BF16), torch.cat(As).to(BF16)
@@ -114,52 +114,53 @@ AXES = {
 
 
 def _values(job: str) -> list[tuple[int, ...]]:
-    of = itertools.product
     return {
         "down": [
-            *of((64,), (64,), (4,), (3, 5), (1, 2, 3, 4)),
-            *of((64,), (128,), (4, 8), (3,), (1, 2, 3)),
-            *of((128,), (64,), (4, 8), (3,), (1, 2)),
-            *of((32,), (128,), (4,), (3, 5), (1, 2)),
+            *product((64,), (64,), (4,), (3, 5), (1, 2, 3, 4)),
+            *product((64,), (128,), (4, 8), (3,), (1, 2, 3)),
+            *product((128,), (64,), (4, 8), (3,), (1, 2)),
+            *product((32,), (128,), (4,), (3, 5), (1, 2)),
         ],
-        "up": [*of((32, 64, 128), (64, 128, 256), (4, 8)), (16, 256, 4)],
+        "up": [*product((32, 64, 128), (64, 128, 256), (4, 8)), (16, 256, 4)],
         "up_backward": [
-            *of((64,), (256,), (4, 8), (2, 3), (1, 2)),
-            *of((64,), (128,), (4, 8), (2, 3), (1, 2, 4)),
-            *of((64,), (512,), (8,), (2, 3), (1,)),
-            *of((32,), (256,), (8,), (3,), (1, 2)),
+            *product((64,), (256,), (4, 8), (2, 3), (1, 2)),
+            *product((64,), (128,), (4, 8), (2, 3), (1, 2, 4)),
+            *product((64,), (512,), (8,), (2, 3), (1,)),
+            *product((32,), (256,), (8,), (3,), (1, 2)),
         ],
         "weight_gradient": [
-            *of((64,), (64,), (4,), (3, 4), (4, 8)),
-            *of((64,), (128,), (4, 8), (2, 3), (2, 4)),
-            *of((32,), (64, 128), (4,), (3,), (2, 4, 8)),
-            *of((128,), (64,), (4, 8), (2,), (2, 4)),
+            *product((64,), (64,), (4,), (3, 4), (4, 8)),
+            *product((64,), (128,), (4, 8), (2, 3), (2, 4)),
+            *product((32,), (64, 128), (4,), (3,), (2, 4, 8)),
+            *product((128,), (64,), (4, 8), (2,), (2, 4)),
         ],
         "input_gradient": [
-            *of((64,), (64, 128), (4, 8), (1, 2), (2, 4, 8)),
-            *of((128,), (64, 128), (8,), (2,), (2, 4)),
-            *of((32,), (128, 256), (4,), (2,), (4,)),
+            *product((64,), (64, 128), (4, 8), (1, 2), (2, 4, 8)),
+            *product((128,), (64, 128), (8,), (2,), (2, 4)),
+            *product((32,), (128, 256), (4,), (2,), (4,)),
         ],
     }[job]
 
 
 def cases(tokens: int, rank: int) -> list[Case]:
-    qkv, mlp, of_down = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)
-    found = []
+    qkv, mlp, down_proj = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)
+    all_cases = []
     for fp32 in (False, True):
         for job in ("down", "weight_gradient"):
-            found += [Case(job, names, tokens, rank, fp32, True) for names in (qkv, mlp)]
-            found += [Case(job, names, tokens, rank, fp32, False) for names in (qkv, of_down)]
+            all_cases += [Case(job, names, tokens, rank, fp32, True) for names in (qkv, mlp)]
+            all_cases += [Case(job, names, tokens, rank, fp32, False) for names in (qkv, down_proj)]
         for job in ("up", "up_backward"):
-            found += [Case(job, names, tokens, rank, fp32, False) for names in (qkv, mlp, of_down)]
-        found += [Case("input_gradient", names, tokens, rank, fp32, names != of_down) for names in (qkv, mlp, of_down)]
-    return found
+            all_cases += [Case(job, names, tokens, rank, fp32, False) for names in (qkv, mlp, down_proj)]
+        all_cases += [
+            Case("input_gradient", names, tokens, rank, fp32, names != down_proj) for names in (qkv, mlp, down_proj)
+        ]
+    return all_cases
 
 
 @contextmanager
 def planned(job: str, variant: Variant) -> Iterator[None]:
     """Launches take the variant's tiles instead of the plan's."""
-    own = {name: value for name, value in variant.items() if name != "PROGRAMS"}
+    tiles = {name: value for name, value in variant.items() if name != "PROGRAMS"}
     patch = mock.patch.object
 
     def changed(module: Any) -> Any:
@@ -168,7 +169,7 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
         def other(*arguments: Any, **keywords: Any) -> Any:
             chosen = plan(*arguments, **keywords)
             programs = {"programs": variant["PROGRAMS"]} if "PROGRAMS" in variant and job != "down" else {}
-            return replace(chosen, config=chosen.config | own, **programs)
+            return replace(chosen, config=chosen.config | tiles, **programs)
 
         return patch(module, "plan", other)
 
@@ -183,7 +184,7 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
                     return None
                 if not variant:
                     return chosen
-                config, wanted = chosen.config | own, variant["PROGRAMS"] * rest[3].multiprocessors
+                config, wanted = chosen.config | tiles, variant["PROGRAMS"] * rest[3].multiprocessors
                 u_parts = cdiv(N, config["BN"])
                 steps, parts = up_backward_plan._cut(cdiv(M, config["BM"]), u_parts, wanted)
                 return up_backward_plan.Pass(config | {"STEPS": steps}, u_parts * parts, u_parts, parts)
@@ -195,7 +196,7 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
             stack.enter_context(changed(module))
             if job == "down" and "PROGRAMS" in variant:  # K is cut below three quarters of a program a multiprocessor
                 cut, share = down.cut, variant["PROGRAMS"] / 0.75
-                stack.enter_context(patch(down, "cut", lambda *of: cut(*of[:-1], round(of[-1] * share))))
+                stack.enter_context(patch(down, "cut", lambda *rest: cut(*rest[:-1], round(rest[-1] * share))))
         yield
     up_backward_plan.plan.cache_clear()
     forget_launches()
@@ -234,7 +235,7 @@ def time_case(case: Case, milliseconds: float) -> list[tuple[float, Variant]]:
             torch.cuda.synchronize()  # ends here if the device is broken
             print(f"  {variant}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
     times.append((1e3 * do_bench_cudagraph(theirs, rep=milliseconds, return_mode="median"), {"torch": 1}))
-    return sorted(times, key=lambda of: of[0])
+    return sorted(times, key=lambda timed: timed[0])
 
 
 def main() -> None:
@@ -266,8 +267,8 @@ def main() -> None:
         times = time_case(case, options.milliseconds)
         document["cases"][str(case)] = [[round(us, 2), variant] for us, variant in times]
         output.write_text(json.dumps(document) + "\n", encoding="utf-8")
-        own, torchs = (next(us for us, variant in times if variant == of) for of in ({}, {"torch": 1}))
-        print(f"{case}: the plan's {own:.1f} us, torch's products {torchs:.1f} us", flush=True)
+        plans, torchs = (next(us for us, variant in times if variant == wanted) for wanted in ({}, {"torch": 1}))
+        print(f"{case}: the plan's {plans:.1f} us, torch's products {torchs:.1f} us", flush=True)
         for us, variant in times[:4]:
             print(f"  {us:8.1f}  {variant}", flush=True)
 

@@ -73,7 +73,7 @@ COLUMNS = [column.name for column in fields(Row)]
 
 
 def _of(*named: tuple[str, bool]) -> str:
-    return ", ".join(name for name, given in named if given)
+    return ", ".join(name for name, applies in named if applies)
 
 
 def _down(rank: int, dtypes: tuple) -> Iterator[Case]:

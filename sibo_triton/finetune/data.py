@@ -107,8 +107,8 @@ def _columns_of(path: Path, place: _Place, row: Mapping[str, Any]) -> tuple[str,
     if pair:
         (missing,) = set(_PAIR) - set(pair)
         raise InputError(f"{path}, {place}: has a column `{pair[0]}` but no column `{missing}`; {_NEEDED}.")
-    found = ", ".join(f"`{name}`" for name in row) or "none"
-    raise InputError(f"{path}, {place}: no column to train on (found: {found}); {_NEEDED}.")
+    names = ", ".join(f"`{name}`" for name in row) or "none"
+    raise InputError(f"{path}, {place}: no column to train on (found: {names}); {_NEEDED}.")
 
 
 def text_value(path: Path, place: _Place, row: Mapping[str, Any], column: str, may_be_empty: bool) -> str:

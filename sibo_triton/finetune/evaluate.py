@@ -101,7 +101,10 @@ def run_evaluation(options: EvaluateOptions, console: Console | None = None) -> 
     files = [(path, read_questions(path, options.recipe.template, options.limit)) for path in options.data]
     kinds = [_kind(options.recipe, path, questions) for path, questions in files]
     model, tokenizer = _load(options, console)
-    prompts = [[_prompt_ids(tokenizer, question) for question in questions] for _, questions in files]
+    prompts = [
+        [without_end(tokenizer(question.prompt)["input_ids"], tokenizer) for question in questions]
+        for _, questions in files
+    ]
     _check_lengths(options, model, files, prompts)
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -186,10 +189,6 @@ def _load(options: EvaluateOptions, console: Console) -> tuple[Any, Any]:
     tokenizer.padding_side = "left"  # a response begins where its prompt ends
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
-
-
-def _prompt_ids(tokenizer: Any, question: Question) -> list[int]:
-    return without_end(tokenizer(question.prompt)["input_ids"], tokenizer)
 
 
 def _check_lengths(

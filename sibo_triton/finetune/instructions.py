@@ -141,8 +141,8 @@ def read_questions(path: Path, template: PromptTemplate, limit: int | None = Non
 def _instruction(path: Path, place: str, row: Mapping[str, Any], needed: str) -> tuple[str, str]:
     """Instruction and input of a row; an input that is not there is an empty one."""
     if "instruction" not in row:
-        found = ", ".join(f"`{name}`" for name in row) or "none"
-        raise InputError(f"{path}, {place}: has no column `instruction` (found: {found}); {needed}.")
+        names = ", ".join(f"`{name}`" for name in row) or "none"
+        raise InputError(f"{path}, {place}: has no column `instruction` (found: {names}); {needed}.")
     instruction = text_value(path, place, row, "instruction", may_be_empty=False)
     if row.get("input") is None:
         return instruction, ""

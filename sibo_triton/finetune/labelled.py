@@ -99,8 +99,8 @@ def _columns_of(path: Path, place: str, row: Mapping[str, Any]) -> tuple[str, ..
     for columns in _COLUMNS:
         if all(column in row for column in columns):
             return columns
-    found = ", ".join(f"`{name}`" for name in row) or "none"
-    raise InputError(f"{path}, {place}: no column with a text (found: {found}); {_NEEDED}.")
+    names = ", ".join(f"`{name}`" for name in row) or "none"
+    raise InputError(f"{path}, {place}: no column with a text (found: {names}); {_NEEDED}.")
 
 
 def _label(path: Path, place: str, row: Mapping[str, Any], regression: bool) -> str | float:

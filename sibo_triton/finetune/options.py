@@ -166,7 +166,7 @@ def _check_method(options: FinetuneOptions) -> None:
                 f"{'sibo-' if options.mixes else ''}{kind}."
             )
     if not options.mixes:
-        given = [
+        without_effect = [
             name
             for name, used in (
                 ("--sibo-lambda", options.sibo_lambda is not None),
@@ -175,9 +175,9 @@ def _check_method(options: FinetuneOptions) -> None:
             )
             if used
         ]
-        if given:
+        if without_effect:
             raise InputError(
-                f"{given[0]} has no effect with --method {options.method}: drop it, or use --method "
+                f"{without_effect[0]} has no effect with --method {options.method}: drop it, or use --method "
                 f"sibo-{options.method}."
             )
     elif not 0.0 <= options.lambda_ <= 1.0:  # NaN fails the comparison too

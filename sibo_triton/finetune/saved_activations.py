@@ -24,12 +24,12 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]
         The number of bytes. Under gradient checkpointing it is what the checkpointed forward keeps, not what the
         recomputation allocates for a moment.
     """
-    own = {_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    model_storages = {_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         key = _key(tensor)
-        if key not in own:
+        if key not in model_storages:
             # The storage is held here too: were it freed during the forward, another could get the same address.
             kept.setdefault(key, tensor.untyped_storage())
         return tensor.detach()  # not `tensor`: an op that saves its own output would form a cycle

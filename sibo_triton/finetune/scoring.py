@@ -65,8 +65,8 @@ def _words(name: str, *words: str) -> AnswerKind:
     pattern = re.compile("|".join(words))
 
     def find(response: str) -> str | None:
-        found = pattern.search(response)
-        return found.group() if found else None
+        match = pattern.search(response)
+        return match.group() if match else None
 
     return AnswerKind(name, find, lambda text: text in words, str.__eq__)
 

@@ -172,12 +172,12 @@ def _describe_model(result: FinetuneResult, model: Any) -> None:
 
 
 def _lambdas(model: Any) -> dict[str, float]:
-    found = {}
+    lambdas = {}
     for name, module in model.named_modules():
         if isinstance(module, SiboLambda):
             layer = name.removeprefix("base_model.model.").rsplit(".", 2)[0]  # without the container and the adapter
-            found[layer] = float(module().detach())
-    return found
+            lambdas[layer] = float(module().detach())
+    return lambdas
 
 
 def _prepare_output(options: FinetuneOptions) -> Path:
@@ -292,9 +292,9 @@ def _train(result: FinetuneResult, trainer: Trainer, console: Console, output: P
 def _metrics(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
     """(step, metrics by name) of every evaluation of a task that has some."""
     of_trainer = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-    found = []
+    metrics = []
     for row in trainer.state.log_history:
         names = [name for name in row if name.startswith("eval_") and name not in of_trainer]
         if names:
-            found.append((row["step"], {name.removeprefix("eval_"): row[name] for name in names}))
-    return found
+            metrics.append((row["step"], {name.removeprefix("eval_"): row[name] for name in names}))
+    return metrics

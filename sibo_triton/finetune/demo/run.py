@@ -76,15 +76,15 @@ def run_demo(
         results["threads"] = torch.get_num_threads()
         base = _train_base(output, seed, scale, console, results)
         runs = _finetune_both(output, seed, scale, console, methods)
-        given = _answers(output, seed, base, runs, results)
+        answers = _answers(output, seed, base, runs, results)
         _measure(output, runs, scale, results)
     option = " --adapters" if methods == ADAPTER_METHODS else ""
     results["provenance"] = {"command": f"sibo-triton demo{option} --seed {seed}"} | provenance()
     results["seconds"] = {"wall": time.perf_counter() - began[0], "cpu": time.process_time() - began[1]}
     results["problems"] = _problems(results)
     (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    write_demo_report(output, results, runs, given)
-    print_outcome(console, output, results, given)
+    write_demo_report(output, results, runs, answers)
+    print_outcome(console, output, results, answers)
     return results["problems"]
 
 
@@ -195,17 +195,17 @@ def _answers(
     """Exact match on unseen subtractions of the base model and of each *reloaded* adapter, and a few of the answers."""
     tokenizer = AutoTokenizer.from_pretrained(output / "base")
     _, test = task.subtractions(seed)
-    given = {"base": task.answers(base, tokenizer, test)}
+    answers = {"base": task.answers(base, tokenizer, test)}
     results["reloaded_equal"] = {}
     for method, run in runs.items():
         trained = task.answers(run.model, tokenizer, test)
-        given[method] = task.answers(_load(output, method).to(run.device), tokenizer, test)
-        results["reloaded_equal"][method] = given[method] == trained
-    results["accuracy"] = {name: task.exact_match(test, texts) for name, texts in given.items()}
+        answers[method] = task.answers(_load(output, method).to(run.device), tokenizer, test)
+        results["reloaded_equal"][method] = answers[method] == trained
+    results["accuracy"] = {name: task.exact_match(test, texts) for name, texts in answers.items()}
     results["test_problems"] = len(test)
     return [
         {"problem": f"{p.a} - {p.b}", "right": str(p.answer)}
-        | {n: task.readable(texts[i]) for n, texts in given.items()}
+        | {n: task.readable(texts[i]) for n, texts in answers.items()}
         for i, p in enumerate(test[:_SHOWN])
     ]
 
@@ -243,10 +243,11 @@ def _batch(output: Path, scale: task.Scale, device: str) -> dict[str, torch.Tens
 
 
 def _problems(results: dict[str, Any]) -> list[str]:
-    own, accuracy = results["base_own_accuracy"], results["accuracy"]
+    own_accuracy, accuracy = results["base_own_accuracy"], results["accuracy"]
     problems = []
-    if own < _BASE_OWN_TASK_AT_LEAST:
-        problems.append(f"the base model answers {own:.1%} of additions, fewer than {_BASE_OWN_TASK_AT_LEAST:.0%}")
+    if own_accuracy < _BASE_OWN_TASK_AT_LEAST:
+        share = f"{own_accuracy:.1%} of additions, fewer than {_BASE_OWN_TASK_AT_LEAST:.0%}"
+        problems.append(f"the base model answers {share}")
     if accuracy["base"] > _BASE_NEW_TASK_AT_MOST:
         problems.append(
             f"the base model already answers {accuracy['base']:.1%} of subtractions, more than "

@@ -166,9 +166,9 @@ def answers(model: Any, tokenizer: PreTrainedTokenizerFast, problems: Sequence[P
     return tokenizer.batch_decode(made[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def exact_match(problems: Sequence[Problem], given: Sequence[str]) -> float:
+def exact_match(problems: Sequence[Problem], texts: Sequence[str]) -> float:
     """The share of problems whose answer is right in every digit."""
-    return sum(p.completion == text for p, text in zip(problems, given, strict=True)) / len(problems)
+    return sum(p.completion == text for p, text in zip(problems, texts, strict=True)) / len(problems)
 
 
 def readable(text: str) -> str:
