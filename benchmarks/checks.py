@@ -1,8 +1,8 @@
-"""Whether a provider computes what it should, before it is timed: outputs and gradients against the definition.
+"""Checks a provider before it is timed: outputs and gradients are compared with the definition's.
 
 The reference is the same model in float32 whose linears are those of `benchmarks/definitions.py`, on the same weights.
-Providers draw their dropout masks each in its own way, so values are compared with the rate at 0; then the rate is
-put back and the gradients must change by about as much as such a mask makes them (`dropout_problem`).
+Providers draw different dropout masks, so values are compared with the rate at 0; then the rate is restored and the
+gradients must change by about as much as a mask changes them (`dropout_problem`).
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from benchmarks.models import copy_of
 from benchmarks.providers import Peft, PeftMixed, Provider, kept_initial_residual
 from benchmarks.settings import AdapterSetting
 
-#: The norm of the error over that of the result: of all of it, and of its worst row and column. In bfloat16 PEFT's own
-#: LoRA has half of it on small shapes. Where its error is larger, others may have three times as much as it has; an
-#: eager adapter is the same to other bottleneck adapters.
+#: The norm of the error divided by that of the result, as a whole and for the worst row and column. In bfloat16 PEFT's
+#: own LoRA reaches half of it on small shapes. Where its error is larger, others may have three times its error; for
+#: bottleneck adapters the eager adapter sets this limit.
 TOLERANCE, TOLERANCE_OF_A_LINE = 0.03, 0.15
-#: The frozen model and what is stock PyTorch or PEFT are the yardstick of what rounding does.
+#: The frozen model and stock PyTorch or PEFT show how large rounding errors are.
 STOCK = (Provider, Peft, PeftMixed, EagerAdapter, EagerMixedAdapter)
 SLACK_OF_STOCK, SLACK_OVER_STOCK = 5.0, 3.0
 Values = dict[str, Tensor]
 
 
 def canonical(name: str) -> str:
-    """A linear's name from the base model's root, without what PEFT and torch.compile put around it."""
+    """A linear's name in the base model, without the prefixes of PEFT and torch.compile."""
     name = name.replace("_orig_mod.", "")
     return name.removeprefix("base_model.model.")
 
 
 def adapters_for(frozen: nn.Module, setting: AdapterSetting) -> dict[str, Weights]:
-    """The adapter's weights for each linear that gets one, random by its name.
+    """The adapter's weights for each linear that gets one, random, seeded by its name.
 
-    In float32, with the values that the adapter's dtype can hold.
+    In float32, rounded to the adapter's dtype.
     """
     adapters = {}
     for name, linear in frozen.named_modules():
@@ -67,7 +67,7 @@ def put_adapters(model: nn.Module, adapters: dict[str, Weights]) -> None:
     """Give a provider's model these adapters' weights.
 
     Raises:
-        ValueError: the model does not have adapters on just these linears, with just these weights.
+        ValueError: the model's adapters are not on exactly these linears, with exactly these weights.
     """
     placed = set()
     with torch.no_grad():
@@ -86,9 +86,9 @@ def put_adapters(model: nn.Module, adapters: dict[str, Weights]) -> None:
 
 @contextmanager
 def without_known_warnings() -> Iterator[None]:
-    """What each provider of each row would say again."""
+    """Suppress warnings that each provider of each row would repeat."""
     with warnings.catch_warnings():
-        # of a part nothing can be found out by running the model: its mixing linears are named
+        # the trial run finds nothing in a part of a model: its mixing linears are named
         warnings.filterwarnings("ignore", message="What feeds the modules")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         yield
@@ -121,7 +121,7 @@ def reference_model(frozen: nn.Module, adapters: dict[str, Weights], setting: Ad
 
 
 def gradients_of(model: nn.Module) -> Values:
-    """Those of the adapters' weights, by "q_proj.A" and the like, of a provider's model or the reference."""
+    """The gradients of the adapters' weights in a provider's model or the reference, by names such as "q_proj.A"."""
     values = {}
     for name, module in model.named_modules():
         for weight, parameter in weights_of(module).items():
@@ -133,11 +133,11 @@ def gradients_of(model: nn.Module) -> Values:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        worst: the largest error, over the tolerance: above 1 it is wrong.
-        what: of which result.
+        worst: the largest error divided by the tolerance; above 1 the provider is wrong.
+        what: the result that has this error.
         problem: what is wrong, or None.
     """
 
@@ -147,10 +147,10 @@ class Verdict:
 
 
 def compare(actual: Values, expected: Values, allowed: dict[str, float] | None = None) -> Verdict:
-    """Each result against the definition's, all of it and line by line; what is not finite is wrong.
+    """Compare each result with the definition's, as a whole and by rows and columns; non-finite values are wrong.
 
     Args:
-        found, expected: by the same names.
+        actual, expected: with the same names.
         allowed: errors that are allowed beyond the tolerances, by the names of :func:`errors`.
     """
     if actual.keys() != expected.keys():
@@ -174,7 +174,7 @@ def tolerance_of(what: str) -> float:
 
 
 def errors(actual: Values, expected: Values) -> dict[str, float]:
-    """The norm of each result's error over the result's own, and those of its worst row and column."""
+    """The norm of each result's error divided by that of the result, also for the worst row and column."""
     table = {}
     for name, value in actual.items():
         exact = expected[name].float().reshape(-1, expected[name].shape[-1])
@@ -187,13 +187,13 @@ def errors(actual: Values, expected: Values) -> dict[str, float]:
 
 
 class Yardsticks:
-    """Verdicts on providers in their order, a stock one before those that are measured by its error."""
+    """Verdicts on providers; a stock provider must precede those whose limits depend on its error."""
 
     def __init__(self) -> None:
         self.allowed: dict[bool, dict[str, float]] = {}  # by whether it mixes
 
     def verdict(self, provider: Provider, actual: Values, expected: Values) -> Verdict:
-        """What a provider computes, without dropout, against the definition."""
+        """Compare what a provider computes without dropout with the definition."""
         stock = type(provider) in STOCK
         if not stock or actual.keys() != expected.keys():
             allowed = self.allowed.get(provider.mixes, next(iter(self.allowed.values()), None))
@@ -206,12 +206,12 @@ class Yardsticks:
 
 
 class SharedWeights:
-    """A comparison's frozen model and adapters, and what the definition makes of them; made once for all providers.
+    """A comparison's frozen model and adapters, and the definition's results; shared by all providers.
 
     Args:
         frozen: in bfloat16, on the device.
         setting: of the adapters.
-        evaluates: whether models run as for inference.
+        evaluates: whether models run in evaluation mode.
     """
 
     def __init__(self, frozen: nn.Module, setting: AdapterSetting, evaluates: bool = False) -> None:
@@ -221,11 +221,11 @@ class SharedWeights:
         self._yardsticks = Yardsticks()
 
     def model(self, provider: Provider) -> nn.Module:
-        """A provider's."""
+        """A provider's model on these weights."""
         return built(provider, self.frozen, self.setting, self.adapters, not self.evaluates)
 
     def expected(self, provider: Provider, values: Callable[[nn.Module], Values]) -> Values:
-        """What the definition computes: `values` of its model, in float32."""
+        """The definition's results: `values` of its model, in float32."""
         kind = "frozen" if type(provider) is Provider else "mixed" if provider.mixes else "plain"
         if kind not in self._expected:
             adapters = {} if kind == "frozen" else self.adapters
@@ -244,7 +244,7 @@ def dropouts(model: nn.Module) -> list[nn.Dropout]:
 
 
 def without_dropout(model: nn.Module, values: Callable[[], Values]) -> Values:
-    """What a model computes with every rate at 0."""
+    """What a model computes with every dropout rate at 0."""
     rates = [(module, module.p) for module in dropouts(model)]
     try:
         for module, _ in rates:
@@ -256,10 +256,10 @@ def without_dropout(model: nn.Module, values: Callable[[], Values]) -> Values:
 
 
 def dropout_problem(actual: Values, expected: Values, rate: float) -> str | None:
-    """What is wrong with the gradients of the adapters' matrices under dropout, if something is, against those without.
+    """What is wrong with the adapters' gradients under dropout, compared with those without; None if nothing is.
 
-    A mask of rate p changes ``A x`` by ``sqrt(p / (1 - p))`` of itself where x is random; in a whole layer gradients
-    change by two or three times that. Gradients that are not there change by 1, those of something else by more.
+    A mask of rate p changes ``A x`` by a fraction ``sqrt(p / (1 - p))`` if x is random; in a whole layer gradients
+    change by two or three times that. Missing gradients change by 1, wrong ones by more.
     """
     usual, changes = math.sqrt(rate / (1 - rate)), errors(actual, expected)
     matrices = tuple(f".{name}" for definition in DEFINITIONS.values() for name in definition.matrices)

@@ -1,8 +1,8 @@
-"""Training steps on the CPU, ours beside PEFT's: `python -m benchmarks.cpu`.
+"""Training steps on the CPU, ours compared with PEFT's: `python -m benchmarks.cpu`.
 
-Forward + backward of a small Llama, float32, with adapters of rank 16 on all linears, by every provider that does
-without a GPU. pytest-benchmark takes the times; as machines drift, the providers run in turns, and what counts is the
-median over the turns of the ratio to PEFT's LoRA in the same turn. Writes `benchmarks/results/cpu.json`.
+Forward + backward of a small Llama, float32, with adapters of rank 16 on all linears, by every provider that needs no
+GPU. pytest-benchmark takes the times; because machines drift, the providers take turns, and the result is the median
+over the turns of the ratio to PEFT's LoRA in the same turn. Writes `benchmarks/results/cpu.json`.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def model_with(provider: Provider, setting: Setting) -> nn.Module:
     torch.manual_seed(0)
     model = LlamaModel(LlamaConfig(**SHAPE, attn_implementation="sdpa"))
     model.requires_grad_(False)
-    model.enable_input_require_grads()  # the first layer's x wants its gradient, as every other's does
+    model.enable_input_require_grads()  # the first layer's x needs a gradient, as in all other layers
     torch.manual_seed(1)
     return provider.wrap(model, setting)
 
 
 def step(model: nn.Module, input_ids: torch.Tensor, grad: torch.Tensor) -> None:
-    """Forward and backward; gradients are made anew."""
+    """Forward and backward, starting without gradients."""
     model.zero_grad(set_to_none=True)
     model(input_ids=input_ids, use_cache=False).last_hidden_state.backward(grad)
 

@@ -1,9 +1,9 @@
-"""Generation, ours beside the frozen model and PEFT's LoRA, on a GPU: `python -m benchmarks.decode`.
+"""Generation on a GPU, ours compared with the frozen model and PEFT's LoRA: `python -m benchmarks.decode`.
 
 `generate` of transformers on layers of Llama-3-8B's width with its vocabulary, greedy, with a cache, adapters unmerged:
-milliseconds per token at batch 1 and 32. In each turn one token is generated, and then many: the time per token is
-their difference, without the prompt. Logits with the cache are compared with the definition's without, before a
-provider is timed.
+milliseconds per token at batch 1 and 32. Each turn generates one token, and then many: the time per token comes from
+the difference, which excludes the prompt. Before a provider is timed, its logits with the cache are compared with the
+definition's without.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from benchmarks.settings import Setting
 from benchmarks.timing import Effort
 
 PROMPT = 64
-#: The addmm_ scheme serves training.
+#: The addmm_ scheme is for training.
 TIMED = tuple(provider for provider in PROVIDERS if "addmm" not in provider.name)
 
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """A model, and how many sequences it continues at a time."""
+    """A model, and the number of sequences in a batch."""
 
     architecture: Architecture
     batch: int

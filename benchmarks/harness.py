@@ -1,7 +1,7 @@
-"""One row of a timed benchmark after another: build each provider, check it, time them in turn, write the row.
+"""Runs the rows of a timed benchmark: build and check each provider, time them in turn, write the row.
 
-A provider that computes something else is printed as WRONG and gets no time; one that raises is printed with its error.
-Either way the others go on.
+A provider that computes something wrong is printed as WRONG and is not timed; one that raises is printed with its
+error. In both cases the others continue.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IN_TURN = "all, in turn"
 
 
 class Row(Protocol):
-    """What is compared on one shape."""
+    """A comparison on one shape."""
 
     title: str
     setting: AdapterSetting
@@ -37,30 +37,30 @@ class Row(Protocol):
         """Whether the provider takes part."""
 
     def describe(self) -> dict[str, Any]:
-        """What the row is, for the file."""
+        """The row's settings, for the file."""
 
     def open(self, device: str) -> Comparison:
-        """The row with its memory."""
+        """Allocate the row's weights and inputs."""
 
 
 class Comparison(Protocol):
-    """A row whose weights and inputs are there."""
+    """A row with its weights and inputs."""
 
     def build(self, provider: Provider) -> Step:
-        """Its model, with the weights that all have."""
+        """The provider's model, with the weights that all share."""
 
     def check(self, provider: Provider, step: Step) -> Verdict:
-        """Its outputs and gradients against the definition's."""
+        """Compare its outputs and gradients with the definition's."""
 
     def more(self, provider: Provider, step: Step) -> dict[str, Any]:
-        """Further facts, before it is timed."""
+        """Further facts, collected before it is timed."""
 
     def derived(self, name: str, facts: dict[str, Any], floor: dict[str, Any], ceiling: dict[str, float]) -> None:
-        """Add to a provider's facts what follows from its times."""
+        """Add what follows from its times to a provider's facts."""
 
 
 class Session:
-    """A run of a benchmark: its file, its time, and what is said as it goes."""
+    """A run of a benchmark, with its file of results and its time budget; prints progress."""
 
     def __init__(self, results: ResultsFile, device: str, budget: Budget, effort: Effort) -> None:
         self.results, self.device, self.budget, self.effort = results, device, budget, effort
@@ -71,7 +71,7 @@ class Session:
         )
 
     def run(self, rows: Sequence[Row], providers: Sequence[Provider]) -> None:
-        """Time the rows in their order, as many as fit the time."""
+        """Time the rows in order, as many as fit the budget."""
         left = [row for row in rows if not self.results.has(row.title)]
         while left and self.budget.begin_row():
             row = left.pop(0)
@@ -106,7 +106,7 @@ class Session:
         self.results.add({"title": row.title, **row.describe(), "providers": facts})
 
     def _prepared(self, row: Row, comparison: Comparison, provider: Provider) -> tuple[Step | None, dict[str, Any]]:
-        """A provider that is built and right, or None, and what is known of it."""
+        """A provider's step if it was built and is correct, or None; and its facts."""
         reason = provider.unavailable(row.setting)
         if reason is not None:
             return None, {"unavailable": reason}
@@ -135,7 +135,7 @@ class Session:
     def _timed(
         self, row: Row, comparison: Comparison, steps: list[Step], facts: dict[str, dict[str, Any]]
     ) -> dict[str, dict[str, Any]]:
-        """The facts of the providers that were timed, or that failed then."""
+        """The facts of the providers that were timed, or that failed during timing."""
         times = interleaved(
             steps, self.device, self.effort, lambda name: self.results.begin(row.title, name or IN_TURN)
         )
@@ -151,7 +151,7 @@ class Session:
         return outcomes
 
     def _stop_if_broken(self, row: Row, name: str, error: Exception) -> None:
-        """End the process if the device does not run anything any more; the supervisor starts another."""
+        """End the process if the device can no longer be used; the supervisor starts another."""
         traceback.clear_frames(error.__traceback__)  # which hold memory
         _free(self.device)
         if self.device != "cuda":
@@ -167,7 +167,7 @@ class Session:
 
 
 def _free(device: str) -> None:
-    with suppress(Exception):  # a broken device is found out elsewhere
+    with suppress(Exception):  # a broken device is detected elsewhere
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
         gc.collect()
@@ -181,7 +181,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _say(name: str, error: Exception) -> str:
-    """Print an error, where it came from in full for whoever mends it, and return it as a line."""
+    """Print an error, with its traceback for debugging, and return it as a line."""
     line = _one_line(error)
     print(f"  {name}: FAILED, {line}", flush=True)
     if not isinstance(error, torch.OutOfMemoryError):
@@ -209,7 +209,7 @@ def run_benchmark(
     options: argparse.Namespace,
     effort: Effort,
 ) -> int:
-    """What the timed benchmarks' `main` does after its options are read; the exit status."""
+    """The common part of the timed benchmarks' `main`, after parsing the options; returns the exit status."""
     rows = [row for row in rows if all(word in row.title for word in options.only)]
     if not rows:
         sys.exit(f"benchmarks.{name}: no row's title holds {' and '.join(map(repr, options.only))}; --list shows them")

@@ -1,15 +1,15 @@
 """Python and dispatch time of LoRA modules on tiny tensors: `python -m benchmarks.host_time`.
 
-Forward + backward, and forward without gradients, of one linear and of three that share x. What is printed is what a
-provider adds to the frozen linears, divided by their number: medians over runs in turn, in microseconds. h0's hooks
-count for those that mix.
+Forward + backward, and forward without gradients, of one linear and of three that share x. Printed is the time that a
+provider adds to the frozen linears, divided by their number: medians over runs in turn, in microseconds. It includes
+h0's hooks for providers that mix.
 
-On the CPU, where tensors this small cost next to nothing themselves, it is the process's time. "kernels' path" is then
-what the host does on a GPU, but for what torch's CUDA allocator and operations take more than its CPU ones, and for the
-driver: kernels are compiled and bound, and not launched. Its tensors hold nothing.
+On the CPU, where computing on such small tensors costs almost nothing, it is process time. "kernels' path" is then the
+host's work for a GPU, except for the driver and the additional cost of torch's CUDA allocator and operations: kernels
+are compiled and bound, but not launched. Its outputs are not computed.
 
-With --device cuda it is the time that passes until the GPU has done all of some repeats. It waits for the host, as
-launches of this size take the host longer than the GPU.
+With --device cuda it is the time until the GPU has finished all repeats. The GPU waits for the host, as launches of
+this size take the host longer than the GPU.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ TOKENS, REPEATS = 2, 20
 GROUPS = {"one linear": ("o_proj",), "three that share x": ("q_proj", "k_proj", "v_proj")}
 
 
-def h100_that_is_not_there() -> AbstractContextManager[None]:
-    """Inside, launchers and Triton do everything for an H100 but call its driver."""
+def simulated_h100() -> AbstractContextManager[None]:
+    """Inside, launchers and Triton do everything for an H100 except calling its driver."""
     return launching_for(TARGETS["sm_90"][0])
 
 
@@ -60,7 +60,7 @@ class Run:
         self._now = now_on_gpu if device == "cuda" else time.process_time
 
     def microseconds(self, h0: torch.Tensor, x: torch.Tensor, grads: list[torch.Tensor]) -> tuple[float, float]:
-        """Of a forward + backward, and of a forward without gradients: the mean of some."""
+        """The mean of some repeats: of forward + backward, and of forward without gradients."""
         with self.choice:
             start = self._now()
             for _ in range(REPEATS):
@@ -73,13 +73,13 @@ class Run:
 
 
 def now_on_gpu() -> float:
-    """The time when the GPU has done what it was given."""
+    """The time after the GPU has finished its work."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device: str) -> dict[str, Run]:
-    """By name, the frozen linears first."""
+    """The runs by name, the frozen linears first."""
     providers = (Provider(), Peft(), OursLora(), PeftMixed(), OursSibo())
     runs = {
         provider.name: Run(provider, names, dtype, setting, device)
@@ -105,7 +105,7 @@ def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int, devi
     grads = [torch.randn(1, TOKENS, TINY.shapes()[name][1], dtype=dtype, device=device) for name in names]
     x.requires_grad_()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    with h100_that_is_not_there() if device == "cpu" else nullcontext():
+    with simulated_h100() if device == "cpu" else nullcontext():
         for run in runs.values():
             run.microseconds(h0, x, grads)  # compiles
         for _ in range(rounds):

@@ -1,8 +1,8 @@
 """Where a layer's time goes, kernel by kernel, on a GPU: `python -m benchmarks.kernel_times`.
 
-Forward and backward of a layer under torch's profiler, for some providers, one after another: every kernel that the
-device ran, how often and for how long; and for each launch of ours what it moves by count (`launch_traffic.py`), with
-the bandwidth that follows. Shares of the copy's bandwidth, measured in the same run, above 1 are the cache's.
+Profiles forward and backward of a layer with torch's profiler, for some providers: every kernel that the device ran,
+how often and for how long; and for each of our launches the bytes that it moves (counted by `launch_traffic.py`) and
+the resulting bandwidth. Shares above 1 of the copy's bandwidth, measured in the same run, are due to the cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS = 8
 
 
 def device_kernels(step: LayerStep) -> list[list[tuple[str, float]]]:
-    """Of each of some steps, what the device ran: names and microseconds, in order."""
+    """The kernels that the device ran in each step, in order: names and microseconds."""
     steps = []
     for i in range(STEPS + 2):
         step.reset()
@@ -49,7 +49,7 @@ def device_kernels(step: LayerStep) -> list[list[tuple[str, float]]]:
 
 
 def traffic_of(step: LayerStep) -> list[Traffic]:
-    """Of each launch of ours, in order."""
+    """The traffic of each of our launches, in order."""
     launches: list[Traffic] = []
     step.reset()
     with recorded_launches(launches.append, run=True):
@@ -59,7 +59,7 @@ def traffic_of(step: LayerStep) -> list[Traffic]:
 
 
 def totals(steps: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
-    """By kernel: how often a step runs it and its microseconds in all, the median step's; the longest first."""
+    """For each kernel, how often a step runs it and its total microseconds, medians over steps; the longest first."""
     by_name: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in steps])
     for i, step in enumerate(steps):
         for name, microseconds in step:
@@ -72,7 +72,7 @@ def totals(steps: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
 
 
 def ours(steps: list[list[tuple[str, float]]], launches: list[Traffic], copy_GB_per_s: float) -> list[dict[str, Any]]:
-    """Each launch of ours in order: its traffic, and the median of its times."""
+    """Each of our launches in order: its traffic, and its median time."""
     launched = [[event for event in step if event[0] in KERNELS] for step in steps]
     if any([name for name, _ in step] != [launch.name for launch in launches] for step in launched):
         raise RuntimeError("what the profiler saw of our kernels is not what was launched")

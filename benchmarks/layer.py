@@ -1,11 +1,11 @@
-"""Forward and backward of one layer, ours beside every peer, on a GPU: `python -m benchmarks.layer`.
+"""Forward and backward of one layer on a GPU, ours compared with every peer: `python -m benchmarks.layer`.
 
 A row is a whole decoder layer of transformers (a model of one layer, on random tokens), the linears that share an
 input, or one linear, with random weights in bfloat16; the most important rows come first. For each provider:
 
-* milliseconds of forward, backward and both, percent over the frozen layer, and for ours the ratio to each peer;
+* milliseconds of forward, backward and both, percentage over the frozen layer, and for ours the ratio to each peer;
 * what autograd keeps for the backward, and the peak of what is allocated, beyond weights and inputs;
-* the share of the measured ceilings: of bfloat16 GEMM for the products of all linears, and of copying for the least
+* the share of the measured ceilings: of bfloat16 GEMMs for the products of all linears, and of a copy for the minimum
   that an adapter must move in the time that it adds (`settings.least_moved`).
 
 Every provider's outputs and gradients are compared with the definition's before it is timed (`checks.py`).
@@ -58,7 +58,7 @@ class LayerRow:
 
     Attributes:
         names: of the part's linears; None is the whole layer.
-        compiles: whether torch.compile takes part.
+        compiles: whether providers under torch.compile take part.
     """
 
     architecture: Architecture
@@ -98,13 +98,13 @@ class LayerRow:
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
-        """The linears with adapters, those that share an input together."""
+        """The linears with adapters, grouped by the input that they share."""
         groups = groups_of(self.architecture) if self.names is None else [self.names]
         targets = replace(self.setting, linears=self.architecture.linears).targets
         return [group for group in groups if set(group) & set(targets)]
 
     def takes(self, provider: Provider) -> bool:
-        """The kind's, but for those that mix in a part that does not, and torch.compile where it is not asked for."""
+        """Providers of the setting's kind; mixing ones if a linear mixes, compiled ones if the row compiles."""
         mixes = self.names is None or any(name in self.architecture.linears.mixing for name in self.names)
         of_kind = isinstance(self.setting, provider.takes)
         return of_kind and (mixes or not provider.mixes) and (self.compiles or not provider.compiles)
@@ -146,7 +146,7 @@ class LayerStep:
 
 
 class LayerComparison:
-    """A row with its weights and inputs; a whole layer or a part, by the subclass."""
+    """A row with its weights and inputs; subclasses are for a whole layer and for a part."""
 
     frozen: nn.Module
     inputs: list[tuple[Tensor, ...]]
@@ -159,11 +159,11 @@ class LayerComparison:
         self.weights = checks.SharedWeights(self.frozen, self.setting)
 
     def make(self) -> None:
-        """The frozen model, inputs and gradients of outputs."""
+        """Make the frozen model, inputs and gradients of outputs."""
         raise NotImplementedError
 
     def input_gradient(self, step: LayerStep) -> tuple[tuple[Tensor, ...], Callable[[], Tensor | None]]:
-        """The outputs, and a call that gives dx after the backward."""
+        """The outputs, and a function that returns dx after the backward."""
         raise NotImplementedError
 
     def random(self, *shape: int) -> Tensor:
@@ -186,7 +186,7 @@ class LayerComparison:
 
     def expected(self, provider: Provider) -> Values:
         def values(model: nn.Module) -> Values:
-            # tokens, or h0 and x, of which the last wants a gradient
+            # tokens, or h0 and x, where the last needs a gradient
             *others, last = (t.detach().float() if t.is_floating_point() else t for t in self.inputs[0])
             inputs = (*others, last.requires_grad_(last.is_floating_point()))
             return self.values(LayerStep("definition", model, [inputs], self.grads))
@@ -195,7 +195,7 @@ class LayerComparison:
 
     def check(self, provider: Provider, step: LayerStep) -> Verdict:
         expected, rate = self.expected(provider), self.setting.dropout
-        with_dx = not provider.compiles  # a hook, or another rate, would be compiled anew
+        with_dx = not provider.compiles  # a hook, or another rate, would cause a recompilation
         if not with_dx:
             expected = {name: value for name, value in expected.items() if name != "gradient of the input"}
         if rate == 0 or not provider.compiles:
@@ -210,7 +210,7 @@ class LayerComparison:
 
     def more(self, provider: Provider, step: LayerStep) -> dict[str, Any]:
         if provider.compiles:
-            return {}  # the hooks that count would be compiled in
+            return {}  # the hooks that count would be compiled too
         return {"saved_MiB": round(saved_activation_bytes(step.model, lambda: step.forward(0)) / MIB, 1)}
 
     def derived(self, name: str, facts: dict[str, Any], floor: dict[str, Any], ceiling: dict[str, float]) -> None:
@@ -228,12 +228,12 @@ class LayerComparison:
             mixes = any(provider.mixes for provider in TIMED if provider.name == name)
             least = sum(least_moved(targets, shapes, M, mixes))
             facts["least_bytes_added"] = least
-            if added > 0:  # else it is not to be told from the frozen layer
+            if added > 0:  # otherwise it cannot be distinguished from the frozen layer
                 facts["share_of_copy_of_what_it_adds"] = round(least / added / 1e6 / ceiling["copy_GB_per_s"], 4)
 
 
 class WholeLayer(LayerComparison):
-    """A model of one layer on random tokens of a frozen embedding: its h0 is the layer's input before the norm."""
+    """A model of one layer on random tokens with a frozen embedding: its h0 is the layer's input before the norm."""
 
     def make(self) -> None:
         row, (batch, length) = self.row, self.row.batch
@@ -293,7 +293,7 @@ def groups_of(architecture: Architecture) -> list[tuple[str, ...]]:
 def plan(quick: bool) -> list[LayerRow]:
     """The rows, the most important first."""
     both = (BF16, DEFAULTS)
-    # to compile takes as long as several rows
+    # compiling takes as long as several rows
     rows = [LayerRow(LLAMA_3_8B, 8192, setting, compiles=not quick) for setting in both]
     sweep = (2048, 512, 32768) if quick else (2048, 512, 32768, 1024, 4096, 16384)
     rows += [LayerRow(LLAMA_3_8B, M, setting, compiles=not quick) for M in sweep for setting in both]

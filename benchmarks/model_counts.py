@@ -1,6 +1,6 @@
-"""Counts a provider's model: one forward and backward on tensors without data, per layer.
+"""Counts one forward and backward of a provider's model per layer, on tensors without data.
 
-A model of one layer and one of two are run; each further layer counts as the second.
+Models of one and of two layers are run; each further layer counts as the second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.settings import AdapterSetting, Setting
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in bfloat16, and its batch."""
+    """A model in bfloat16, and the size of its batch."""
 
     architecture: Architecture = LLAMA_3_8B
     batch: int = 4
@@ -35,10 +35,10 @@ class Workload:
 
 
 def frozen_model(architecture: Architecture) -> PreTrainedModel:
-    """On the CPU, not initialised: memory is given to what is written only. Its input asks for a gradient."""
-    # the embeddings are frozen, and no head is on top
+    """On the CPU, not initialised, so that untouched weights take no memory. Its input requires a gradient."""
+    # the embeddings are frozen, and there is no head
     model = models.frozen_model(architecture, "meta", torch.bfloat16, vocabulary=128, head=False).to_empty(device="cpu")
-    for buffer in model.buffers():  # positions, with which the library runs the model once, to see who shares x
+    for buffer in model.buffers():  # positions, needed by the trial run that finds which layers share x
         buffer.zero_()
     model.config.use_cache = False
     model.enable_input_require_grads()
@@ -48,7 +48,7 @@ def frozen_model(architecture: Architecture) -> PreTrainedModel:
 def operations_of(
     provider: Provider, setting: AdapterSetting, work: Workload, layers: int
 ) -> tuple[list[Traffic], int]:
-    """Of one step of the whole model, and the bytes that it keeps for the backward."""
+    """The operations of one step of the whole model, and the bytes that it keeps for the backward."""
     model: nn.Module = provider.wrap(frozen_model(work.architecture.with_layers(layers)), setting)
     with FakeTensorMode() as mode:
         to_fake(model, mode)
@@ -58,14 +58,14 @@ def operations_of(
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What a step counts, of models of any depth."""
+    """The counts of a step, for models of any depth."""
 
-    one_layer: Counts  # of a model with one layer, with what is once per network
+    one_layer: Counts  # of a model with one layer, including what occurs once per network
     further_layer: Counts
     kernels: dict[str, dict[str, int]]  # of a model with one layer, by name
 
     def per_layer(self, layers: int) -> Counts:
-        """Of a model with so many layers, divided by them."""
+        """The counts of a model with so many layers, divided by their number."""
         return (self.one_layer + self.further_layer * (layers - 1)) * (1 / layers)
 
     def __sub__(self, other: StepCounts) -> StepCounts:
@@ -79,12 +79,12 @@ def step_of(provider: Provider, setting: AdapterSetting, work: Workload) -> Step
 
 @cache
 def floor_of(work: Workload) -> StepCounts:
-    """The frozen model's."""
+    """The counts of the frozen model."""
     return step_of(Provider(), Setting(fp32_adapters=False, dropout=0.0), work)
 
 
 def kernels_of(operations: list[Traffic]) -> dict[str, dict[str, int]]:
-    """Sums over the launches of each kernel of ours."""
+    """Sums over the launches of each of our kernels."""
     names = dict.fromkeys(operation.name for operation in operations if operation.grid is not None)
     table = {}
     for name in names:

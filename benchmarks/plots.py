@@ -1,9 +1,9 @@
-"""Draw the results: `python -m benchmarks.plots`, from the files in `benchmarks/results/` and nothing else.
+"""Draws the results: `python -m benchmarks.plots`, from the files in `benchmarks/results/` only.
 
 * `traffic.png`: launches, bytes moved and bytes kept that LoRA adds to a layer, counted;
-* `layer-*.png`, `step-*.png`, `decode-*.png`, of each GPU that has results: time over the frozen model, measured.
+* `layer-*.png`, `step-*.png`, `decode-*.png`, for each GPU with results: time over the frozen model, measured.
 
-What has no results has no plot. Without matplotlib there are none, and a line says so.
+Without results there is no plot; without matplotlib there are none, and a message says so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sibo_triton.finetune.plots import NO_PLOTS, can_plot
 
 PLOTS = Path(__file__).resolve().parent / "plots"
 
-#: Ours in the two strong colours, peers in quiet ones, the same in every plot; and the marks of lines.
+#: Colours and line markers, the same in every plot: ours in two strong colours, peers in muted ones.
 STYLES = {
     "ours, SIBO": ("#c2410c", "o"),
     "ours, lambda = 0": ("#1d4ed8", "o"),
@@ -64,7 +64,7 @@ def label(provider: str) -> str:
 
 
 def ordered(providers: Sequence[str]) -> list[str]:
-    """As every plot and legend has them; an unknown one last."""
+    """In the order of every plot and legend; unknown ones last."""
     return sorted(providers, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
@@ -81,7 +81,7 @@ def figure_of(rows: int, columns: int, height: float, **options: Any) -> tuple[A
 
 
 def bars(axes: Any, names: Sequence[str], values: Sequence[float], form: str, longest: float) -> None:
-    """Horizontal bars with their numbers, the first on top; `longest` is the scale's end."""
+    """Horizontal bars with their numbers, the first on top; `longest` sets the scale."""
     places = range(len(names))
     axes.barh(places, values, color=[STYLES.get(name, OTHER)[0] for name in names], height=0.72)
     for place, value in zip(places, values, strict=True):
@@ -125,7 +125,7 @@ def traffic_plot(results: dict[str, Any]) -> Any:
 
 
 def where(results: dict[str, Any]) -> str:
-    """What the numbers were measured on."""
+    """The device and versions of the measurement."""
     return f"{results.get('gpu', results['device'])}, torch {results['torch']}, commit {results['commit']}"
 
 
@@ -158,7 +158,7 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
                 label=label(name), marker=marker, markersize=5, linewidth=2.2 if strong else 1.2,
                 zorder=3 if strong else 2,
             )  # fmt: skip
-            if strong:  # of all of them at once, spreads hide the lines
+            if strong:  # only for ours: the spreads of all would hide the lines
                 each.fill_between(
                     x, [p["p20"] for _, p in points], [p["p80"] for _, p in points], color=colour, alpha=0.12, lw=0
                 )
@@ -178,7 +178,7 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
 
 
 def rows_plot(results: dict[str, Any], phase: str, measure: str, title: str) -> Any | None:
-    """Bars of each row's percent over the frozen model; the frozen model's own number is in the row's title."""
+    """Bars of each row's percentage over the frozen model, whose own number is in the row's title."""
     rows = [row for row in results["rows"] if any(_percent(facts, phase) for facts in row["providers"].values())]
     if not rows:
         return None
@@ -194,7 +194,7 @@ def rows_plot(results: dict[str, Any], phase: str, measure: str, title: str) -> 
         floor = row["providers"][FLOOR]
         amount = floor["ms"][phase]["p50"] if measure == "ms" else floor[measure]
         unit = "ms" if measure == "ms" else "tokens/s"
-        each.set_ylim(tallest - 0.5, -0.5)  # bars of one thickness in all panels
+        each.set_ylim(tallest - 0.5, -0.5)  # bars equally thick in all panels
         amount_text = f"{amount:,.0f}" if amount >= 100 else f"{amount:.3g}"
         wrapped = "\n".join(textwrap.wrap(row["title"], 50))
         each.set_title(f"{wrapped}\nfrozen: {amount_text} {unit}", fontsize=8)
@@ -205,7 +205,7 @@ def rows_plot(results: dict[str, Any], phase: str, measure: str, title: str) -> 
 
 
 def figures_of(file: Path) -> dict[str, Any]:
-    """The plots of a file of results, by the names of their own files."""
+    """The plots of a file of results, by file name."""
     results, name = json.loads(file.read_text(encoding="utf-8")), file.stem
     if name == "traffic":
         return {name: traffic_plot(results)}
@@ -223,12 +223,12 @@ def figures_of(file: Path) -> dict[str, Any]:
 
 
 def digest(file: Path) -> str:
-    """Of a file of results; its plots carry it, so that one that is not of these results can be told."""
+    """The digest of a file of results, which its plots contain, so that an outdated plot can be recognised."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def draw(results: Path, plots: Path) -> list[Path]:
-    """Draw all that a folder of results has; the files that were written."""
+    """Draw all results of a folder; returns the files that were written."""
     written = []
     for file in sorted(results.glob("*.json")):
         for name, figure in figures_of(file).items():

@@ -1,8 +1,8 @@
 """Compiles the kernels of the timed benchmarks in parallel, into Triton's cache: `python -m benchmarks.precompile`.
 
-`make gpu` runs it first, so that no benchmark's time goes into compiling. Our providers run the linears of each row,
-those that share an input together, on tensors without memory, for the device that is there: what a launch would
-compile is compiled (`ahead_of_time/without_gpu.py`).
+`make gpu` runs it first, so that no benchmark spends its time compiling. Our providers run the linears of each row,
+grouped by the input that they share, on tensors without memory, for the present device: this compiles what a launch
+would compile (`ahead_of_time/without_gpu.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def ours() -> list[Provider]:
 
 
 def jobs_of(quick: bool) -> list[Job]:
-    """All that the benchmarks' rows launch, each once, the most important first."""
+    """The jobs of all rows of the benchmarks, without duplicates, the most important first."""
     jobs: list[Job] = []
     for row in layer.plan(quick):
         jobs += _jobs(row.architecture, row.groups, [row.tokens], row.setting)
@@ -68,7 +68,7 @@ def _jobs(
     setting: AdapterSetting,
     trains: bool = True,
 ) -> list[Job]:
-    # with dropout a check also runs without
+    # with dropout, a check also runs without it
     settings = [setting, replace(setting, dropout=0.0)] if setting.dropout else [setting]
     return [
         Job(architecture, names, M, each, provider.name, trains)
@@ -82,23 +82,23 @@ def _jobs(
 
 
 def compiled_of(job: Job, gpu: Any, target: Any) -> list[Compiled]:
-    """The kernels of a job, compiled for a GPU that the launchers find as the target."""
+    """The kernels of a job, compiled for a GPU, with the launchers planning for the target."""
     with compiling_for(gpu, target) as compiled, as_on_a_gpu(target):
         run(job)
     return compiled
 
 
 def compile_job(arguments: tuple[Job, Any, Any]) -> tuple[str, int, str | None]:
-    """How many kernels were compiled of a job, and the error if there was one."""
+    """The job, how many of its kernels were compiled, and the error if there was one."""
     what = str(arguments[0])
     try:
         return what, len(compiled_of(*arguments)), None
-    except Exception as raised:  # the benchmark compiles it then, or shows the error with a device
+    except Exception as raised:  # the benchmark will compile it, or show the error
         return what, 0, f"{type(raised).__name__}: {raised}".splitlines()[0]
 
 
 def run(job: Job) -> None:
-    """Forward, and backward if it trains, on tensors of the device "meta"."""
+    """Forward, and backward if it trains, on the device "meta"."""
     provider = next(provider for provider in ours() if provider.name == job.provider)
     setting = replace(job.setting, linears=part_linears(job.architecture, job.names))
     with without_known_warnings():

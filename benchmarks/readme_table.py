@@ -1,4 +1,4 @@
-"""Write the tables of README and docs from the files of results that they name: `python -m benchmarks.readme_table`."""
+"""Writes the tables of README and docs from the files that they name: `python -m benchmarks.readme_table`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def traffic_table(results: dict[str, Any]) -> str:
 
 
 def bottleneck_table(results: dict[str, Any]) -> str:
-    """The same of bottleneck adapters, and what our kernels' tiles load again."""
+    """The same for bottleneck adapters, and what our kernels' tiles load repeatedly."""
     return markdown_table(ADDED, _added(results["bottleneck_adapters"]))
 
 
@@ -34,7 +34,7 @@ def _added(settings: dict[str, Any]) -> list[tuple[str, ...]]:
     for setting, providers in settings.items():
         for provider, counts in providers.items():
             added = counts.get("added_per_layer_of_32")
-            if added is None or "apart" in provider:  # the frozen model, what cannot do the setting, what was before
+            if added is None or "apart" in provider:  # frozen model, unsupported setting, or without grouping
                 continue
             sizes = (added["read"] + added["written"], added["saved"], added["reread"])
             moved, kept, again = (f"{size / MIB:,.0f}" for size in sizes)
@@ -57,7 +57,7 @@ def models_table(results: dict[str, Any]) -> str:
 
 
 def compiled_table(results: dict[str, Any]) -> str:
-    """What peers keep with and without `torch.compile`, and what ours keeps, which does the same."""
+    """What peers keep with and without `torch.compile`, and what our equivalent keeps."""
     rows = []
     for setting, compiled in results["kept_when_compiled"].items():
         eager = results["settings"].get(setting) or results["bottleneck_adapters"][setting]
@@ -70,7 +70,7 @@ def compiled_table(results: dict[str, Any]) -> str:
     return markdown_table(("adapters", "", "eager", "compiled", "ours"), rows)
 
 
-#: What the table of a GPU shows: how much longer than the frozen layer.
+#: The providers in the tables of a GPU.
 SHOWN = ("PEFT LoRA", "addmm_ scheme, siblings grouped", "ours, lambda = 0", "PEFT LoRA + eager mix", "ours, SIBO")
 SHOWN_ADAPTERS = ("eager adapter", "ours, adapter, lambda = 0", "eager adapter + eager mix", "ours, SIBO adapter")
 NOT_MEASURED = "Speed on a GPU: not measured yet."
@@ -97,7 +97,7 @@ def _over_frozen(facts: dict[str, Any]) -> str:
 
 
 def _layers(results: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """For each GPU: where its whole layers were measured, with a link, and their rows."""
+    """For each GPU a description of the measurement, with a link, and the rows of whole layers."""
     for file in sorted(results.glob("layer-*.json"), reverse=True):
         content = json.loads(file.read_text(encoding="utf-8"))
         rows = [row for row in content["rows"] if row["part"] == "layer"]
@@ -111,7 +111,7 @@ def _is_first(row: dict[str, Any]) -> bool:
 
 
 def gpu_tables(results: Path) -> str:
-    """For each GPU that timed it the layer that README is about, or that there is none."""
+    """A table of README's layer for each GPU that timed it, or a note that there is none."""
     parts = []
     for where, rows in _layers(results):
         first = [row for row in rows if _is_first(row)]
@@ -121,7 +121,7 @@ def gpu_tables(results: Path) -> str:
 
 
 def other_layers(results: Path) -> str:
-    """All other layers that were timed, on each GPU: of LoRA, and of bottleneck adapters."""
+    """Tables of all other timed layers for each GPU, for LoRA and for bottleneck adapters."""
     parts = []
     for where, rows in _layers(results):
         for shown in (SHOWN, SHOWN_ADAPTERS):
@@ -131,7 +131,7 @@ def other_layers(results: Path) -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-#: Columns of the table of kernels, and what they add up.
+#: Columns of the table of kernels, and the kernels that each sums up.
 OF_OURS = {
     "`down`": ("down_kernel",),
     "`up`": ("up_kernel",),
@@ -143,7 +143,7 @@ OF_OURS = {
 
 
 def kernels_table(results: Path) -> str:
-    """Microseconds that a layer's kernels take on each GPU, ours one by one; a file "-before" beside its successor."""
+    """Microseconds of a layer's kernels on each GPU, with a column for each of ours; a "-before" file is listed too."""
     rows = []
     for file in sorted(results.glob("kernel-times-*.json"), reverse=True):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -167,7 +167,7 @@ def kernels_table(results: Path) -> str:
 
 
 def tuning_table(results: Path) -> str:
-    """The fastest tiles of each case that was timed, beside those that the plans chose then."""
+    """The fastest tiles of each timed case, next to those that the plans chose then."""
     rows = []
     for file in sorted(results.glob("tune-*.json")):
         for case, timed in json.loads(file.read_text(encoding="utf-8"))["cases"].items():
@@ -183,7 +183,7 @@ GPUS = {"sm_80": "A100", "sm_90": "H100, H200", "sm_100": "B200", "sm_120": "RTX
 
 
 def compile_check_table(results: Path) -> str:
-    """How many kernels were compiled for each GPU, and how many of them do not fit it."""
+    """How many kernels were compiled for each GPU, and how many of them exceed a limit."""
     counts = []
     for target, gpu in GPUS.items():
         file = results / f"compile-check-{target}.json"
@@ -202,7 +202,7 @@ TABLES = {
     "models": ("traffic.json", models_table),
     "compiled": ("traffic.json", compiled_table),
 }
-#: Those that are made of several files.
+#: Tables made from several files.
 OF_RESULTS = {
     "gpu": gpu_tables,
     "layers": other_layers,
@@ -213,7 +213,7 @@ OF_RESULTS = {
 
 
 def with_tables(text: str, root: str = "") -> str:
-    """A document's text with the tables that it has markers for made anew; `root`: the way from it to the project's."""
+    """A document's text with new tables between its markers; `root`: the path from it to the project's root."""
     for name, (file, table) in TABLES.items():
         text = _between_markers(text, name, table(json.loads((RESULTS / file).read_text(encoding="utf-8"))))
     for name, table in OF_RESULTS.items():
@@ -222,7 +222,7 @@ def with_tables(text: str, root: str = "") -> str:
 
 
 def root_of(document: Path) -> str:
-    """The way from a document to the project's root, in links."""
+    """The relative path from a document to the project's root, for links."""
     return "../" * (len(document.relative_to(ROOT).parts) - 1)
 
 

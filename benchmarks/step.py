@@ -1,12 +1,12 @@
-"""A whole training step, ours beside every peer, on a GPU: `python -m benchmarks.step`.
+"""A whole training step on a GPU, ours compared with every peer: `python -m benchmarks.step`.
 
-Forward, loss, backward and AdamW on the adapters, of transformers' own causal language models with sdpa attention and
+Forward, loss, backward and AdamW on the adapters, of transformers' causal language models with sdpa attention and
 random weights in bfloat16: some layers of Llama-3-8B's width with its vocabulary, with and without gradient
 checkpointing, and a whole model of 0.5B on one short sequence, where launches dominate. The frozen model, the floor,
 runs forward, loss and backward.
 
-Reported are tokens per second, and the peak of what a step allocates beyond weights and optimizer states. Loss and
-gradients are compared with the definition's, on a short sequence, before a provider is timed.
+Reported are tokens per second, and the peak memory of a step beyond weights and optimizer states. Before a provider is
+timed, its loss and gradients on a short sequence are compared with the definition's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHECKED_TOKENS = 128
 
 @dataclass(frozen=True)
 class StepRow:
-    """A model, its batch, and how it trains."""
+    """A model, its batch, and its training settings."""
 
     architecture: Architecture
     batch: tuple[int, int]  # sequences, and tokens of each
@@ -126,7 +126,7 @@ class StepComparison:
         return results
 
     def check(self, provider: Provider, step: TrainingStep) -> Verdict:
-        if provider.compiles:  # a short sequence is another graph: the layer benchmark checks what is compiled
+        if provider.compiles:  # a short sequence would be another graph; the layer benchmark checks compiled models
             return Verdict(0.0, "nothing: compiled for one shape")
         expected, rate = self.weights.expected(provider, self.values), self.row.setting.dropout
         actual = checks.without_dropout(step.model, lambda: self.values(step.model))

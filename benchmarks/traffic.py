@@ -1,21 +1,22 @@
-"""What adapters add to a decoder layer, by count: `python -m benchmarks.traffic`.
+"""Counts what adapters add to a decoder layer: `python -m benchmarks.traffic`.
 
 One forward and backward of each provider runs on tensors without data (see `benchmarks/counting.py`), so that the
-counts are the same on every machine and need no GPU. What is reported of a provider is its model minus the frozen one:
+counts are the same on every machine and need no GPU. Reported is the difference between a provider's model and the
+frozen one:
 
-* launches; MiB read and written, each input and output of a launch once; MiB that our kernels load again, tile by tile;
+* launches; MiB read and written, each input and output of a launch once; MiB that our kernels' tiles load repeatedly;
 * MiB that autograd keeps for the backward;
-* the time that the roofline makes of it on an H200: modelled, not measured. It knows no host time and no latency, and
-  takes the bytes of a launch to move wholly under its products: what a frozen GEMM reads more costs nothing there.
+* the roofline's time on an H200: modelled, not measured. The model has no host time and no latency, and assumes that
+  moving a launch's bytes overlaps fully with its products: additional reads of a frozen GEMM are free.
 
-A model of one layer and one of two are run; each further layer counts as the second. The table shows a layer of 32, the
-results a layer of 1 too: what is kept once per network, as h0 is, makes the difference.
+Models of one and of two layers are run; each further layer counts as the second. The table shows a layer of 32, the
+results also a layer of 1: they differ by what is kept once per network, such as h0.
 
 LoRA and bottleneck adapters are counted on Llama-3-8B's layer, and LoRA's ratios to its peers on those of other models.
-Of peers under `torch.compile` only what they keep is counted (see `benchmarks/compiled_kept.py`).
+For peers under `torch.compile` only the kept bytes are counted (see `benchmarks/compiled_kept.py`).
 
-Where the count leans: torch's GEMMs count without re-reads, workspace and split sums, which are not known here, and
-every flop as fast as bfloat16's, which PEFT's float32 products are not. Ours count with all of it.
+The counts favour torch: its GEMMs count without re-reads, workspace and split sums, which are unknown here, and all
+flops as fast as bfloat16's, which PEFT's float32 products are not. Ours count with all of these.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ ADDED = f"added_per_layer_of_{LAYERS}"
 
 @dataclass(frozen=True)
 class CountedAdapters:
-    """Adapters of one kind.
+    """What is counted for one kind of adapters.
 
     Attributes:
-        settings: each a table.
-        providers: in its order, without the frozen model.
-        ratios: ours, and the peer that it is divided by.
+        settings: one table for each.
+        providers: in the order of the tables, without the frozen model.
+        ratios: pairs of ours and the peer by which it is divided.
     """
 
     settings: tuple[AdapterSetting, ...]
@@ -88,7 +89,7 @@ BOTTLENECK = CountedAdapters(
         ("ours, SIBO adapter", "ours, adapter, lambda = 0"),
     ),
 )
-#: Peers under `torch.compile`, of which only what they keep is counted.
+#: Peers under `torch.compile`, for which only the kept bytes are counted.
 COMPILED: dict[AdapterSetting, tuple[Provider, ...]] = {
     **{setting: (Peft(), PeftMixed()) for setting in SETTINGS},
     **{setting: (EagerAdapter(), EagerMixedAdapter()) for setting in BOTTLENECK.settings[:2]},
@@ -96,14 +97,14 @@ COMPILED: dict[AdapterSetting, tuple[Provider, ...]] = {
 
 
 def rounded(counts: Counts) -> dict[str, float]:
-    """As they are written: a mean over layers has a fraction."""
+    """Rounded for the file: a mean over layers has a fraction."""
     return {f.name: round(getattr(counts, f.name), 4) for f in fields(counts)}
 
 
 def results_of(
     adapters: CountedAdapters, setting: AdapterSetting, work: Workload, report: Any = lambda line: None
 ) -> dict[str, Any]:
-    """Everything about a setting; `report` gets each line of the table once it is there."""
+    """All results of a setting; `report` gets each line of the table as soon as it is available."""
     setting, floor = replace(setting, linears=work.architecture.linears), floor_of(work)
     report(f"\n{setting}, {work.tokens} tokens, {setting.size}; added to the frozen layer, of {LAYERS} layers:")
     heads = (
@@ -151,7 +152,7 @@ def _cells(name: str, step: StepCounts, least: tuple[int, int] | None, frozen: C
 
 
 def ratios(pairs: Sequence[tuple[str, str]], results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What ours adds to a layer of many, over what a peer adds; above 1 ours loses."""
+    """What ours adds to a layer of many, divided by what a peer adds; above 1 ours is worse."""
     table = {}
     for ours, peer in pairs:
         if ADDED in results[ours] and ADDED in results[peer]:
@@ -187,7 +188,7 @@ def ratios_of_others(
 
 
 def document(report: Any = lambda line: None) -> dict[str, Any]:
-    """The results of Llama-3-8B and of all settings, without where they come from."""
+    """The results of Llama-3-8B for all settings, without provenance."""
     work = Workload()
 
     def settings(adapters: CountedAdapters) -> dict[str, Any]:

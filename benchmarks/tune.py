@@ -1,8 +1,9 @@
-"""Times the launches of a layer with other tiles than the plans', on a GPU: `python -m benchmarks.tune`.
+"""Times the launches of a layer with tiles other than the plans', on a GPU: `python -m benchmarks.tune`.
 
-What the plans in `kernels/` choose was found by this. Each case is what a launcher does for the linears of a
-Llama-3-8B layer that share an input, second stages of sums included, captured in a CUDA graph, so that host time does
-not count. Variants are compiled in parallel first. Beside them torch's products of the same operands, without dropout.
+The choices of the plans in `kernels/` come from this. Each case is the work of a launcher for the linears of a
+Llama-3-8B layer that share an input, second stages of sums included, captured in a CUDA graph, which excludes host
+time. Variants are compiled in parallel first. For comparison, torch's products of the same operands, without dropout,
+are timed too.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ Variant = dict[str, int]  # of a plan's configuration, and PROGRAMS
 
 @dataclass(frozen=True)
 class Case:
-    """What one launcher does for siblings.
+    """The work of one launcher for siblings.
 
     Attributes:
         job: the launcher's name here.
         names: of the linears.
-        fp32: adapters in float32, and dropout 0.05; else in bfloat16, without.
-        mixes: h0 is read.
+        fp32: adapters in float32 with dropout 0.05; otherwise in bfloat16 without.
+        mixes: whether h0 is read.
     """
 
     job: str
@@ -61,11 +62,11 @@ class Case:
         return f"{self.job} {'+'.join(self.names)}, M={self.tokens}, r={self.rank}, {dtype}{', mixes' * self.mixes}"
 
     def variants(self) -> list[Variant]:
-        """The plan's own first."""
+        """All variants; the first is the plan's choice."""
         return [{}, *(dict(zip(AXES[self.job], values, strict=True)) for values in _values(self.job))]
 
     def calls(self, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """The launcher's, and torch's, on inputs of their own."""
+        """The launcher's call and torch's, on new inputs."""
         torch.manual_seed(0)
         M, r, dtype = self.tokens, self.rank, FP32 if self.fp32 else BF16
         shapes = [LLAMA_3_8B.shapes()[name] for name in self.names]
@@ -159,7 +160,7 @@ def cases(tokens: int, rank: int) -> list[Case]:
 
 @contextmanager
 def planned(job: str, variant: Variant) -> Iterator[None]:
-    """Launches take the variant's tiles instead of the plan's."""
+    """Inside, launches use the variant's tiles instead of the plan's."""
     tiles = {name: value for name, value in variant.items() if name != "PROGRAMS"}
     patch = mock.patch.object
 
@@ -194,7 +195,7 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
         else:
             module = {"down": down, "up": up, "weight_gradient": down_weight_gradient}.get(job, down_input_gradient)
             stack.enter_context(changed(module))
-            if job == "down" and "PROGRAMS" in variant:  # K is cut below three quarters of a program a multiprocessor
+            if job == "down" and "PROGRAMS" in variant:  # K is cut below three quarters of a program per multiprocessor
                 cut, share = down.cut, variant["PROGRAMS"] / 0.75
                 stack.enter_context(patch(down, "cut", lambda *rest: cut(*rest[:-1], round(rest[-1] * share))))
         yield
@@ -203,7 +204,7 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
 
 
 def compile_variant(task: tuple[Case, Variant, Any, Any]) -> str | None:
-    """Into Triton's cache; the error if there is one."""
+    """Compile into Triton's cache; returns the error if there is one."""
     case, variant, gpu, target = task
     try:
         with compiling_for(gpu, target), planned(case.job, variant):
@@ -221,7 +222,7 @@ def compile_all(chosen: list[Case], gpu: Any, target: Any, workers: int) -> None
 
 
 def time_case(case: Case, milliseconds: float) -> list[tuple[float, Variant]]:
-    """Microseconds of each variant, the fastest first; of torch's products as the variant {"torch": 1}."""
+    """Microseconds of each variant, the fastest first; torch's products are the variant {"torch": 1}."""
     from triton.testing import do_bench_cudagraph
 
     times = []

@@ -1,4 +1,4 @@
-"""`sibo-triton evaluate`: let a model answer the questions of a recipe's kind, and score the answers."""
+"""`sibo-triton evaluate`: a model answers the questions for a recipe, and the answers are scored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HEADER = ("data", "answers", "questions", "right", "accuracy", "without an answ
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The options of one evaluation; `None` stands for the recipe's setting, or for no limit and no adapter."""
+    """The options of one evaluation; `None` means the recipe's setting, or no limit or no adapter."""
 
     recipe: Recipe
     model: str
@@ -59,7 +59,7 @@ class EvaluateOptions:
 
 @dataclass
 class Score:
-    """What came of one file.
+    """The result of one file.
 
     Attributes:
         data: the file.
@@ -82,8 +82,8 @@ class Score:
 def run_evaluation(options: EvaluateOptions, console: Console | None = None) -> list[Score]:
     """Generate and score an answer to every question.
 
-    Everything that can be refused is refused before the output folder is touched. The folder then gets
-    predictions.jsonl, which is written while the model answers, evaluation.json and evaluation.md.
+    All input is checked before the output folder is changed. Then predictions.jsonl is written while the model answers,
+    and evaluation.json and evaluation.md at the end.
 
     Args:
         options: see `EvaluateOptions`.
@@ -147,10 +147,11 @@ def _check(options: EvaluateOptions) -> None:
 
 
 def _kind(recipe: Recipe, path: Path, questions: Sequence[Question]) -> AnswerKind:
-    """The kind of a file's answers, which is that of every answer in it.
+    """The kind of a file's answers, which must be the same for all.
 
     Raises:
-        InputError: an answer is of no kind, of one that the recipe is not for, or of another than the first.
+        InputError: an answer is of no known kind, of a kind that is not the recipe's, or of another kind than the
+            first.
     """
     first: AnswerKind | None = None
     for question in questions:
@@ -186,7 +187,7 @@ def _load(options: EvaluateOptions, console: Console) -> tuple[Any, Any]:
                 f"--adapter {options.adapter} does not load on {options.model}: {first_line(error)}"
             ) from error
     ensure_pad_token(tokenizer, options.model)
-    tokenizer.padding_side = "left"  # a response begins where its prompt ends
+    tokenizer.padding_side = "left"  # a response must follow its prompt directly
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
 
@@ -230,7 +231,7 @@ def _responses(model: Any, tokenizer: Any, prompts: Sequence[list[int]], options
 
 
 def _scored(question: Question, response: str, kind: AnswerKind, score: Score) -> dict[str, Any]:
-    """The line of predictions.jsonl; counts it in the score."""
+    """The line of predictions.jsonl; also adds it to the score."""
     prediction = kind.find(response)
     right = prediction is not None and kind.agree(prediction, question.answer)
     score.questions += 1

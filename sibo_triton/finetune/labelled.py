@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with a label: what sequence classification and regression learn from, as GLUE has it."""
+"""Texts, or pairs of texts, with a label, as in GLUE: the data of sequence classification and regression."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NEEDED = (
     "it needs a column `label`, and `text` or `sentence`, or two columns: `text` and `text_pair`, or a pair's names in "
     "GLUE"
 )
-_UNLABELLED = "-1"  # what GLUE's test sets have as label
+_UNLABELLED = "-1"  # the label in GLUE's test sets
 
 
 @dataclass
@@ -68,7 +68,7 @@ def class_names(examples: LabelledTexts) -> list[str]:
     """The names of the classes, in the order of their ids: by number if all are numbers, else by name.
 
     Raises:
-        InputError: there is one class only.
+        InputError: there is only one class.
     """
     names = set(examples.labels)
     if len(names) < 2:
@@ -82,7 +82,7 @@ def class_ids(examples: LabelledTexts, names: Sequence[str]) -> list[int]:
     """The id of each example's class.
 
     Raises:
-        InputError: a label is none of the names, as in an evaluation file with a class that training has not seen.
+        InputError: a label is not among the names: the training data does not have this class.
     """
     ids = {name: i for i, name in enumerate(names)}
     for label, place in zip(examples.labels, examples.places, strict=True):
@@ -95,7 +95,7 @@ def class_ids(examples: LabelledTexts, names: Sequence[str]) -> list[int]:
 
 
 def _columns_of(path: Path, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Which columns hold the texts, from the first row."""
+    """The columns with the texts, determined by the first row."""
     for columns in _COLUMNS:
         if all(column in row for column in columns):
             return columns

@@ -1,4 +1,4 @@
-"""What the demonstration shows: a table in the terminal, and report.md with plots in its folder."""
+"""The demonstration's output: a table in the terminal, and report.md with plots in its folder."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ additions. Frozen, it was fine-tuned on subtraction with each method: {scale["ad
 
 
 def demo_table(results: Mapping[str, Any]) -> str:
-    """The demonstration's outcome, from what results.json holds, as a Markdown table."""
+    """The demonstration's outcome, from the content of results.json, as a Markdown table."""
     return markdown_table(_HEADER, _rows(results))
 
 
@@ -130,7 +130,7 @@ def _examples(
 
 
 def _reading(results: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to not read more into the table than there is."""
+    """Caveats for readers of the table."""
     count = results["test_problems"]
     return [
         f"Loss and exact match are on {count} subtractions that no adapter was trained on, with the adapters reloaded "

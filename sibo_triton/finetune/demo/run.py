@@ -1,9 +1,9 @@
-"""`sibo-triton demo`: a small decoder learns to add, is frozen, and learns to subtract through a method and its SIBO.
+"""`sibo-triton demo`: a small decoder learns to add, is frozen, and learns to subtract with a plain method and SIBO's.
 
 LoRA and SIBO-LoRA, or with `--adapters` bottleneck adapters, plain and SIBO's.
 
-The fine-tuning is what `sibo-triton finetune` does, on files: the base model's folder, a JSONL file of prompts and
-completions, one adapter folder for each method. Whatever comes out is what is reported.
+Fine-tuning is done as by `sibo-triton finetune`, on files: the base model's folder, a JSONL file of prompts and
+completions, one adapter folder for each method. The outcome is reported, whatever it is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sibo_triton.finetune.train import finetune
 
 RESULTS = "results.json"
 
-# What the comparison means nothing without.
+# Without these the comparison is meaningless.
 _BASE_OWN_TASK_AT_LEAST = 0.8
 _BASE_NEW_TASK_AT_MOST = 0.1
 _PLAIN_NEW_TASK_AT_LEAST = 0.5
@@ -55,18 +55,18 @@ def run_demo(
     """Run the demonstration and write everything to the folder `output`.
 
     Args:
-        output: made if it is not there; a folder of an earlier demonstration is replaced.
+        output: created if needed; the folder of an earlier demonstration is replaced.
         seed: of the base model, of the data and of both adapters.
         console: where the table goes; default: the terminal.
-        scale: sizes and numbers of steps; default: the ones that the thresholds are made for.
-        methods: the plain method and its SIBO: `LORA_METHODS` or `ADAPTER_METHODS`.
+        scale: sizes and numbers of steps; default: those for which the thresholds are made.
+        methods: the plain method and SIBO's: `LORA_METHODS` or `ADAPTER_METHODS`.
 
     Returns:
-        What went wrong, one sentence each: the base model cannot add, or can already subtract; the plain method did not
-        learn to subtract; a reloaded adapter answers otherwise than before it was saved. Empty if all is well.
+        The problems, one sentence each: the base model cannot add, or can already subtract; the plain method did not
+        learn to subtract; a reloaded adapter answers differently than before it was saved. Empty if there are none.
 
     Raises:
-        InputError: `output` holds something that no demonstration made.
+        InputError: `output` contains files that are not a demonstration's.
     """
     console, scale = console or Console(), scale or task.Scale()
     _claim(output)
@@ -89,7 +89,7 @@ def run_demo(
 
 
 def _claim(output: Path) -> None:
-    """Make the folder, or empty it of an earlier demonstration's files; refuse anything else."""
+    """Create the folder, or delete an earlier demonstration's files in it; refuse anything else."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file: name a folder.")
     if output.is_dir() and any(output.iterdir()) and not (output / RESULTS).is_file():
@@ -103,9 +103,9 @@ def _claim(output: Path) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One torch thread: the same numbers on every machine, and a second thread gains little on matrices this small.
+    """One torch thread: the same numbers on every machine, and a second thread gains little on such small matrices.
 
-    Where something else uses the cores, threads that wait for each other cost a lot: such a run took 6 minutes.
+    If other work uses the cores, threads that wait for each other cost a lot: such a run took 6 minutes.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -127,7 +127,7 @@ def _no_weight_loading_bars() -> Iterator[None]:
 
 
 def _train_base(output: Path, seed: int, scale: task.Scale, console: Console, results: dict[str, Any]) -> Any:
-    """Train the base model on additions and save it as a folder that `from_pretrained` reads."""
+    """Train the base model on additions and save it to a folder for `from_pretrained`."""
     console.print(f"1. A decoder of {scale.layers} layers with random weights learns to add")
     tokenizer = task.build_tokenizer()
     model = task.build_base(scale, tokenizer, seed)
@@ -184,7 +184,7 @@ def _finetune_both(
 
 
 def _load(output: Path, method: str | None, trainable: bool = False) -> Any:
-    """The base model from its folder, with a saved adapter or without."""
+    """The base model from its folder, with or without a saved adapter."""
     base = AutoModelForCausalLM.from_pretrained(output / "base")
     return base if method is None else PeftModel.from_pretrained(base, output / method, is_trainable=trainable)
 
@@ -211,7 +211,7 @@ def _answers(
 
 
 def _measure(output: Path, runs: dict[str, FinetuneResult], scale: task.Scale, results: dict[str, Any]) -> None:
-    """Fill in the rest of the table; on fresh copies, since timing steps trains."""
+    """Fill in the rest of the table, with fresh copies of the models, since timing steps trains them."""
     device = next(iter(runs.values())).device
     frozen = _load(output, None)
     frozen.requires_grad_(False).enable_input_require_grads()

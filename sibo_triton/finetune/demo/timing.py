@@ -15,9 +15,9 @@ _WARMUP_ROUNDS = 3
 def seconds_per_step(models: Mapping[str, Any], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
     """Median wall time of one training step of each model, with the models taking turns.
 
-    In turns, since other work on the machine would otherwise fall on one of them. A model with trainable parameters
-    does forward, backward and an AdamW update, which changes them; one without does forward and backward, so its
-    embedding output must require grad (`enable_input_require_grads`).
+    They take turns, since other work on the machine would otherwise affect only one of them. A model with trainable
+    parameters does forward, backward and an AdamW update, which changes it; one without does forward and backward, so
+    its embedding output must require grad (`enable_input_require_grads`).
     """
     steps = {name: _step(model, batch) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
