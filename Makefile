@@ -74,7 +74,7 @@ test-interpreter test-oldest test-newest-triton:
 endif
 
 compile-check: $(READY) ## compile every kernel for every target: spills, shared memory... (40 minutes on 2 cores)
-	@$(BIN)/python benchmarks/compile_check.py --workers $(WORKERS)
+	@$(BIN)/python -m benchmarks.compile_check --workers $(WORKERS)
 
 bench: $(READY) ## count and time what needs no GPU (4 minutes; writes benchmarks/ and the README's tables)
 	@$(BIN)/python -m benchmarks.traffic

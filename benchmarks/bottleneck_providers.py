@@ -1,4 +1,4 @@
-"""The providers of bottleneck adapters: PEFT has none, so what ours is compared with is plain torch, written here."""
+"""The providers of bottleneck adapters. PEFT has none, so the peers are plain torch, written here."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class EagerAdapter(Provider):
         h0 = kept_initial_residual(model) if self.mixes else None
         for name, linear in list(model.named_modules()):
             if name.endswith(setting.targets) and isinstance(linear, nn.Linear):
-                parent, _, own = name.rpartition(".")
-                setattr(model.get_submodule(parent), own, EagerLayer(linear, setting, h0))
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, EagerLayer(linear, setting, h0))
         return model.train()
 
 
@@ -34,7 +34,7 @@ class EagerMixedAdapter(EagerAdapter):
 
 
 class EagerLayer(nn.Module):
-    """A frozen linear with an adapter in front of it or beside it; h0 is the list's only entry in the forward.
+    """A frozen linear with an adapter in front of it or parallel to it; in the forward, h0 is the list's only entry.
 
     A float32 adapter gets x and h0 cast to float32, and the sum is rounded once, as PEFT's LoRA layers do it.
     """
@@ -59,7 +59,7 @@ class EagerLayer(nn.Module):
         branch = self.up(self.activation(self.down(self.dropout(v))))
         in_series = self.setting.placement == "series"
         base = x if in_series else self.base_layer(x)
-        # s costs no launch, forward or backward, where it is 1
+        # a scaling of 1 costs no launch, forward or backward
         y = torch.add(base, branch, alpha=self.setting.scaling).to(x.dtype)
         return self.base_layer(y) if in_series else y
 
@@ -92,5 +92,5 @@ class OursSiboAdapter(OursAdapter):
     mixes = True
 
 
-#: In the order of tables; the frozen model, which comes first, is that of all adapters.
+#: In the order of tables; the frozen model, which comes first, is shared with LoRA's.
 BOTTLENECK_PROVIDERS: tuple[Provider, ...] = (EagerAdapter(), OursAdapter(), EagerMixedAdapter(), OursSiboAdapter())

@@ -1,8 +1,8 @@
-"""Whether a provider computes what it should, before it is timed: outputs and gradients against the definition.
+"""Checks a provider before it is timed: outputs and gradients are compared with the definition's.
 
 The reference is the same model in float32 whose linears are those of `benchmarks/definitions.py`, on the same weights.
-Providers draw their dropout masks each in its own way, so values are compared with the rate at 0; then the rate is
-put back and the gradients must change by about as much as such a mask makes them (`dropout_problem`).
+Providers draw different dropout masks, so values are compared with the rate at 0; then the rate is restored and the
+gradients must change by about as much as a mask changes them (`dropout_problem`).
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from benchmarks.models import copy_of
 from benchmarks.providers import Peft, PeftMixed, Provider, kept_initial_residual
 from benchmarks.settings import AdapterSetting
 
-#: The norm of the error over that of the result: of all of it, and of its worst row and column. In bfloat16 PEFT's own
-#: LoRA has half of it on small shapes. Where its error is larger, others may have three times as much as it has; an
-#: eager adapter is the same to other bottleneck adapters.
+#: The norm of the error divided by that of the result, as a whole and for the worst row and column. In bfloat16 PEFT's
+#: own LoRA reaches half of it on small shapes. Where its error is larger, others may have three times its error; for
+#: bottleneck adapters the eager adapter sets this limit.
 TOLERANCE, TOLERANCE_OF_A_LINE = 0.03, 0.15
-#: The frozen model and what is stock PyTorch or PEFT are the yardstick of what rounding does.
+#: The frozen model and stock PyTorch or PEFT show how large rounding errors are.
 STOCK = (Provider, Peft, PeftMixed, EagerAdapter, EagerMixedAdapter)
 SLACK_OF_STOCK, SLACK_OVER_STOCK = 5.0, 3.0
 Values = dict[str, Tensor]
 
 
 def canonical(name: str) -> str:
-    """A linear's name from the base model's root, without what PEFT and torch.compile put around it."""
+    """A linear's name in the base model, without the prefixes of PEFT and torch.compile."""
     name = name.replace("_orig_mod.", "")
     return name.removeprefix("base_model.model.")
 
 
 def adapters_for(frozen: nn.Module, setting: AdapterSetting) -> dict[str, Weights]:
-    """The adapter's weights for each linear that gets one, random by its name.
+    """The adapter's weights for each linear that gets one, random, seeded by its name.
 
-    In float32, with the values that the adapter's dtype can hold.
+    In float32, rounded to the adapter's dtype.
     """
     adapters = {}
     for name, linear in frozen.named_modules():
@@ -67,28 +67,28 @@ def put_adapters(model: nn.Module, adapters: dict[str, Weights]) -> None:
     """Give a provider's model these adapters' weights.
 
     Raises:
-        ValueError: the model does not have adapters on just these linears, with just these weights.
+        ValueError: the model's adapters are not on exactly these linears, with exactly these weights.
     """
-    found = set()
+    placed = set()
     with torch.no_grad():
         for name, module in model.named_modules():
-            own = weights_of(module)
-            if own:
-                given = adapters[canonical(name)]
-                if own.keys() != given.keys():
-                    raise ValueError(f"{canonical(name)} has {sorted(own)} instead of {sorted(given)}")
-                for weight, tensor in own.items():
-                    tensor.copy_(given[weight])
-                found.add(canonical(name))
-    if found != set(adapters):
-        raise ValueError(f"adapters are missing on {sorted(set(adapters) - found)}")
+            weights = weights_of(module)
+            if weights:
+                adapter = adapters[canonical(name)]
+                if weights.keys() != adapter.keys():
+                    raise ValueError(f"{canonical(name)} has {sorted(weights)} instead of {sorted(adapter)}")
+                for weight, tensor in weights.items():
+                    tensor.copy_(adapter[weight])
+                placed.add(canonical(name))
+    if placed != set(adapters):
+        raise ValueError(f"adapters are missing on {sorted(set(adapters) - placed)}")
 
 
 @contextmanager
 def without_known_warnings() -> Iterator[None]:
-    """What each provider of each row would say again."""
+    """Suppress warnings that each provider of each row would repeat."""
     with warnings.catch_warnings():
-        # of a part nothing can be found out by running the model: its mixing linears are named
+        # the trial run finds nothing in a part of a model: its mixing linears are named
         warnings.filterwarnings("ignore", message="What feeds the modules")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         yield
@@ -112,16 +112,16 @@ def reference_model(frozen: nn.Module, adapters: dict[str, Weights], setting: Ad
         model.enable_input_require_grads()  # as in `copy_of`
     h0 = kept_initial_residual(model)
     for name, weights in adapters.items():
-        parent, _, own = name.rpartition(".")
+        parent, _, child = name.rpartition(".")
         mixed = mixes and name.endswith(setting.mixing)
         definition = DEFINITIONS[type(setting)]
         linear = definition(model.get_submodule(name), weights, setting, h0 if mixed else None)
-        setattr(model.get_submodule(parent), own, linear)
+        setattr(model.get_submodule(parent), child, linear)
     return model.train()
 
 
 def gradients_of(model: nn.Module) -> Values:
-    """Those of the adapters' weights, by "q_proj.A" and the like, of a provider's model or the reference."""
+    """The gradients of the adapters' weights in a provider's model or the reference, by names such as "q_proj.A"."""
     values = {}
     for name, module in model.named_modules():
         for weight, parameter in weights_of(module).items():
@@ -133,11 +133,11 @@ def gradients_of(model: nn.Module) -> Values:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        worst: the largest error, over the tolerance: above 1 it is wrong.
-        what: of which result.
+        worst: the largest error divided by the tolerance; above 1 the provider is wrong.
+        what: the result that has this error.
         problem: what is wrong, or None.
     """
 
@@ -146,19 +146,18 @@ class Verdict:
     problem: str | None = None
 
 
-def compare(found: Values, expected: Values, allowed: dict[str, float] | None = None) -> Verdict:
-    """Each result against the definition's, all of it and line by line; what is not finite is wrong.
+def compare(actual: Values, expected: Values, allowed: dict[str, float] | None = None) -> Verdict:
+    """Compare each result with the definition's, as a whole and by rows and columns; non-finite values are wrong.
 
     Args:
-        found, expected: by the same names.
+        actual, expected: with the same names.
         allowed: errors that are allowed beyond the tolerances, by the names of :func:`errors`.
     """
-    if found.keys() != expected.keys():
-        return Verdict(math.inf, "results", f"has {sorted(found)} instead of {sorted(expected)}")
+    if actual.keys() != expected.keys():
+        return Verdict(math.inf, "results", f"has {sorted(actual)} instead of {sorted(expected)}")
     worst = Verdict(0.0, "nothing")
-    for what, error in errors(found, expected).items():
-        tolerance = TOLERANCE_OF_A_LINE if what.endswith(LINES) else TOLERANCE
-        relative = error / max(tolerance, (allowed or {}).get(what, 0.0))
+    for what, error in errors(actual, expected).items():
+        relative = error / max(tolerance_of(what), (allowed or {}).get(what, 0.0))
         if not relative <= worst.worst:  # also NaN
             worst = Verdict(relative, what)
     if worst.worst <= 1:
@@ -169,10 +168,15 @@ def compare(found: Values, expected: Values, allowed: dict[str, float] | None = 
 LINES = (", worst row", ", worst column")
 
 
-def errors(found: Values, expected: Values) -> dict[str, float]:
-    """The norm of each result's error over the result's own, and those of its worst row and column."""
+def tolerance_of(what: str) -> float:
+    """The relative error that is allowed, by the names of :func:`errors`."""
+    return TOLERANCE_OF_A_LINE if what.endswith(LINES) else TOLERANCE
+
+
+def errors(actual: Values, expected: Values) -> dict[str, float]:
+    """The norm of each result's error divided by that of the result, also for the worst row and column."""
     table = {}
-    for name, value in found.items():
+    for name, value in actual.items():
         exact = expected[name].float().reshape(-1, expected[name].shape[-1])
         error = value.float().reshape(exact.shape) - exact
         size = exact.norm()
@@ -183,31 +187,31 @@ def errors(found: Values, expected: Values) -> dict[str, float]:
 
 
 class Yardsticks:
-    """Verdicts on providers in their order, a stock one before those that are measured by its error."""
+    """Verdicts on providers; a stock provider must precede those whose limits depend on its error."""
 
     def __init__(self) -> None:
         self.allowed: dict[bool, dict[str, float]] = {}  # by whether it mixes
 
-    def verdict(self, provider: Provider, found: Values, expected: Values) -> Verdict:
-        """What a provider computes, without dropout, against the definition."""
+    def verdict(self, provider: Provider, actual: Values, expected: Values) -> Verdict:
+        """Compare what a provider computes without dropout with the definition."""
         stock = type(provider) in STOCK
-        if not stock or found.keys() != expected.keys():
-            alike = self.allowed.get(provider.mixes, next(iter(self.allowed.values()), None))
-            return compare(found, expected, alike)
-        own = errors(found, expected)
+        if not stock or actual.keys() != expected.keys():
+            allowed = self.allowed.get(provider.mixes, next(iter(self.allowed.values()), None))
+            return compare(actual, expected, allowed)
+        stock_errors = errors(actual, expected)
         if type(provider) is not Provider:
-            self.allowed[provider.mixes] = {what: SLACK_OVER_STOCK * error for what, error in own.items()}
-        slack = {what: SLACK_OF_STOCK * (TOLERANCE_OF_A_LINE if what.endswith(LINES) else TOLERANCE) for what in own}
-        return compare(found, expected, slack)
+            self.allowed[provider.mixes] = {what: SLACK_OVER_STOCK * error for what, error in stock_errors.items()}
+        slack = {what: SLACK_OF_STOCK * tolerance_of(what) for what in stock_errors}
+        return compare(actual, expected, slack)
 
 
 class SharedWeights:
-    """A comparison's frozen model and adapters, and what the definition makes of them; made once for all providers.
+    """A comparison's frozen model and adapters, and the definition's results; shared by all providers.
 
     Args:
         frozen: in bfloat16, on the device.
         setting: of the adapters.
-        evaluates: whether models run as for inference.
+        evaluates: whether models run in evaluation mode.
     """
 
     def __init__(self, frozen: nn.Module, setting: AdapterSetting, evaluates: bool = False) -> None:
@@ -217,11 +221,11 @@ class SharedWeights:
         self._yardsticks = Yardsticks()
 
     def model(self, provider: Provider) -> nn.Module:
-        """A provider's."""
+        """A provider's model on these weights."""
         return built(provider, self.frozen, self.setting, self.adapters, not self.evaluates)
 
     def expected(self, provider: Provider, values: Callable[[nn.Module], Values]) -> Values:
-        """What the definition computes: `values` of its model, in float32."""
+        """The definition's results: `values` of its model, in float32."""
         kind = "frozen" if type(provider) is Provider else "mixed" if provider.mixes else "plain"
         if kind not in self._expected:
             adapters = {} if kind == "frozen" else self.adapters
@@ -230,9 +234,9 @@ class SharedWeights:
             self._expected[kind] = values(model)
         return self._expected[kind]
 
-    def verdict(self, provider: Provider, found: Values, expected: Values) -> Verdict:
+    def verdict(self, provider: Provider, actual: Values, expected: Values) -> Verdict:
         """See :class:`Yardsticks`."""
-        return self._yardsticks.verdict(provider, found, expected)
+        return self._yardsticks.verdict(provider, actual, expected)
 
 
 def dropouts(model: nn.Module) -> list[nn.Dropout]:
@@ -240,7 +244,7 @@ def dropouts(model: nn.Module) -> list[nn.Dropout]:
 
 
 def without_dropout(model: nn.Module, values: Callable[[], Values]) -> Values:
-    """What a model computes with every rate at 0."""
+    """What a model computes with every dropout rate at 0."""
     rates = [(module, module.p) for module in dropouts(model)]
     try:
         for module, _ in rates:
@@ -251,15 +255,15 @@ def without_dropout(model: nn.Module, values: Callable[[], Values]) -> Values:
             module.p = rate
 
 
-def dropout_problem(found: Values, expected: Values, rate: float) -> str | None:
-    """What is wrong with the gradients of the adapters' matrices under dropout, if something is, against those without.
+def dropout_problem(actual: Values, expected: Values, rate: float) -> str | None:
+    """What is wrong with the adapters' gradients under dropout, compared with those without; None if nothing is.
 
-    A mask of rate p changes ``A x`` by ``sqrt(p / (1 - p))`` of itself where x is random; in a whole layer gradients
-    change by two or three times that. Gradients that are not there change by 1, those of something else by more.
+    A mask of rate p changes ``A x`` by a fraction ``sqrt(p / (1 - p))`` if x is random; in a whole layer gradients
+    change by two or three times that. Missing gradients change by 1, wrong ones by more.
     """
-    usual, changes = math.sqrt(rate / (1 - rate)), errors(found, expected)
-    matrices = tuple(f".{name}" for of in DEFINITIONS.values() for name in of.matrices)
-    changes = {name: changes[name] for name in found if name.startswith("gradient of") and name.endswith(matrices)}
+    usual, changes = math.sqrt(rate / (1 - rate)), errors(actual, expected)
+    matrices = tuple(f".{name}" for definition in DEFINITIONS.values() for name in definition.matrices)
+    changes = {name: changes[name] for name in actual if name.startswith("gradient of") and name.endswith(matrices)}
     for name, change in changes.items():
         if not change >= usual / 6:
             return f"{name} changes by {change:.3g} of itself under dropout {rate}; about {usual:.2g} is usual"

@@ -1,10 +1,10 @@
-"""Whether every kernel fits every GPU that it is made for, checked without one: `make compile-check`.
+"""Checks without a GPU that every kernel fits every supported GPU: `make compile-check`.
 
-Compiles each case of `tests/kernels_compiled/cases.py` for each target, at the tiles that a launch would choose, and
+Compiles each case of `ahead_of_time/cases.py` for each target, at the tiles that a launch would choose, and
 reads the binaries: no register may be spilled, shared memory must stay within the target's limit, 16-bit operands must
-be multiplied by tensor cores, and global loads must be of 16 bytes. Prints registers and shared memory of every kernel,
-writes them to `benchmarks/results/compile-check-TARGET.json` as soon as a target is through, and ends with status 1 if
-anything is violated.
+be multiplied by tensor cores, and global memory must be loaded 16 bytes at a time. Prints registers and shared memory
+of every kernel, writes them to `benchmarks/results/compile-check-TARGET.json` as soon as a target is finished, and ends
+with status 1 if there is a violation.
 """
 
 import argparse
@@ -14,18 +14,13 @@ import sys
 from dataclasses import astuple
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # has the classes of launches
 
-from ahead_of_time import TARGETS
-from cases import CASES, COLUMNS, Row, check
-
+from benchmarks.ahead_of_time.binaries import TARGETS
+from benchmarks.ahead_of_time.cases import CASES, COLUMNS, Row, check
 from benchmarks.in_parallel import in_parallel
+from benchmarks.results_file import RESULTS
 from sibo_triton.environment import provenance
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"
 
 
 def main() -> int:
@@ -56,12 +51,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose name holds all of these")
-    parser.add_argument("--merge", action="store_true", help="put the rows of --only in the place of the file's")
+    parser.add_argument("--merge", action="store_true", help="replace the file's rows by those of --only")
     return parser.parse_args()
 
 
 def merged(rows: list[Row], target: str) -> list[Row]:
-    """The file's rows in the order of the cases, with these in the place of what it has of their cases."""
+    """The file's rows in the order of the cases, where `rows` replace the file's rows of the same cases."""
     of_file = [Row(*row) for row in json.loads((RESULTS / f"compile-check-{target}.json").read_text())["rows"]]
     again = {row.case for row in rows}
     by_case: dict[str, list[Row]] = {}
@@ -76,7 +71,7 @@ def merged(rows: list[Row], target: str) -> list[Row]:
 def run(jobs: list[tuple[int, str]], workers: int) -> list[Row]:
     """The rows of all jobs, in their order."""
     rows: dict[tuple[int, str], list[Row]] = {}
-    # Processes end now and then, or what Triton keeps of each kernel would fill the memory.
+    # Processes are replaced regularly, or Triton's data about each kernel would fill the memory.
     results = in_parallel("compiling cases", check_job, jobs, workers, chunk=4, chunks_of_process=50)
     for job, rows_of_job in results:
         rows[job] = rows_of_job
@@ -92,7 +87,7 @@ def check_job(job: tuple[int, str]) -> tuple[tuple[int, str], list[Row]]:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Registers, shared memory and the rest of each kernel, one to a line."""
+    """Registers, shared memory and more, one kernel per line."""
     heads = ("target", "case", "kernel", "tiles", "warps", "stages", "regs", "KiB", "spilled", "tensor", "128-bit")
     table = [
         (
@@ -116,11 +111,11 @@ def print_table(rows: list[Row]) -> None:
 
 
 def write(rows: list[Row], target: str, merged_in: list[str] | None = None) -> None:
-    """A line to a row, so that a change of one kernel is a change of its lines."""
+    """One line per row, so that a change of one kernel changes only its lines."""
     head = {
-        "command": f"python benchmarks/compile_check.py --targets {target}",
+        "command": f"python -m benchmarks.compile_check --targets {target}",
         **({"merged_in_last": f"--only {' '.join(merged_in)} --merge"} if merged_in else {}),
-        **{key: value for key, value in provenance().items() if key != "devices"},
+        **provenance(with_devices=False),
         "target": target,
         "shared_memory_limit": TARGETS[target][1],
         "kernels": len(rows),

@@ -1,8 +1,8 @@
-"""What a peer keeps for the backward under `torch.compile`, without a GPU: Inductor as far as its partition.
+"""What a peer keeps for the backward under `torch.compile`, without a GPU: Inductor runs up to its partition.
 
-Inductor's own passes trace, rewrite and cut the step into a forward and a backward, which is where it is decided what
-is kept and what is computed again; only code is not generated. Launches and bytes moved are not counted: which
-operations become one kernel is decided after the cut, by a scheduler that differs between CPU and GPU.
+Inductor's passes trace, rewrite and partition the step into a forward and a backward, which determines what is kept and
+what is recomputed; only code generation is skipped. Launches and bytes moved are not counted: which operations are
+fused is decided later, by a scheduler that differs between CPU and GPU.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sibo_triton.finetune.saved_activations import saved_activation_bytes
 
 
 def kept_bytes(provider: Provider, setting: AdapterSetting, work: Workload) -> int:
-    """By one step of a provider's model of one layer, compiled."""
-    model: nn.Module = provider.wrap(frozen_model(work.of.with_layers(1)), setting)
+    """The bytes that one step of a provider's compiled one-layer model keeps."""
+    model: nn.Module = provider.wrap(frozen_model(work.architecture.with_layers(1)), setting)
     torch._dynamo.reset()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -39,7 +39,7 @@ def kept_bytes(provider: Provider, setting: AdapterSetting, work: Workload) -> i
 
 
 def _until_partition(graph: Any, inputs: list[Tensor]) -> Callable:
-    """Inductor's backend, which runs each half of the partitioned graph as it is in place of generating its code."""
+    """Inductor's backend, but running both halves of the partitioned graph without generating code."""
     return compile_fx(graph, inputs, inner_compile=lambda half, *_, **__: make_boxed_func(half.forward))
 
 
@@ -49,5 +49,5 @@ def _floor(work: Workload) -> int:
 
 
 def added_kept_bytes(provider: Provider, setting: AdapterSetting, work: Workload) -> int:
-    """By the adapters of a layer, over what the compiled frozen model keeps. One layer tells: h0 is its input."""
+    """The bytes that a layer's adapters add to the compiled frozen model's. One layer suffices: h0 is its input."""
     return kept_bytes(provider, setting, work) - _floor(work)

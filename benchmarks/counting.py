@@ -1,13 +1,14 @@
-"""Counts what one training step moves and multiplies, on tensors that hold no data: no GPU is needed, no number varies.
+"""Counts what a training step moves and multiplies, on tensors without data: without a GPU, the same everywhere.
 
-The step runs on fake CPU tensors, every operation of torch that reaches a device is counted, and the launches of our
-kernels, which torch does not see, are recorded in their place among them. How:
+The step runs on fake CPU tensors; every operation of torch that would reach a device is counted, and the launches of
+our kernels, which torch does not see, are recorded among them, in order. The rules:
 
 * an operation's inputs and outputs count once each, so that an output in place counts twice, read and written;
-* views, and what only allocates, are free; so is host time, which is not counted here at all;
-* what a GPU would do otherwise than a CPU is done as on a GPU: dropout is `native_dropout`, one operation with a mask
-  of bytes, and the frozen product accumulates in place;
-* flops are those of matrix products and attention, by torch's own formulas. Attention counts whole, also if causal.
+* views and allocations are free; host time is not counted;
+* what differs between GPU and CPU is done as on a GPU: dropout is `native_dropout`, one operation with a mask of bytes,
+  and the frozen product accumulates in place;
+* flops are those of matrix products and attention, by torch's own formulas. Causal attention counts like full
+  attention.
 """
 
 from __future__ import annotations
@@ -26,15 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from benchmarks.ahead_of_time.without_gpu import kernels_chosen
 from benchmarks.launch_traffic import Traffic, recorded_launches
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.kernels import autotune, targets
-from sibo_triton.ops import low_rank
-from sibo_triton.ops.dispatch import Choice
 
 aten = torch.ops.aten
 
-#: What only allocates, or hands its input on.
+#: Operations that only allocate, or return their input.
 FREE = {
     aten.empty,
     aten.empty_like,
@@ -47,13 +47,13 @@ FREE = {
     aten.alias,
     aten.lift_fresh,
 }
-#: In place, and what was there before is not read.
+#: In-place operations that do not read the previous contents.
 OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.bernoulli_, aten.random_, aten.uniform_, aten.normal_}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a modelled time is computed from."""
+    """The speeds from which times are modelled."""
 
     name: str
     bytes_per_second: float
@@ -66,17 +66,17 @@ H200 = Gpu("H200", 4.3e12, 780e12)
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums over launches. They add, subtract and multiply as numbers do.
+    """Sums over launches; they can be added, subtracted and multiplied by a number.
 
     Attributes:
         launches: operations of torch that are not free, and launches of our kernels.
         read, written: bytes, each input and output of each launch once.
-        reread: bytes that our kernels load beyond that, tile by tile.
+        reread: further bytes that our kernels load because tiles are loaded repeatedly.
         flops: of products.
         saved: bytes that autograd keeps from forward to backward, parameters left out.
-        modelled_ms: the roofline's time, modelled and not measured: for each launch the longer of what its bytes take
-            to copy and its flops to multiply in bfloat16, whatever their dtype. Re-reads are taken to cost nothing.
-        modelled_ms_no_cache: the same if every re-read of ours came from memory.
+        modelled_ms: the roofline's time, modelled and not measured: for each launch the larger of the time to copy its
+            bytes and the time for its flops in bfloat16, whatever their dtype. Re-reads are assumed to cost nothing.
+        modelled_ms_no_cache: the same if all our re-reads came from memory.
     """
 
     launches: float = 0
@@ -105,18 +105,19 @@ class Counts:
 def summed(operations: list[Traffic], saved: int = 0, gpu: Gpu = H200) -> Counts:
     """The counts of a step."""
 
-    def seconds(of: Traffic, reread: int) -> float:
-        return max((of.read + of.written + reread) / gpu.bytes_per_second, of.flops / gpu.flops_per_second)
+    def seconds(operation: Traffic, reread: int) -> float:
+        moved = operation.read + operation.written + reread
+        return max(moved / gpu.bytes_per_second, operation.flops / gpu.flops_per_second)
 
     return Counts(
         launches=len(operations),
-        read=sum(of.read for of in operations),
-        written=sum(of.written for of in operations),
-        reread=sum(of.reread for of in operations),
-        flops=sum(of.flops for of in operations),
+        read=sum(operation.read for operation in operations),
+        written=sum(operation.written for operation in operations),
+        reread=sum(operation.reread for operation in operations),
+        flops=sum(operation.flops for operation in operations),
         saved=saved,
-        modelled_ms=1e3 * sum(seconds(of, 0) for of in operations),
-        modelled_ms_no_cache=1e3 * sum(seconds(of, of.reread) for of in operations),
+        modelled_ms=1e3 * sum(seconds(operation, 0) for operation in operations),
+        modelled_ms_no_cache=1e3 * sum(seconds(operation, operation.reread) for operation in operations),
     )
 
 
@@ -174,28 +175,28 @@ def _dropout_of_gpu(x: Tensor, p: float = 0.5, training: bool = True, inplace: b
 
 @contextmanager
 def as_on_a_gpu(target: targets.Target) -> Iterator[None]:
-    """The kernels' backend, planning for a target, and torch's operations as they would be there."""
+    """Inside, operations use the kernels, planned for the target, and torch's operations behave as on a GPU."""
     with ExitStack() as stack:
         patch = mock.patch.object
-        stack.enter_context(patch(low_rank, "backend_for", lambda *_: Choice("triton", "counted")))
+        stack.enter_context(kernels_chosen())
         stack.enter_context(patch(targets, "target_of", lambda device: target))
         stack.enter_context(patch(autotune, "ENABLED", False))
         stack.enter_context(patch(F, "dropout", _dropout_of_gpu))
-        # A dispatch mode, as the counter is one, makes the frozen product run out of place.
+        # A dispatch mode such as the counter makes the frozen product run out of place.
         stack.enter_context(patch(torch._C, "_len_torch_dispatch_stack", lambda: 0))
         yield
 
 
 @contextmanager
 def counted(target: targets.Target = targets.KNOWN["sm_90"]) -> Iterator[list[Traffic]]:
-    """What runs inside, on fake tensors, is appended to the list in its order."""
+    """Operations that run inside, on fake tensors, are appended to the list in order."""
     counter = OperationCounter()
     with as_on_a_gpu(target), recorded_launches(counter.operations.append), counter:
         yield counter.operations
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The model itself, whose parameters and buffers are replaced by tensors of the mode, without data."""
+    """The same model, with its parameters and buffers replaced by fake tensors of the mode."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             tensors |= {name: mode.from_tensor(tensor) for name, tensor in tensors.items() if tensor is not None}
@@ -203,12 +204,12 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 def count_step(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[list[Traffic], int]:
-    """The operations of one forward and backward of fake tensors, and the bytes that are kept between the two.
+    """The operations of one forward and backward on fake tensors, and the bytes kept between the two.
 
     Args:
-        model: of fake tensors. Its parameters and buffers do not count as kept; its gradients are dropped, before and
+        model: of fake tensors. Its parameters and buffers do not count as kept; its gradients are reset before and
             after.
-        forward: returns what is differentiated, for a gradient of its shape.
+        forward: returns the tensor that is differentiated.
     """
     outputs: list[Tensor] = []
 

@@ -1,8 +1,8 @@
-"""Training steps on the CPU, ours beside PEFT's: `python -m benchmarks.cpu`.
+"""Training steps on the CPU, ours compared with PEFT's: `python -m benchmarks.cpu`.
 
-Forward + backward of a small Llama, float32, with adapters of rank 16 on all linears, by every provider that does
-without a GPU. pytest-benchmark takes the times; as machines drift, the providers run in turns, and what counts is the
-median over the turns of the ratio to PEFT's LoRA in the same turn. Writes `benchmarks/results/cpu.json`.
+Forward + backward of a small Llama, float32, with adapters of rank 16 on all linears, by every provider that needs no
+GPU. pytest-benchmark takes the times; because machines drift, the providers take turns, and the result is the median
+over the turns of the ratio to PEFT's LoRA in the same turn. Writes `benchmarks/results/cpu.json`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.results_file import FLOOR, RESULTS
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
+from sibo_triton.finetune.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 TURNS, TOKENS = 9, 512
 SETTINGS = (Setting(fp32_adapters=True, dropout=0.0), Setting(fp32_adapters=True, dropout=0.05))
-FLOOR, YARDSTICK = "frozen model", "PEFT LoRA"
+YARDSTICK = "PEFT LoRA"
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1376,
@@ -48,13 +49,13 @@ def model_with(provider: Provider, setting: Setting) -> nn.Module:
     torch.manual_seed(0)
     model = LlamaModel(LlamaConfig(**SHAPE, attn_implementation="sdpa"))
     model.requires_grad_(False)
-    model.enable_input_require_grads()  # the first layer's x wants its gradient, as every other's does
+    model.enable_input_require_grads()  # the first layer's x needs a gradient, as in all other layers
     torch.manual_seed(1)
     return provider.wrap(model, setting)
 
 
 def step(model: nn.Module, input_ids: torch.Tensor, grad: torch.Tensor) -> None:
-    """Forward and backward; gradients are made anew."""
+    """Forward and backward, starting without gradients."""
     model.zero_grad(set_to_none=True)
     model(input_ids=input_ids, use_cache=False).last_hidden_state.backward(grad)
 
@@ -87,8 +88,8 @@ def table(seconds: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
     """A row for each setting and provider."""
     rows = []
     for (setting, provider), turns in seconds.items():
-        over = [own / floor - 1 for own, floor in zip(turns, seconds[setting, FLOOR], strict=True)]
-        ratio = [own / peft for own, peft in zip(turns, seconds[setting, YARDSTICK], strict=True)]
+        over = [turn / floor - 1 for turn, floor in zip(turns, seconds[setting, FLOOR], strict=True)]
+        ratio = [turn / peft for turn, peft in zip(turns, seconds[setting, YARDSTICK], strict=True)]
         rows.append(
             {
                 "setting": setting,
@@ -102,20 +103,20 @@ def table(seconds: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
     return rows
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| adapters | model | ms | over the frozen model | ratio to PEFT LoRA (lowest, highest) |")
-    print("|---|---|---|---|---|")
+def markdown_of(rows: list[dict[str, Any]]) -> str:
+    cells = []
     for row in rows:
         low, high = row["ratio_lowest_and_highest"]
-        print(
-            f"| {row['setting']} | {row['provider']} | {row['milliseconds']:.1f} | {row['percent_over_frozen']:+.1f} % "
-            f"| {row['ratio_to_peft_lora']:.3f} ({low:.3f}, {high:.3f}) |"
-        )
+        ratio = f"{row['ratio_to_peft_lora']:.3f} ({low:.3f}, {high:.3f})"
+        over = f"{row['percent_over_frozen']:+.1f} %"
+        cells.append((row["setting"], row["provider"], f"{row['milliseconds']:.1f}", over, ratio))
+    heads = ("adapters", "model", "ms", "over the frozen model", "ratio to PEFT LoRA (lowest, highest)")
+    return markdown_table(heads, cells)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="default: %(default)s")
     output = parser.parse_args().output
     with tempfile.TemporaryDirectory() as folder:
         times = Path(folder) / "times.json"
@@ -125,10 +126,10 @@ def main() -> int:
         if done.returncode:
             return done.returncode
         rows = table(medians(json.loads(times.read_text(encoding="utf-8"))))
-    print_table(rows)
+    print(markdown_of(rows))
     head = {
         "command": shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]]),
-        **{key: value for key, value in provenance().items() if key != "devices"},
+        **provenance(with_devices=False),
         "what": f"forward + backward, float32, 1 x {TOKENS} tokens, rank {SETTINGS[0].rank}, one thread, {TURNS} turns",
         "model": SHAPE,
     }

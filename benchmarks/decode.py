@@ -1,9 +1,9 @@
-"""Generation, ours beside the frozen model and PEFT's LoRA, on a GPU: `python -m benchmarks.decode`.
+"""Generation on a GPU, ours compared with the frozen model and PEFT's LoRA: `python -m benchmarks.decode`.
 
 `generate` of transformers on layers of Llama-3-8B's width with its vocabulary, greedy, with a cache, adapters unmerged:
-milliseconds per token at batch 1 and 32. In each turn one token is generated, and then many: the time per token is
-their difference, without the prompt. Logits with the cache are compared with the definition's without, before a
-provider is timed.
+milliseconds per token at batch 1 and 32. Each turn generates one token, and then many: the time per token comes from
+the difference, which excludes the prompt. Before a provider is timed, its logits with the cache are compared with the
+definition's without.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from benchmarks.settings import Setting
 from benchmarks.timing import Effort
 
 PROMPT = 64
-#: The addmm_ scheme serves training.
+#: The addmm_ scheme is for training.
 TIMED = tuple(provider for provider in PROVIDERS if "addmm" not in provider.name)
 
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """A model, and how many sequences it continues at a time."""
+    """A model, and the number of sequences in a batch."""
 
-    of: Architecture
+    architecture: Architecture
     batch: int
     setting: Setting
     new_tokens: int
@@ -42,13 +42,13 @@ class DecodeRow:
     @property
     def title(self) -> str:
         adapters = "fp32" if self.setting.fp32_adapters else "bf16"
-        return f"{self.of.name}, {self.of.layers} layers, batch {self.batch}, {adapters} adapters"
+        return f"{self.architecture.name}, {self.architecture.layers} layers, batch {self.batch}, {adapters} adapters"
 
     def describe(self) -> dict[str, Any]:
         return {
-            "model": self.of.name,
-            "layers": self.of.layers,
-            "vocabulary": self.of.vocabulary,
+            "model": self.architecture.name,
+            "layers": self.architecture.layers,
+            "vocabulary": self.architecture.vocabulary,
             "batch": self.batch,
             "prompt": PROMPT,
             "new_tokens": self.new_tokens,
@@ -96,9 +96,11 @@ class DecodeComparison:
     def __init__(self, row: DecodeRow, device: str) -> None:
         self.row = row
         torch.manual_seed(0)
-        frozen = frozen_model(row.of, device, DTYPE, row.of.vocabulary, head=True)
-        self.weights = checks.SharedWeights(frozen, replace(row.setting, linears=row.of.linears), evaluates=True)
-        self.prompts = [torch.randint(1, row.of.vocabulary, (row.batch, PROMPT), device=device) for _ in range(2)]
+        frozen = frozen_model(row.architecture, device, DTYPE, row.architecture.vocabulary, head=True)
+        setting = replace(row.setting, linears=row.architecture.linears)
+        self.weights = checks.SharedWeights(frozen, setting, evaluates=True)
+        vocabulary, shape = row.architecture.vocabulary, (row.batch, PROMPT)
+        self.prompts = [torch.randint(1, vocabulary, shape, device=device) for _ in range(2)]
 
     def build(self, provider: Provider) -> Generation:
         return Generation(provider.name, self.weights.model(provider), self.prompts, self.row.new_tokens)
@@ -115,8 +117,8 @@ class DecodeComparison:
             model: Any = step.model
             prompt = model(input_ids=ids[:, :-1], use_cache=True)
             token = model(input_ids=ids[:, -1:], past_key_values=prompt.past_key_values, use_cache=True)
-        found = {"logits of the prompt": prompt.logits[:, -1], "logits of the next token": token.logits[:, -1]}
-        return self.weights.verdict(provider, found, self.weights.expected(provider, whole))
+        logits = {"logits of the prompt": prompt.logits[:, -1], "logits of the next token": token.logits[:, -1]}
+        return self.weights.verdict(provider, logits, self.weights.expected(provider, whole))
 
     def more(self, provider: Provider, step: Generation) -> dict[str, Any]:
         return {}
@@ -127,9 +129,9 @@ class DecodeComparison:
 
 def plan(quick: bool, layers: int | None = None) -> list[DecodeRow]:
     """The rows, the most important first."""
-    of = LLAMA_3_8B.with_layers(layers or (8 if quick else LLAMA_3_8B.layers))
+    architecture = LLAMA_3_8B.with_layers(layers or (8 if quick else LLAMA_3_8B.layers))
     adapters = (BF16, replace(BF16, fp32_adapters=True))
-    return [DecodeRow(of, batch, setting, 32 if quick else 64) for setting in adapters for batch in (1, 32)]
+    return [DecodeRow(architecture, batch, setting, 32 if quick else 64) for setting in adapters for batch in (1, 32)]
 
 
 def main() -> int:

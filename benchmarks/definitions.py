@@ -1,4 +1,4 @@
-"""The definition of each kind of adapter, in the place of a frozen linear; and where providers have its weights."""
+"""The definition of each kind of adapter as a module in place of a frozen linear; access to providers' weights."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Weights = dict[str, Tensor]
 
 
 class Definition(nn.Module):
-    """A linear with an adapter, whose weights are parameters of their own.
+    """A linear with an adapter, which holds its own copy of the weights.
 
     Args:
         linear: frozen.
-        weights: by the names of :meth:`draw`.
+        weights: with the names of :meth:`draw`.
         setting: of the adapter.
-        h0: has the initial residual in the forward; None where the adapter does not mix.
+        h0: contains the initial residual during the forward; None if the adapter does not mix.
     """
 
-    #: Of the weights, without the biases: dropout changes their gradients.
+    #: The weights without the biases; dropout changes their gradients.
     matrices: tuple[str, ...]
 
     def __init__(self, linear: nn.Linear, weights: Weights, setting: Any, h0: list[Tensor] | None) -> None:
@@ -39,7 +39,7 @@ class Definition(nn.Module):
 
     @staticmethod
     def draw(K: int, N: int, setting: Any, normal: Callable[..., Tensor]) -> Weights:
-        """Random weights, such that the branch is about as large as what it is added to.
+        """Random weights for which the branch is about as large as the tensor to which it is added.
 
         Args:
             K, N: of the linear.
@@ -50,7 +50,7 @@ class Definition(nn.Module):
 
     @staticmethod
     def weights_of(module: nn.Module) -> Weights:
-        """Those of a provider's module by their names; none if it has no adapter of this kind."""
+        """The weights of a provider's module by name; empty if it has no adapter of this kind."""
         raise NotImplementedError
 
     def mix(self) -> tuple[Tensor | None, float]:
@@ -128,7 +128,10 @@ DEFINITIONS: dict[type[AdapterSetting], type[Definition]] = {
 
 
 def weights_of(module: nn.Module) -> Weights:
-    """The weights of the adapter on a provider's module, or of a definition, by name; none if it has no adapter."""
+    """The adapter's weights of a provider's module or of a definition, by name; empty if it has no adapter."""
     if isinstance(module, Definition):
         return dict(module.adapter.items())
-    return next((found for of in DEFINITIONS.values() if (found := of.weights_of(module))), {})
+    for definition in DEFINITIONS.values():
+        if weights := definition.weights_of(module):
+            return weights
+    return {}

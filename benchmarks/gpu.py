@@ -1,9 +1,9 @@
-"""Everything that wants a GPU, one after another: `make gpu`, or `make gpu QUICK=1` in under 8 minutes.
+"""Everything that needs a GPU, one after another: `make gpu`, or `make gpu QUICK=1` in under 8 minutes.
 
 Kernels are compiled first, in parallel; then come the GPU tests, the timed benchmarks, the plots and the README's
-tables. Tests that fail do not stop the benchmarks, which check every provider before they time it; they make the exit
-status 1. With --quick each stage has its time, and what one does not use the next ones have; the tests leave out those
-of many tokens, of offsets past 2^31 and of the sanitizer, and benchmarks run their most important rows.
+tables. Failing tests do not stop the benchmarks, which check every provider before they time it, but make the exit
+status 1. With --quick each stage has a time limit, and unused time goes to the next stages; tests with many tokens,
+with offsets past 2^31 and of the sanitizer are left out, and benchmarks run their most important rows.
 
 Nothing is installed: the Python that runs this needs torch, triton, transformers, peft and pytest. With pytest-xdist
 the tests run in several processes.
@@ -23,18 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE = 30.0  # seconds that a stage may take beyond its end before it is stopped
+GRACE = 30.0  # seconds that a stage may take beyond its limit before it is stopped
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, and what it means if it fails.
+    """A command, and the consequences if it fails.
 
     Attributes:
         arguments: of Python.
-        seconds: that --quick gives it.
-        takes_budget: whether it is told its seconds, and ends by itself.
-        needed: whether without it nothing else makes sense.
+        seconds: its time limit with --quick.
+        takes_budget: whether it is passed its limit, and ends by itself.
+        needed: whether nothing else can run if it fails.
     """
 
     name: str
@@ -61,7 +61,7 @@ def stages(quick: bool) -> list[Stage]:
 
 
 def _in_parallel() -> tuple[str, ...]:
-    """pytest's processes: most of the tests' time is the host's, and some compile what the stages before did not."""
+    """pytest's processes: most of the tests' time is host time, and some tests compile further kernels."""
     processes = min(6, len(os.sched_getaffinity(0)) // 2)
     return ("-n", str(processes)) if processes > 1 and importlib.util.find_spec("xdist") else ()
 
@@ -69,12 +69,13 @@ def _in_parallel() -> tuple[str, ...]:
 def run_stages(
     chosen: Sequence[Stage], limited: bool, run: Callable[[Sequence[str], float | None], int | None]
 ) -> dict[str, str]:
-    """Run stages in their order; how each ended, in words.
+    """Run stages in order; returns how each ended, in words.
 
     Args:
-        chosen: the stages.
-        limited: whether their seconds count.
-        run: a command of Python's arguments, for at most so many seconds; its exit status, None if it was stopped.
+        chosen: the stages to run.
+        limited: whether their time limits apply.
+        run: runs Python with these arguments for at most so many seconds; returns the exit status, None if it was
+            stopped.
     """
     started, end, outcome = time.monotonic(), 0.0, {}
     for stage in chosen:
@@ -91,7 +92,7 @@ def run_stages(
 
 
 def run_python(arguments: Sequence[str], limit: float | None) -> int | None:
-    """Run Python in the repository's root; what it started ends with it."""
+    """Run Python in the repository's root; its child processes are stopped with it."""
     with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, start_new_session=True) as process:
         try:
             return process.wait(limit)

@@ -1,7 +1,7 @@
-"""One row of a timed benchmark after another: build each provider, check it, time them in turn, write the row.
+"""Runs the rows of a timed benchmark: build and check each provider, time them in turn, write the row.
 
-A provider that computes something else is printed as WRONG and gets no time; one that raises is printed with its error.
-Either way the others go on.
+A provider that computes something wrong is printed as WRONG and is not timed; one that raises is printed with its
+error. In both cases the others continue.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ import torch
 
 from benchmarks.checks import Verdict
 from benchmarks.providers import Provider
-from benchmarks.results_file import Budget, ResultsFile, command_line, output_of
+from benchmarks.results_file import FLOOR, MIB, Budget, ResultsFile, command_line, output_of
 from benchmarks.settings import AdapterSetting
 from benchmarks.supervised import BROKEN_DEVICE, supervise
-from benchmarks.timing import MIB, Effort, Step, ceilings, compared, interleaved, peak_bytes
+from benchmarks.timing import Effort, Step, ceilings, compared, interleaved, peak_bytes
 from sibo_triton.environment import provenance
 
-FLOOR = "frozen model"
 IN_TURN = "all, in turn"
 
 
 class Row(Protocol):
-    """What is compared on one shape."""
+    """A comparison on one shape."""
 
     title: str
     setting: AdapterSetting
@@ -38,30 +37,30 @@ class Row(Protocol):
         """Whether the provider takes part."""
 
     def describe(self) -> dict[str, Any]:
-        """What the row is, for the file."""
+        """The row's settings, for the file."""
 
     def open(self, device: str) -> Comparison:
-        """The row with its memory."""
+        """Allocate the row's weights and inputs."""
 
 
 class Comparison(Protocol):
-    """A row whose weights and inputs are there."""
+    """A row with its weights and inputs."""
 
     def build(self, provider: Provider) -> Step:
-        """Its model, with the weights that all have."""
+        """The provider's model, with the weights that all share."""
 
     def check(self, provider: Provider, step: Step) -> Verdict:
-        """Its outputs and gradients against the definition's."""
+        """Compare its outputs and gradients with the definition's."""
 
     def more(self, provider: Provider, step: Step) -> dict[str, Any]:
-        """Further facts, before it is timed."""
+        """Further facts, collected before it is timed."""
 
     def derived(self, name: str, facts: dict[str, Any], floor: dict[str, Any], ceiling: dict[str, float]) -> None:
-        """Add to a provider's facts what follows from its times."""
+        """Add what follows from its times to a provider's facts."""
 
 
 class Session:
-    """A run of a benchmark: its file, its time, and what is said as it goes."""
+    """A run of a benchmark, with its file of results and its time budget; prints progress."""
 
     def __init__(self, results: ResultsFile, device: str, budget: Budget, effort: Effort) -> None:
         self.results, self.device, self.budget, self.effort = results, device, budget, effort
@@ -72,7 +71,7 @@ class Session:
         )
 
     def run(self, rows: Sequence[Row], providers: Sequence[Provider]) -> None:
-        """Time the rows in their order, as many as fit the time."""
+        """Time the rows in order, as many as fit the budget."""
         left = [row for row in rows if not self.results.has(row.title)]
         while left and self.budget.begin_row():
             row = left.pop(0)
@@ -107,7 +106,7 @@ class Session:
         self.results.add({"title": row.title, **row.describe(), "providers": facts})
 
     def _prepared(self, row: Row, comparison: Comparison, provider: Provider) -> tuple[Step | None, dict[str, Any]]:
-        """A provider that is built and right, or None, and what is known of it."""
+        """A provider's step if it was built and is correct, or None; and its facts."""
         reason = provider.unavailable(row.setting)
         if reason is not None:
             return None, {"unavailable": reason}
@@ -136,23 +135,23 @@ class Session:
     def _timed(
         self, row: Row, comparison: Comparison, steps: list[Step], facts: dict[str, dict[str, Any]]
     ) -> dict[str, dict[str, Any]]:
-        """The facts of the providers that were timed, or that failed then."""
+        """The facts of the providers that were timed, or that failed during timing."""
         times = interleaved(
             steps, self.device, self.effort, lambda name: self.results.begin(row.title, name or IN_TURN)
         )
         for name, error in times.errors.items():
             self._stop_if_broken(row, name, error)
-        found = {name: {"error": _say(name, error)} for name, error in times.errors.items()}
+        outcomes = {name: {"error": _say(name, error)} for name, error in times.errors.items()}
         table = compared(times, FLOOR, [name for name in times.rounds if name.startswith("ours")])
         for name, more in table.items():
-            found[name] = {**facts[name], **more}
+            outcomes[name] = {**facts[name], **more}
             if FLOOR in table:
-                comparison.derived(name, found[name], {**facts[FLOOR], **table[FLOOR]}, self.ceilings)
-            print(f"  {name}: {_line(found[name])}", flush=True)
-        return found
+                comparison.derived(name, outcomes[name], {**facts[FLOOR], **table[FLOOR]}, self.ceilings)
+            print(f"  {name}: {_line(outcomes[name])}", flush=True)
+        return outcomes
 
     def _stop_if_broken(self, row: Row, name: str, error: Exception) -> None:
-        """End the process if the device does not run anything any more; the supervisor starts another."""
+        """End the process if the device can no longer be used; the supervisor starts another."""
         traceback.clear_frames(error.__traceback__)  # which hold memory
         _free(self.device)
         if self.device != "cuda":
@@ -168,7 +167,7 @@ class Session:
 
 
 def _free(device: str) -> None:
-    with suppress(Exception):  # a broken device is found out elsewhere
+    with suppress(Exception):  # a broken device is detected elsewhere
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
         gc.collect()
@@ -182,7 +181,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _say(name: str, error: Exception) -> str:
-    """Print an error, where it came from in full for whoever mends it, and return it as a line."""
+    """Print an error, with its traceback for debugging, and return it as a line."""
     line = _one_line(error)
     print(f"  {name}: FAILED, {line}", flush=True)
     if not isinstance(error, torch.OutOfMemoryError):
@@ -210,7 +209,7 @@ def run_benchmark(
     options: argparse.Namespace,
     effort: Effort,
 ) -> int:
-    """What the timed benchmarks' `main` does after its options are read; the exit status."""
+    """The common part of the timed benchmarks' `main`, after parsing the options; returns the exit status."""
     rows = [row for row in rows if all(word in row.title for word in options.only)]
     if not rows:
         sys.exit(f"benchmarks.{name}: no row's title holds {' and '.join(map(repr, options.only))}; --list shows them")
@@ -218,11 +217,11 @@ def run_benchmark(
         print("\n".join(row.title for row in rows))
         return 0
     if options.providers:
-        known = [of.name for of in providers]
-        unknown = [given for given in options.providers if given not in known]
+        known = [provider.name for provider in providers]
+        unknown = [name for name in options.providers if name not in known]
         if unknown:
             sys.exit(f"benchmarks.{name}: {unknown[0]!r} is no provider: choose among {', '.join(known)}")
-        providers = [of for of in providers if of.name in (FLOOR, *options.providers)]
+        providers = [provider for provider in providers if provider.name in (FLOOR, *options.providers)]
     output = output_of(name, options)
     if not options.unsupervised:
         command = [sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:], "--unsupervised"]

@@ -1,15 +1,15 @@
 """Python and dispatch time of LoRA modules on tiny tensors: `python -m benchmarks.host_time`.
 
-Forward + backward, and forward without gradients, of one linear and of three that share x. What is printed is what a
-provider adds to the frozen linears, divided by their number: medians over runs in turn, in microseconds. h0's hooks
-count for those that mix.
+Forward + backward, and forward without gradients, of one linear and of three that share x. Printed is the time that a
+provider adds to the frozen linears, divided by their number: medians over runs in turn, in microseconds. It includes
+h0's hooks for providers that mix.
 
-On the CPU, where tensors this small cost next to nothing themselves, it is the process's time. "kernels' path" is then
-what the host does on a GPU, but for what torch's CUDA allocator and operations take more than its CPU ones, and for the
-driver: kernels are compiled and bound, and not launched. Its tensors hold nothing.
+On the CPU, where computing on such small tensors costs almost nothing, it is process time. "kernels' path" is then the
+host's work for a GPU, except for the driver and the additional cost of torch's CUDA allocator and operations: kernels
+are compiled and bound, but not launched. Its outputs are not computed.
 
-With --device cuda it is the time that passes until the GPU has done all of some repeats. It waits for the host, as
-launches of this size take the host longer than the GPU.
+With --device cuda it is the time until the GPU has finished all repeats. The GPU waits for the host, as launches of
+this size take the host longer than the GPU.
 """
 
 from __future__ import annotations
@@ -17,39 +17,32 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
 
 import torch
 from torch import nn
 
+from benchmarks.ahead_of_time.binaries import TARGETS
+from benchmarks.ahead_of_time.without_gpu import kernels_chosen, launching_for
 from benchmarks.checks import without_known_warnings
 from benchmarks.models import LLAMA_3_8B, Part, part_linears
 from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider
 from benchmarks.results_file import RESULTS, command_line, slug
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
-from sibo_triton.ops import low_rank
-from sibo_triton.ops.dispatch import Choice
 
 TINY = replace(LLAMA_3_8B, hidden=16, ffn=16, heads=1, kv_heads=1, head=16)
 TOKENS, REPEATS = 2, 20
 GROUPS = {"one linear": ("o_proj",), "three that share x": ("q_proj", "k_proj", "v_proj")}
 
 
-def h100_that_is_not_there() -> AbstractContextManager[None]:
-    """Inside, launchers and Triton do everything for an H100 but call its driver."""
-    from ahead_of_time import TARGETS
-    from without_gpu import launching_for
-
+def simulated_h100() -> AbstractContextManager[None]:
+    """Inside, launchers and Triton do everything for an H100 except calling its driver."""
     return launching_for(TARGETS["sm_90"][0])
 
 
@@ -61,13 +54,13 @@ class Run:
     ) -> None:
         torch.manual_seed(0)
         with without_known_warnings():
-            own = replace(setting, linears=part_linears(TINY, names))
-            self.model: nn.Module = provider.wrap(Part(TINY, names, device, dtype), own)
+            part_setting = replace(setting, linears=part_linears(TINY, names))
+            self.model: nn.Module = provider.wrap(Part(TINY, names, device, dtype), part_setting)
         self.choice: AbstractContextManager[Any] = nullcontext()
         self._now = now_on_gpu if device == "cuda" else time.process_time
 
     def microseconds(self, h0: torch.Tensor, x: torch.Tensor, grads: list[torch.Tensor]) -> tuple[float, float]:
-        """Of a forward + backward, and of a forward without gradients: the mean of some."""
+        """The mean of some repeats: of forward + backward, and of forward without gradients."""
         with self.choice:
             start = self._now()
             for _ in range(REPEATS):
@@ -80,23 +73,27 @@ class Run:
 
 
 def now_on_gpu() -> float:
-    """The time when the GPU has done what it was given."""
+    """The time after the GPU has finished its work."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device: str) -> dict[str, Run]:
-    """By name, the frozen linears first."""
+    """The runs by name, the frozen linears first."""
     providers = (Provider(), Peft(), OursLora(), PeftMixed(), OursSibo())
     runs = {
-        of.name: Run(of, names, dtype, setting, device) for of in providers if not (of.mixes and names == ("o_proj",))
+        provider.name: Run(provider, names, dtype, setting, device)
+        for provider in providers
+        if not (provider.mixes and names == ("o_proj",))
     }
     if device == "cuda":
         return runs
-    for provider in (of for of in providers if of.name.startswith("ours") and of.name in runs):
+    for provider in providers:
+        if not provider.name.startswith("ours") or provider.name not in runs:
+            continue
         name = f"{provider.name}, kernels' path"
         runs[name] = Run(provider, names, dtype, setting, device)
-        runs[name].choice = mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "timed"))
+        runs[name].choice = kernels_chosen()
     return runs
 
 
@@ -108,7 +105,7 @@ def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int, devi
     grads = [torch.randn(1, TOKENS, TINY.shapes()[name][1], dtype=dtype, device=device) for name in names]
     x.requires_grad_()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    with h100_that_is_not_there() if device == "cpu" else nullcontext():
+    with simulated_h100() if device == "cpu" else nullcontext():
         for run in runs.values():
             run.microseconds(h0, x, grads)  # compiles
         for _ in range(rounds):
@@ -120,7 +117,7 @@ def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int, devi
     rows = []
     for name in others:
         pairs = list(zip(times[name], times[frozen], strict=True))
-        added = [statistics.median((own[i] - floor[i]) / len(names) for own, floor in pairs) for i in range(2)]
+        added = [statistics.median((timed[i] - floor[i]) / len(names) for timed, floor in pairs) for i in range(2)]
         print(f"  {name:32} {added[0]:7.1f} {added[1]:7.1f}", flush=True)
         both, alone = (round(value, 1) for value in added)
         case = {"linears": title, "base": base, "dropout": setting.dropout, "provider": name}
@@ -145,7 +142,7 @@ def main() -> None:
             rows += measured(title, dtype, setting, options.rounds, options.device)
     head = {
         "command": command_line("host_time"),
-        **{key: value for key, value in provenance().items() if gpu is not None or key != "devices"},
+        **provenance(with_devices=gpu is not None),
         **({} if gpu is None else {"gpu": gpu}),
         "what": f"microseconds of {'process time' if gpu is None else 'time'} that a module adds to its frozen linear; "
         "tiny tensors, float32 adapters",

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, with a line of progress now and then: what compiles many kernels uses it."""
+"""Runs jobs in separate processes and prints progress; used to compile many kernels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def in_parallel(
     chunk: int = 1,
     chunks_of_process: int | None = None,
 ) -> Iterator[Any]:
-    """What a function returns of each job, as soon as it is there.
+    """What a function returns for each job, as soon as it is available.
 
     Args:
-        what: is done, for the first line.
-        function: a module's, as new processes import it.
-        chunk: how many jobs a process takes at a time.
-        chunks_of_process: after how many chunks another process takes its place; None: never.
+        what: a description, for the first line.
+        function: defined in a module, as new processes import it.
+        chunk: how many jobs a process takes at once.
+        chunks_of_process: after how many chunks a process is replaced; None: never.
     """
     started = told = time.monotonic()
     print(f"{what}: {len(jobs)} jobs in {workers} processes", flush=True)

@@ -1,8 +1,8 @@
 """Where a layer's time goes, kernel by kernel, on a GPU: `python -m benchmarks.kernel_times`.
 
-Forward and backward of a layer under torch's profiler, for some providers, one after another: every kernel that the
-device ran, how often and for how long; and for each launch of ours what it moves by count (`launch_traffic.py`), with
-the bandwidth that follows. Shares of the copy's bandwidth, measured in the same run, above 1 are the cache's.
+Profiles forward and backward of a layer with torch's profiler, for some providers: every kernel that the device ran,
+how often and for how long; and for each of our launches the bytes that it moves (counted by `launch_traffic.py`) and
+the resulting bandwidth. Shares above 1 of the copy's bandwidth, measured in the same run, are due to the cache.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch.autograd.profiler import DeviceType
 
-from benchmarks.harness import FLOOR
 from benchmarks.launch_traffic import KERNELS, Traffic, recorded_launches
 from benchmarks.layer import BF16, DEFAULTS, LayerRow, LayerStep
 from benchmarks.models import LLAMA_3_8B
 from benchmarks.peers import TIMED
-from benchmarks.results_file import RESULTS, ResultsFile, command_line, slug
-from benchmarks.timing import MIB, ceilings
+from benchmarks.results_file import FLOOR, MIB, RESULTS, ResultsFile, command_line, slug
+from benchmarks.timing import ceilings
 from sibo_triton.environment import provenance
 
 PROVIDERS = (FLOOR, "PEFT LoRA", "addmm_ scheme, siblings grouped", "ours, lambda = 0", "ours, SIBO")
@@ -31,7 +30,7 @@ STEPS = 8
 
 
 def device_kernels(step: LayerStep) -> list[list[tuple[str, float]]]:
-    """Of each of some steps, what the device ran: names and microseconds, in order."""
+    """The kernels that the device ran in each step, in order: names and microseconds."""
     steps = []
     for i in range(STEPS + 2):
         step.reset()
@@ -50,7 +49,7 @@ def device_kernels(step: LayerStep) -> list[list[tuple[str, float]]]:
 
 
 def traffic_of(step: LayerStep) -> list[Traffic]:
-    """Of each launch of ours, in order."""
+    """The traffic of each of our launches, in order."""
     launches: list[Traffic] = []
     step.reset()
     with recorded_launches(launches.append, run=True):
@@ -60,7 +59,7 @@ def traffic_of(step: LayerStep) -> list[Traffic]:
 
 
 def totals(steps: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
-    """By kernel: how often a step runs it and its microseconds in all, the median step's; the longest first."""
+    """For each kernel, how often a step runs it and its total microseconds, medians over steps; the longest first."""
     by_name: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in steps])
     for i, step in enumerate(steps):
         for name, microseconds in step:
@@ -73,13 +72,13 @@ def totals(steps: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
 
 
 def ours(steps: list[list[tuple[str, float]]], launches: list[Traffic], copy_GB_per_s: float) -> list[dict[str, Any]]:
-    """Each launch of ours in order: its traffic, and the median of its times."""
-    of_steps = [[of for of in step if of[0] in KERNELS] for step in steps]
-    if any([name for name, _ in step] != [launch.name for launch in launches] for step in of_steps):
+    """Each of our launches in order: its traffic, and its median time."""
+    launched = [[event for event in step if event[0] in KERNELS] for step in steps]
+    if any([name for name, _ in step] != [launch.name for launch in launches] for step in launched):
         raise RuntimeError("what the profiler saw of our kernels is not what was launched")
     rows = []
     for i, launch in enumerate(launches):
-        microseconds = median(step[i][1] for step in of_steps)
+        microseconds = median(step[i][1] for step in launched)
         moved = launch.read + launch.written
         rows.append(
             {
@@ -120,16 +119,17 @@ def main() -> None:
             step = comparison.build(provider)
             steps = device_kernels(step)
             kernels, launches = totals(steps), traffic_of(step)
-            of_ours = ours(steps, launches, ceiling["copy_GB_per_s"])
+            our_launches = ours(steps, launches, ceiling["copy_GB_per_s"])
             in_all = round(median(sum(us for _, us in one) for one in steps), 1)
             title = f"{row.title}, {provider.name}"
-            results.add({"title": title, "us": in_all, "kernels": kernels, "launches_of_ours": of_ours})
+            results.add({"title": title, "us": in_all, "kernels": kernels, "launches_of_ours": our_launches})
             print(f"\n{title}: {in_all:,.0f} us in kernels", flush=True)
-            for of in kernels[:14]:
-                print(f"  {of['us']:9.1f} us  {of['count']:4g} x  {of['kernel'][:90]}", flush=True)
-            for of in of_ours:
-                moved = f"{of['MiB']:8.1f} MiB {of['reread_MiB']:8.1f} again"
-                print(f"  {of['us']:9.1f} us  {moved}  {of['share_of_copy']:5.2f} of copy  {of['kernel']} {of['grid']}")
+            for kernel in kernels[:14]:
+                print(f"  {kernel['us']:9.1f} us  {kernel['count']:4g} x  {kernel['kernel'][:90]}", flush=True)
+            for launch in our_launches:
+                moved = f"{launch['MiB']:8.1f} MiB {launch['reread_MiB']:8.1f} again"
+                share = f"{launch['share_of_copy']:5.2f} of copy"
+                print(f"  {launch['us']:9.1f} us  {moved}  {share}  {launch['kernel']} {launch['grid']}")
 
 
 if __name__ == "__main__":

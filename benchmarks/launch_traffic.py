@@ -1,10 +1,10 @@
-"""What each launch of our kernels loads, stores and multiplies, from its grid and arguments: by count, not measured.
+"""What each launch of our kernels loads, stores and multiplies, counted from its grid and arguments.
 
-A kernel's entry says how often its programs load each operand. Every element of a result is stored once. Lanes that a
-mask turns off load and store nothing, but tensor cores multiply whole tiles: flops are those of the padded tiles, every
-dot of `precision.split_dot` among them. What is not a dot counts as no flop.
+A kernel's entry gives how often its programs load each operand. Every element of a result is stored once. Masked lanes
+load and store nothing, but tensor cores multiply whole tiles: flops are those of the padded tiles, including every dot
+of `precision.split_dot`. Only dots count as flops.
 
-`tests/kernels_interpreted/test_traffic.py` holds these numbers against what Triton's interpreter does.
+`tests/kernels_interpreted/test_traffic_of_launches.py` compares these numbers with what Triton's interpreter does.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """What passes between memory and a launch, or an operation of torch.
+    """The memory traffic of a launch, or of an operation of torch.
 
     Attributes:
         name: of the kernel or the operation.
         read: bytes of its inputs, each once.
         written: bytes of its outputs, each once.
-        reread: bytes that its programs load beyond `read`, because several of them need the same tile. Caches answer
-            most of it. Known for our kernels only: 0 for operations of torch, whose tiles are not ours to count.
+        reread: bytes that its programs load in addition to `read`, because several of them need the same tile; caches
+            serve most of them. Known for our kernels only: 0 for operations of torch, whose tiles are unknown.
         flops: of matrix products.
         grid: of a launch of ours; None for an operation of torch.
     """
@@ -53,13 +53,13 @@ class Traffic:
 
 @dataclass
 class _Loads:
-    """An operand's bytes times how often all of it is loaded, summed."""
+    """Sums over operands of their bytes, once and times how often they are loaded."""
 
     once: int = 0
     all: int = 0
 
     def add(self, tensor: Any, times: int) -> None:
-        """Nothing for what is no tensor: a number travels with the launch."""
+        """A number adds nothing: it is passed with the launch."""
         if isinstance(tensor, Tensor):
             self.once += bytes_of(tensor)
             self.all += bytes_of(tensor) * times
@@ -143,7 +143,7 @@ def _up_siblings(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[in
 def _both(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> tuple[int, int]:
     """A strip of STEPS tiles of rows and one of columns: dY once, B by every strip, t by every tile of columns.
 
-    Stored is a part of u for every tile of columns, and a part of dB for every strip.
+    It stores a part of u for every tile of columns, and a part of dB for every strip.
     """
     n_tiles = cdiv(a["N"], a["BN"])
     strips = grid[0] // n_tiles
@@ -228,7 +228,7 @@ def _activation_gradient(grid: tuple[int, ...], a: Arguments, loads: _Loads) -> 
     return _bytes_of_all(a["p_u"], a["p_activated"]), 0
 
 
-#: Of each kernel: bytes written and flops; what it loads goes into the third argument.
+#: For each kernel: bytes written and flops; its loads are added to the third argument.
 KERNELS: dict[str, Callable[[tuple[int, ...], Arguments, _Loads], tuple[int, int]]] = {
     "down_kernel": _down,
     "sum_parts_kernel": _sum_parts,
@@ -247,7 +247,7 @@ def traffic_of_launch(name: str, grid: tuple[int, ...], arguments: Arguments) ->
     """What a launch loads, stores and multiplies.
 
     Raises:
-        KeyError: a kernel that has no entry in `KERNELS`.
+        KeyError: the kernel has no entry in `KERNELS`.
     """
     loads = _Loads()
     written, flops = KERNELS[name](grid, arguments, loads)
@@ -256,7 +256,7 @@ def traffic_of_launch(name: str, grid: tuple[int, ...], arguments: Arguments) ->
 
 @contextmanager
 def recorded_launches(record: Callable[[Traffic], None], run: bool = False) -> Iterator[None]:
-    """Hands every launch of a Triton kernel inside to `record`; runs it only if asked, for Triton's interpreter."""
+    """Passes every launch of a Triton kernel inside to `record`, and runs it only with `run`."""
     kind = type(down.down_kernel)  # the interpreter has a class of its own
     launch = kind.run
 

@@ -1,11 +1,11 @@
-"""Forward and backward of one layer, ours beside every peer, on a GPU: `python -m benchmarks.layer`.
+"""Forward and backward of one layer on a GPU, ours compared with every peer: `python -m benchmarks.layer`.
 
 A row is a whole decoder layer of transformers (a model of one layer, on random tokens), the linears that share an
 input, or one linear, with random weights in bfloat16; the most important rows come first. For each provider:
 
-* milliseconds of forward, backward and both, percent over the frozen layer, and for ours the ratio to each peer;
+* milliseconds of forward, backward and both, percentage over the frozen layer, and for ours the ratio to each peer;
 * what autograd keeps for the backward, and the peak of what is allocated, beyond weights and inputs;
-* the share of the measured ceilings: of bfloat16 GEMM for the products of all linears, and of copying for the least
+* the share of the measured ceilings: of bfloat16 GEMMs for the products of all linears, and of a copy for the minimum
   that an adapter must move in the time that it adds (`settings.least_moved`).
 
 Every provider's outputs and gradients are compared with the definition's before it is timed (`checks.py`).
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import checks
 from benchmarks.checks import Values, Verdict
-from benchmarks.harness import FLOOR, run_benchmark
+from benchmarks.harness import run_benchmark
 from benchmarks.models import (
     ARCHITECTURES,
     EMBEDDINGS,
@@ -36,17 +36,17 @@ from benchmarks.models import (
 )
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
-from benchmarks.results_file import parser_of
+from benchmarks.results_file import FLOOR, MIB, parser_of
 from benchmarks.settings import AdapterSetting, BottleneckSetting, Setting, least_moved
-from benchmarks.timing import MIB, Effort, buffers_beyond_cache
+from benchmarks.timing import Effort, buffers_beyond_cache
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
 
 BF16 = Setting(fp32_adapters=False, dropout=0.0)
 DEFAULTS = Setting(fp32_adapters=True, dropout=0.05)  # PEFT's dtype, and a usual rate
 ADAPTERS = tuple(
-    BottleneckSetting(fp32_adapters=of.fp32_adapters, dropout=of.dropout, placement=placement, biases=biases)
+    BottleneckSetting(fp32_adapters=lora.fp32_adapters, dropout=lora.dropout, placement=placement, biases=biases)
     for placement, biases in (("series", False), ("parallel", True))
-    for of in (BF16, DEFAULTS)
+    for lora in (BF16, DEFAULTS)
 )
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DTYPE = torch.bfloat16
@@ -58,10 +58,10 @@ class LayerRow:
 
     Attributes:
         names: of the part's linears; None is the whole layer.
-        compiles: whether torch.compile takes part.
+        compiles: whether providers under torch.compile take part.
     """
 
-    of: Architecture
+    architecture: Architecture
     tokens: int
     setting: AdapterSetting
     names: tuple[str, ...] | None = None
@@ -74,7 +74,7 @@ class LayerRow:
 
     @property
     def title(self) -> str:
-        return f"{self.of.name} {self.what}, M={self.tokens}, {self.setting.size}, {self.setting}"
+        return f"{self.architecture.name} {self.what}, M={self.tokens}, {self.setting.size}, {self.setting}"
 
     @property
     def batch(self) -> tuple[int, int]:
@@ -83,12 +83,12 @@ class LayerRow:
         return self.tokens // length, length
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        shapes = self.of.shapes()
+        shapes = self.architecture.shapes()
         return shapes if self.names is None else {name: shapes[name] for name in self.names}
 
     def describe(self) -> dict[str, Any]:
         return {
-            "model": self.of.name,
+            "model": self.architecture.name,
             "part": self.what,
             "tokens": self.tokens,
             "batch": list(self.batch),
@@ -98,19 +98,19 @@ class LayerRow:
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
-        """The linears with adapters, those that share an input together."""
-        groups = groups_of(self.of) if self.names is None else [self.names]
-        targets = replace(self.setting, linears=self.of.linears).targets
+        """The linears with adapters, grouped by the input that they share."""
+        groups = groups_of(self.architecture) if self.names is None else [self.names]
+        targets = replace(self.setting, linears=self.architecture.linears).targets
         return [group for group in groups if set(group) & set(targets)]
 
     def takes(self, provider: Provider) -> bool:
-        """The kind's, but for those that mix in a part that does not, and torch.compile where it is not asked for."""
-        mixes = self.names is None or any(name in self.of.linears.mixing for name in self.names)
+        """Providers of the setting's kind; mixing ones if a linear mixes, compiled ones if the row compiles."""
+        mixes = self.names is None or any(name in self.architecture.linears.mixing for name in self.names)
         of_kind = isinstance(self.setting, provider.takes)
         return of_kind and (mixes or not provider.mixes) and (self.compiles or not provider.compiles)
 
     def open(self, device: str) -> LayerComparison:
-        linears = self.of.linears if self.names is None else part_linears(self.of, self.names)
+        linears = self.architecture.linears if self.names is None else part_linears(self.architecture, self.names)
         row = replace(self, setting=replace(self.setting, linears=linears))
         return (WholeLayer if self.names is None else PartOfLayer)(row, device)
 
@@ -146,7 +146,7 @@ class LayerStep:
 
 
 class LayerComparison:
-    """A row with its weights and inputs; a whole layer or a part, by the subclass."""
+    """A row with its weights and inputs; subclasses are for a whole layer and for a part."""
 
     frozen: nn.Module
     inputs: list[tuple[Tensor, ...]]
@@ -159,11 +159,11 @@ class LayerComparison:
         self.weights = checks.SharedWeights(self.frozen, self.setting)
 
     def make(self) -> None:
-        """The frozen model, inputs and gradients of outputs."""
+        """Make the frozen model, inputs and gradients of outputs."""
         raise NotImplementedError
 
     def input_gradient(self, step: LayerStep) -> tuple[tuple[Tensor, ...], Callable[[], Tensor | None]]:
-        """The outputs, and a call that gives dx after the backward."""
+        """The outputs, and a function that returns dx after the backward."""
         raise NotImplementedError
 
     def random(self, *shape: int) -> Tensor:
@@ -177,30 +177,30 @@ class LayerComparison:
         step.reset()
         outputs, dx = self.input_gradient(step) if with_dx else (step.forward(0), None)
         torch.autograd.backward(outputs, [g.to(y.dtype) for g, y in zip(self.grads[0], outputs, strict=True)])
-        found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+        results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
         if dx is not None:
-            found["gradient of the input"] = dx()
-        found |= checks.gradients_of(step.model)
+            results["gradient of the input"] = dx()
+        results |= checks.gradients_of(step.model)
         step.reset()
-        return found
+        return results
 
     def expected(self, provider: Provider) -> Values:
         def values(model: nn.Module) -> Values:
-            # tokens, or h0 and x, of which the last wants a gradient
-            *given, last = (t.detach().float() if t.is_floating_point() else t for t in self.inputs[0])
-            inputs = (*given, last.requires_grad_(last.is_floating_point()))
+            # tokens, or h0 and x, where the last needs a gradient
+            *others, last = (t.detach().float() if t.is_floating_point() else t for t in self.inputs[0])
+            inputs = (*others, last.requires_grad_(last.is_floating_point()))
             return self.values(LayerStep("definition", model, [inputs], self.grads))
 
         return self.weights.expected(provider, values)
 
     def check(self, provider: Provider, step: LayerStep) -> Verdict:
         expected, rate = self.expected(provider), self.setting.dropout
-        with_dx = not provider.compiles  # a hook, or another rate, would be compiled anew
+        with_dx = not provider.compiles  # a hook, or another rate, would cause a recompilation
         if not with_dx:
             expected = {name: value for name, value in expected.items() if name != "gradient of the input"}
         if rate == 0 or not provider.compiles:
-            found = checks.without_dropout(step.model, lambda: self.values(step, with_dx))
-            verdict = self.weights.verdict(provider, found, expected)
+            actual = checks.without_dropout(step.model, lambda: self.values(step, with_dx))
+            verdict = self.weights.verdict(provider, actual, expected)
         else:
             verdict = Verdict(0.0, "nothing: how much dropout changes the gradients")
         if verdict.problem is None and rate and provider.name != FLOOR:
@@ -210,37 +210,38 @@ class LayerComparison:
 
     def more(self, provider: Provider, step: LayerStep) -> dict[str, Any]:
         if provider.compiles:
-            return {}  # the hooks that count would be compiled in
+            return {}  # the hooks that count would be compiled too
         return {"saved_MiB": round(saved_activation_bytes(step.model, lambda: step.forward(0)) / MIB, 1)}
 
     def derived(self, name: str, facts: dict[str, Any], floor: dict[str, Any], ceiling: dict[str, float]) -> None:
         milliseconds, row = facts["ms"]["both"]["p50"], self.row
         adds = name != FLOOR
         M, shapes = row.tokens, row.shapes()
-        targets = replace(row.setting, linears=row.of.linears)
+        targets = replace(row.setting, linears=row.architecture.linears)
         flops = sum(4 * M * K * N for K, N in shapes.values())
         if adds:
-            flops += sum(6 * M * targets.parameters(*of) for own, of in shapes.items() if own in targets.targets)
+            flops += sum(6 * M * targets.parameters(*shapes[linear]) for linear in shapes if linear in targets.targets)
         share = flops / milliseconds / 1e9 / ceiling["bf16_gemm_TFLOP_per_s"]
         facts["share_of_bf16_gemm"] = round(share, 4)
         if adds:
             added = milliseconds - floor["ms"]["both"]["p50"]
-            least = sum(least_moved(targets, shapes, M, any(of.mixes for of in TIMED if of.name == name)))
+            mixes = any(provider.mixes for provider in TIMED if provider.name == name)
+            least = sum(least_moved(targets, shapes, M, mixes))
             facts["least_bytes_added"] = least
-            if added > 0:  # else it is not to be told from the frozen layer
+            if added > 0:  # otherwise it cannot be distinguished from the frozen layer
                 facts["share_of_copy_of_what_it_adds"] = round(least / added / 1e6 / ceiling["copy_GB_per_s"], 4)
 
 
 class WholeLayer(LayerComparison):
-    """A model of one layer on random tokens of a frozen embedding: its h0 is the layer's input before the norm."""
+    """A model of one layer on random tokens with a frozen embedding: its h0 is the layer's input before the norm."""
 
     def make(self) -> None:
         row, (batch, length) = self.row, self.row.batch
-        self.frozen = frozen_model(row.of.with_layers(1), self.device, DTYPE, row.vocabulary, head=False)
-        count = buffers_beyond_cache(self.device, 2 * 2 * row.tokens * row.of.hidden)
+        self.frozen = frozen_model(row.architecture.with_layers(1), self.device, DTYPE, row.vocabulary, head=False)
+        count = buffers_beyond_cache(self.device, 2 * 2 * row.tokens * row.architecture.hidden)
         ids = [torch.randint(1, row.vocabulary, (batch, length), device=self.device) for _ in range(count)]
-        self.inputs = [(given,) for given in ids]
-        self.grads = [(self.random(batch, length, row.of.hidden),) for _ in range(count)]
+        self.inputs = [(tokens,) for tokens in ids]
+        self.grads = [(self.random(batch, length, row.architecture.hidden),) for _ in range(count)]
 
     def input_gradient(self, step: LayerStep) -> tuple[tuple[Tensor, ...], Callable[[], Tensor | None]]:
         seen: list[Tensor] = []
@@ -267,13 +268,13 @@ class PartOfLayer(LayerComparison):
     def make(self) -> None:
         row, (batch, length) = self.row, self.row.batch
         assert row.names is not None
-        self.frozen = Part(row.of, row.names, self.device, DTYPE)
+        self.frozen = Part(row.architecture, row.names, self.device, DTYPE)
         for parameter in self.frozen.parameters():
             parameter.data.normal_(0, 0.02)
         widths = [N for _, N in row.shapes().values()]
-        count = buffers_beyond_cache(self.device, 2 * row.tokens * (row.of.hidden + self.K + sum(widths)))
+        count = buffers_beyond_cache(self.device, 2 * row.tokens * (row.architecture.hidden + self.K + sum(widths)))
         self.inputs = [
-            (self.random(batch, length, row.of.hidden), self.random(batch, length, self.K).requires_grad_())
+            (self.random(batch, length, row.architecture.hidden), self.random(batch, length, self.K).requires_grad_())
             for _ in range(count)
         ]
         self.grads = [tuple(self.random(batch, length, N) for N in widths) for _ in range(count)]
@@ -282,23 +283,24 @@ class PartOfLayer(LayerComparison):
         return step.forward(0), lambda: step.inputs[0][1].grad
 
 
-def groups_of(of: Architecture) -> list[tuple[str, ...]]:
+def groups_of(architecture: Architecture) -> list[tuple[str, ...]]:
     """The linears of a layer that share an input."""
-    if of.kind != "bert":
-        return list(of.linears.groups)
+    if architecture.kind != "bert":
+        return list(architecture.linears.groups)
     return [("query", "key", "value"), ("attention.output.dense",), ("intermediate.dense",), ("output.dense",)]
 
 
 def plan(quick: bool) -> list[LayerRow]:
     """The rows, the most important first."""
     both = (BF16, DEFAULTS)
-    # to compile takes as long as several rows
+    # compiling takes as long as several rows
     rows = [LayerRow(LLAMA_3_8B, 8192, setting, compiles=not quick) for setting in both]
     sweep = (2048, 512, 32768) if quick else (2048, 512, 32768, 1024, 4096, 16384)
     rows += [LayerRow(LLAMA_3_8B, M, setting, compiles=not quick) for M in sweep for setting in both]
     rows += _parts(LLAMA_3_8B, groups_of(LLAMA_3_8B), (8192,), both)
     rows += [LayerRow(LLAMA_3_8B, 8192, setting, compiles=not quick) for setting in ADAPTERS]
-    rows += [LayerRow(of, 8192, setting) for of in ARCHITECTURES[1:] for setting in both]
+    others = ARCHITECTURES[1:]
+    rows += [LayerRow(other, 8192, setting) for other in others for setting in both]
     rows += [LayerRow(LLAMA_3_8B, 8192, replace(setting, rank=rank)) for rank in (8, 64) for setting in both]
     if quick:
         return rows
@@ -307,17 +309,20 @@ def plan(quick: bool) -> list[LayerRow]:
     rows += _parts(LLAMA_3_8B, [LLAMA_3_8B.linears.feed_forward], (8192,), ADAPTERS)
     rows += [LayerRow(LLAMA_3_8B, M, setting) for M in TOKENS if M != 8192 for setting in ADAPTERS[:2]]
     rows += _parts(LLAMA_3_8B, [(name,) for name in LLAMA_3_8B.shapes()], (8192,), both)
-    rows += [LayerRow(of, M, setting) for of in ARCHITECTURES[1:] for M in TOKENS if M != 8192 for setting in both]
-    for of in ARCHITECTURES[1:]:
-        rows += _parts(of, groups_of(of), (8192,), both)
+    rows += [LayerRow(other, M, setting) for other in others for M in TOKENS if M != 8192 for setting in both]
+    for other in others:
+        rows += _parts(other, groups_of(other), (8192,), both)
     rows += _parts(LLAMA_3_8B, groups_of(LLAMA_3_8B), [M for M in TOKENS if M != 8192], both)
     return list(dict.fromkeys(rows))
 
 
 def _parts(
-    of: Architecture, groups: Iterable[tuple[str, ...]], tokens: Iterable[int], settings: Sequence[AdapterSetting]
+    architecture: Architecture,
+    groups: Iterable[tuple[str, ...]],
+    tokens: Iterable[int],
+    settings: Sequence[AdapterSetting],
 ) -> list[LayerRow]:
-    return [LayerRow(of, M, setting, group) for group in groups for M in tokens for setting in settings]
+    return [LayerRow(architecture, M, setting, group) for group in groups for M in tokens for setting in settings]
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
-"""Counts a provider's model: one forward and backward on tensors without data, per layer.
+"""Counts one forward and backward of a provider's model per layer, on tensors without data.
 
-A model of one layer and one of two are run; each further layer counts as the second.
+Models of one and of two layers are run; each further layer counts as the second.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from benchmarks.settings import AdapterSetting, Setting
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in bfloat16, and its batch."""
+    """A model in bfloat16, and the size of its batch."""
 
-    of: Architecture = LLAMA_3_8B
+    architecture: Architecture = LLAMA_3_8B
     batch: int = 4
     length: int = 2048
 
@@ -34,11 +34,11 @@ class Workload:
         return self.batch * self.length
 
 
-def frozen_model(of: Architecture) -> PreTrainedModel:
-    """On the CPU, not initialised: memory is given to what is written only. Its input asks for a gradient."""
-    # the embeddings are frozen, and no head is on top
-    model = models.frozen_model(of, "meta", torch.bfloat16, vocabulary=128, head=False).to_empty(device="cpu")
-    for buffer in model.buffers():  # positions, with which the library runs the model once, to see who shares x
+def frozen_model(architecture: Architecture) -> PreTrainedModel:
+    """On the CPU, not initialised, so that untouched weights take no memory. Its input requires a gradient."""
+    # the embeddings are frozen, and there is no head
+    model = models.frozen_model(architecture, "meta", torch.bfloat16, vocabulary=128, head=False).to_empty(device="cpu")
+    for buffer in model.buffers():  # positions, needed by the trial run that finds which layers share x
         buffer.zero_()
     model.config.use_cache = False
     model.enable_input_require_grads()
@@ -48,8 +48,8 @@ def frozen_model(of: Architecture) -> PreTrainedModel:
 def operations_of(
     provider: Provider, setting: AdapterSetting, work: Workload, layers: int
 ) -> tuple[list[Traffic], int]:
-    """Of one step of the whole model, and the bytes that it keeps for the backward."""
-    model: nn.Module = provider.wrap(frozen_model(work.of.with_layers(layers)), setting)
+    """The operations of one step of the whole model, and the bytes that it keeps for the backward."""
+    model: nn.Module = provider.wrap(frozen_model(work.architecture.with_layers(layers)), setting)
     with FakeTensorMode() as mode:
         to_fake(model, mode)
         tokens = torch.zeros(work.batch, work.length, dtype=torch.int64)
@@ -57,38 +57,38 @@ def operations_of(
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step of models of any depth."""
+class StepCounts:
+    """The counts of a step, for models of any depth."""
 
-    one_layer: Counts  # of a model with one layer, with what is once per network
+    one_layer: Counts  # of a model with one layer, including what occurs once per network
     further_layer: Counts
     kernels: dict[str, dict[str, int]]  # of a model with one layer, by name
 
     def per_layer(self, layers: int) -> Counts:
-        """Of a model with so many layers, divided by them."""
+        """The counts of a model with so many layers, divided by their number."""
         return (self.one_layer + self.further_layer * (layers - 1)) * (1 / layers)
 
-    def __sub__(self, other: Step) -> Step:
-        return Step(self.one_layer - other.one_layer, self.further_layer - other.further_layer, self.kernels)
+    def __sub__(self, other: StepCounts) -> StepCounts:
+        return StepCounts(self.one_layer - other.one_layer, self.further_layer - other.further_layer, self.kernels)
 
 
-def step_of(provider: Provider, setting: AdapterSetting, work: Workload) -> Step:
+def step_of(provider: Provider, setting: AdapterSetting, work: Workload) -> StepCounts:
     one, two = (operations_of(provider, setting, work, layers) for layers in (1, 2))
-    return Step(summed(*one), summed(*two) - summed(*one), kernels_of(one[0]))
+    return StepCounts(summed(*one), summed(*two) - summed(*one), kernels_of(one[0]))
 
 
 @cache
-def floor_of(work: Workload) -> Step:
-    """The frozen model's."""
+def floor_of(work: Workload) -> StepCounts:
+    """The counts of the frozen model."""
     return step_of(Provider(), Setting(fp32_adapters=False, dropout=0.0), work)
 
 
 def kernels_of(operations: list[Traffic]) -> dict[str, dict[str, int]]:
-    """Sums over the launches of each kernel of ours."""
-    names = dict.fromkeys(of.name for of in operations if of.grid is not None)
+    """Sums over the launches of each of our kernels."""
+    names = dict.fromkeys(operation.name for operation in operations if operation.grid is not None)
     table = {}
     for name in names:
-        own = [of for of in operations if of.name == name]
-        sums = {f: sum(getattr(of, f) for of in own) for f in ("read", "written", "reread", "flops")}
-        table[name] = {"launches": len(own), **sums}
+        launches = [operation for operation in operations if operation.name == name]
+        sums = {f: sum(getattr(operation, f) for operation in launches) for f in ("read", "written", "reread", "flops")}
+        table[name] = {"launches": len(launches), **sums}
     return table

@@ -1,6 +1,6 @@
-"""The models that are timed, at real widths with random weights: whole ones, one layer, or a few linears of a layer.
+"""The benchmarks' models, with real widths and random weights: whole, one layer, or some linears of a layer.
 
-All providers of a comparison share one set of frozen weights (`copy_of`), so that a GPU holds them once.
+All providers of a comparison share one set of frozen weights (`copy_of`), so that the GPU holds them only once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CLASSES: dict[str, tuple[type, type, type | None]] = {
     "bert": (BertConfig, BertModel, None),
 }
 
-#: BERT without its own dropout, which would draw other masks for each provider; Gemma's first layers see a window.
+#: BERT without its dropout, whose masks would differ between providers; Gemma's first layers have a sliding window.
 _OPTIONS: dict[str, dict[str, float]] = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "gemma3": {"sliding_window": 512},
@@ -59,8 +59,8 @@ class Architecture:
     """The sizes of a model.
 
     Attributes:
-        name: as tables show it.
-        kind: which classes of transformers it is made of.
+        name: for tables.
+        kind: which classes of transformers it uses.
         head: the width of an attention head.
         layers: of the whole model.
     """
@@ -74,7 +74,7 @@ class Architecture:
     head: int
     layers: int
     vocabulary: int
-    bias: bool = False  # of its linears; of qwen2 those of q, k and v
+    bias: bool = False  # of its linears; for qwen2 of q, k and v only
 
     @property
     def linears(self) -> Linears:
@@ -98,58 +98,60 @@ BERT_LARGE = Architecture("BERT-large", "bert", 1024, 4096, 16, 16, 64, 24, 3052
 QWEN2_5_0_5B = Architecture("Qwen2.5-0.5B", "qwen2", 896, 4864, 14, 2, 64, 24, 151936, bias=True)
 ARCHITECTURES = (LLAMA_3_8B, QWEN3_4B, GEMMA_3_1B, BERT_LARGE)
 
-#: Rows of the embedding table of a layer that is timed alone: no token is met twice before the cache has forgotten it.
+#: Rows of the embedding table when one layer is timed: enough that no token recurs while it is in the cache.
 EMBEDDINGS = 32768
 
 
-def frozen_model(of: Architecture, device: str, dtype: torch.dtype, vocabulary: int, head: bool) -> PreTrainedModel:
-    """Of transformers' own classes with their own initialisation, frozen; with a language model's head if asked for."""
-    config_class, plain, with_head = _CLASSES[of.kind]
+def frozen_model(
+    architecture: Architecture, device: str, dtype: torch.dtype, vocabulary: int, head: bool
+) -> PreTrainedModel:
+    """A frozen model of transformers' class with its initialisation; with a language model's head if `head`."""
+    config_class, plain, with_head = _CLASSES[architecture.kind]
     config = config_class(
-        hidden_size=of.hidden,
-        intermediate_size=of.ffn,
-        num_hidden_layers=of.layers,
-        num_attention_heads=of.heads,
-        num_key_value_heads=of.kv_heads,
-        head_dim=of.head,
+        hidden_size=architecture.hidden,
+        intermediate_size=architecture.ffn,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.kv_heads,
+        head_dim=architecture.head,
         vocab_size=vocabulary,
         max_position_embeddings=32768,
         pad_token_id=0,
         attn_implementation="sdpa",
-        **_OPTIONS.get(of.kind, {}),
+        **_OPTIONS.get(architecture.kind, {}),
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             if head:
-                assert with_head is not None, f"{of.name} has no language model's head"
+                assert with_head is not None, f"{architecture.name} has no language model's head"
                 model = with_head(config)
             else:
-                model = plain(config, add_pooling_layer=False) if of.kind == "bert" else plain(config)
+                model = plain(config, add_pooling_layer=False) if architecture.kind == "bert" else plain(config)
     finally:
         torch.set_default_dtype(before)
     return model.requires_grad_(False)
 
 
 def copy_of(model: nn.Module, trains: bool = True) -> nn.Module:
-    """A model of its own on the same parameters and buffers, so that modules may be exchanged in it."""
+    """A copy that shares parameters and buffers, so that its modules may be replaced."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     made = copy.deepcopy(model, shared)
     if trains and isinstance(made, PreTrainedModel):
-        made.enable_input_require_grads()  # the first layer's x wants its gradient, as every other's does
+        made.enable_input_require_grads()  # the first layer's x needs a gradient, as in all other layers
     return made
 
 
 class _Entry(GradientCheckpointingLayer):
-    """The first block: what enters it is h0, and what leaves it is another tensor, as deep in a network."""
+    """The first block: its input is h0 and its output another tensor, as deep in a network."""
 
     def forward(self, initial_residual: Tensor, x: Tensor) -> Tensor:
         return x
 
 
 class _Linears(GradientCheckpointingLayer):
-    """The second block: linears that read one x."""
+    """The second block: linears that share x."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]], bias: bool) -> None:
         super().__init__()
@@ -161,30 +163,30 @@ class _Linears(GradientCheckpointingLayer):
 
 
 class Part(nn.Module):
-    """Linears that share x, alone, with an h0 beside it.
+    """Only linears that share x, with a separate h0.
 
     In the forward ``initial_residual`` is ``[batch, length, hidden]``, x ``[batch, length, K]``; an output for each
     linear, ``[batch, length, N]``.
     """
 
-    def __init__(self, of: Architecture, names: Sequence[str], device: str, dtype: torch.dtype) -> None:
+    def __init__(self, architecture: Architecture, names: Sequence[str], device: str, dtype: torch.dtype) -> None:
         super().__init__()
-        shapes = of.shapes()
-        # BERT's are called "attention.output.dense" and the like, which no module can be
-        own = {name.replace(".", "_"): shapes[name] for name in names}
+        shapes = architecture.shapes()
+        # BERT's names such as "attention.output.dense" are no valid module names
+        linears = {name.replace(".", "_"): shapes[name] for name in names}
         with torch.device(device):
-            self.layers = nn.ModuleList([_Entry(), _Linears(own, of.kind == "bert")])
+            self.layers = nn.ModuleList([_Entry(), _Linears(linears, architecture.kind == "bert")])
         self.to(dtype).requires_grad_(False)
 
     def forward(self, initial_residual: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         return self.layers[1](self.layers[0](initial_residual, x))
 
 
-def part_linears(of: Architecture, names: Sequence[str]) -> Linears:
-    """Of a :class:`Part`."""
-    own = tuple(name.replace(".", "_") for name in names)
+def part_linears(architecture: Architecture, names: Sequence[str]) -> Linears:
+    """The linears of a :class:`Part`."""
+    module_names = tuple(name.replace(".", "_") for name in names)
     mixing, feed_forward = (
-        tuple(name.replace(".", "_") for name in names if name in those)
-        for those in (of.linears.mixing, of.linears.feed_forward)
+        tuple(name.replace(".", "_") for name in names if name in subset)
+        for subset in (architecture.linears.mixing, architecture.linears.feed_forward)
     )
-    return Linears(all=own, mixing=mixing, groups=(own,), feed_forward=feed_forward)
+    return Linears(all=module_names, mixing=mixing, groups=(module_names,), feed_forward=feed_forward)

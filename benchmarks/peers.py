@@ -1,4 +1,4 @@
-"""The peers that only timed benchmarks have: PEFT's under torch.compile, and other libraries if they are installed."""
+"""The peers of the timed benchmarks only: PEFT's under torch.compile, and other libraries if they are installed."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Compiled(Provider):
 
 
 class Library(Peft):
-    """A library that takes PEFT's layers and computes them otherwise.
+    """A library that replaces the computation of PEFT's layers.
 
-    Written from its source, and not run by us yet: every value is checked before a time is taken.
+    Written from its source, and not run by us yet; all values are checked before it is timed.
     """
 
     module: str
@@ -46,7 +46,7 @@ class Library(Peft):
             return f"{self.module} cannot be imported: it is not installed"
         try:
             self.functions()
-        except Exception as error:  # whatever a library raises that does not like the device or the other libraries
+        except Exception as error:  # whatever a library raises if it does not support the device or the other libraries
             return f"{self.module} cannot be imported: {type(error).__name__}: {error}".splitlines()[0][:300]
         return None
 
@@ -57,8 +57,8 @@ class Library(Peft):
 class Unsloth(Library):
     """Unsloth's functions for q, k and v together, for o, and for the MLP of a Llama, as its own patches call them.
 
-    Its kernel for the MLP's activation comes with them. To import it changes transformers for the whole process, which
-    the frozen model and the others may notice.
+    They include its kernel for the MLP's activation. Importing it changes transformers for the whole process, which may
+    affect the frozen model and the others.
     """
 
     name = "Unsloth"
@@ -97,7 +97,7 @@ class _CallOf:
 
 
 class _QkvTogether:
-    """The first of q, k and v that is called with an x computes all three."""
+    """The first of q, k and v that is called with a new x computes all three."""
 
     def __init__(self, attention: nn.Module, function: Any) -> None:
         self.call = _CallOf(function, attention)
@@ -119,7 +119,7 @@ class _QkvTogether:
 
 
 class LoraFusion(Library):
-    """LoRAFusion's fused linear in the place of each of PEFT's, as its patch calls it, but for these layers alone."""
+    """LoRAFusion's fused linear in place of each of PEFT's, called as by its patch, but only for these layers."""
 
     name = "LoRAFusion"
     module = "lorafusion.ops.lora_v1"
@@ -151,6 +151,6 @@ class _FusedLinearOf:
         return y.to(x.dtype)
 
 
-_COMPILED = tuple(Compiled(of) for of in (Peft(), PeftMixed(), EagerAdapter(), EagerMixedAdapter()))
-#: Of the timed benchmarks; the floor first, and what is counted before the others.
+_COMPILED = tuple(Compiled(provider) for provider in (Peft(), PeftMixed(), EagerAdapter(), EagerMixedAdapter()))
+#: The providers of the timed benchmarks: the floor first, then those that are also counted, then the others.
 TIMED: tuple[Provider, ...] = (*PROVIDERS, *BOTTLENECK_PROVIDERS, *_COMPILED, LoraFusion(), Unsloth())

@@ -1,9 +1,9 @@
-"""Draw the results: `python -m benchmarks.plots`, from the files in `benchmarks/results/` and nothing else.
+"""Draws the results: `python -m benchmarks.plots`, from the files in `benchmarks/results/` only.
 
 * `traffic.png`: launches, bytes moved and bytes kept that LoRA adds to a layer, counted;
-* `layer-*.png`, `step-*.png`, `decode-*.png`, of each GPU that has results: time over the frozen model, measured.
+* `layer-*.png`, `step-*.png`, `decode-*.png`, for each GPU with results: time over the frozen model, measured.
 
-What has no results has no plot. Without matplotlib there are none, and a line says so.
+Without results there is no plot; without matplotlib there are none, and a message says so.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_file import RESULTS
+from benchmarks.results_file import FLOOR, MIB, RESULTS
 from sibo_triton.finetune.plots import NO_PLOTS, can_plot
 
 PLOTS = Path(__file__).resolve().parent / "plots"
-MIB = 2**20
-FROZEN = "frozen model"
 
-#: Ours in the two strong colours, peers in quiet ones, the same in every plot; and the marks of lines.
+#: Colours and line markers, the same in every plot: ours in two strong colours, peers in muted ones.
 STYLES = {
     "ours, SIBO": ("#c2410c", "o"),
     "ours, lambda = 0": ("#1d4ed8", "o"),
@@ -66,15 +64,15 @@ def label(provider: str) -> str:
 
 
 def ordered(providers: Sequence[str]) -> list[str]:
-    """As every plot and legend has them; an unknown one last."""
+    """In the order of every plot and legend; unknown ones last."""
     return sorted(providers, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-def figure_of(rows: int, columns: int, height: float, width: float = 8.6, **options: Any) -> tuple[Any, Any]:
+def figure_of(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
     """A figure as wide as a README shows it, and its axes as an array of `rows` and `columns`."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8.6, height), dpi=120, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
@@ -83,7 +81,7 @@ def figure_of(rows: int, columns: int, height: float, width: float = 8.6, **opti
 
 
 def bars(axes: Any, names: Sequence[str], values: Sequence[float], form: str, longest: float) -> None:
-    """Horizontal bars with their numbers, the first on top; `longest` is the scale's end."""
+    """Horizontal bars with their numbers, the first on top; `longest` sets the scale."""
     places = range(len(names))
     axes.barh(places, values, color=[STYLES.get(name, OTHER)[0] for name in names], height=0.72)
     for place, value in zip(places, values, strict=True):
@@ -104,16 +102,16 @@ def traffic_plot(results: dict[str, Any]) -> Any:
         for setting, providers in settings.items()
     }  # fmt: skip
     measures = (
-        ("MiB moved", lambda of: (of["read"] + of["written"]) / MIB),
-        ("MiB kept for the backward", lambda of: of["saved"] / MIB),
-        ("launches", lambda of: of["launches"]),
+        ("MiB moved", lambda added: (added["read"] + added["written"]) / MIB),
+        ("MiB kept for the backward", lambda added: added["saved"] / MIB),
+        ("launches", lambda added: added["launches"]),
     )
     heights = [len(of_setting) for of_setting in counts.values()]
     figure, axes = figure_of(len(counts), 3, 0.9 + 0.27 * sum(heights), height_ratios=heights, sharey="row")
     for row, (setting, of_setting) in enumerate(counts.items()):
         names = ordered(list(of_setting))
         for column, (what, measure) in enumerate(measures):
-            longest = max(measure(of) for each in counts.values() for of in each.values())
+            longest = max(measure(added) for providers in counts.values() for added in providers.values())
             bars(axes[row][column], names, [measure(of_setting[name]) for name in names], "{:,.0f}", longest)
             if row == 0:
                 axes[row][column].set_title(what, fontsize=10)
@@ -127,7 +125,7 @@ def traffic_plot(results: dict[str, Any]) -> Any:
 
 
 def where(results: dict[str, Any]) -> str:
-    """What the numbers were measured on."""
+    """The device and versions of the measurement."""
     return f"{results.get('gpu', results['device'])}, torch {results['torch']}, commit {results['commit']}"
 
 
@@ -141,13 +139,13 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
     panels: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault((row["adapters"], row["dropout"]), []).append(row)
-    panels = {key: sorted(of, key=lambda row: row["tokens"]) for key, of in panels.items() if len(of) > 1}
+    panels = {key: sorted(rows, key=lambda row: row["tokens"]) for key, rows in panels.items() if len(rows) > 1}
     if not panels:
         return None
     figure, axes = figure_of(1, len(panels), 3.9)
     shown: dict[str, Any] = {}
     for each, ((adapters, dropout), of_panel) in zip(axes[0], panels.items(), strict=True):
-        names = ordered(list(dict.fromkeys(name for row in of_panel for name in row["providers"] if name != FROZEN)))
+        names = ordered(list(dict.fromkeys(name for row in of_panel for name in row["providers"] if name != FLOOR)))
         for name in names:
             percents = [(row["tokens"], _percent(row["providers"].get(name, {}), "both")) for row in of_panel]
             points = [(tokens, percent) for tokens, percent in percents if percent is not None]
@@ -160,7 +158,7 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
                 label=label(name), marker=marker, markersize=5, linewidth=2.2 if strong else 1.2,
                 zorder=3 if strong else 2,
             )  # fmt: skip
-            if strong:  # of all of them at once, spreads hide the lines
+            if strong:  # only for ours: the spreads of all would hide the lines
                 each.fill_between(
                     x, [p["p20"] for _, p in points], [p["p80"] for _, p in points], color=colour, alpha=0.12, lw=0
                 )
@@ -180,23 +178,23 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
 
 
 def rows_plot(results: dict[str, Any], phase: str, measure: str, title: str) -> Any | None:
-    """Bars of each row's percent over the frozen model; the frozen model's own number is in the row's title."""
-    rows = [row for row in results["rows"] if any(_percent(of, phase) for of in row["providers"].values())]
+    """Bars of each row's percentage over the frozen model, whose own number is in the row's title."""
+    rows = [row for row in results["rows"] if any(_percent(facts, phase) for facts in row["providers"].values())]
     if not rows:
         return None
     columns = min(2, len(rows))
     lines = -(-len(rows) // columns)
-    tallest = max(sum(_percent(of, phase) is not None for of in row["providers"].values()) for row in rows)
+    tallest = max(sum(_percent(facts, phase) is not None for facts in row["providers"].values()) for row in rows)
     figure, axes = figure_of(lines, columns, 0.6 + lines * (0.7 + 0.22 * tallest))
     for each, row in zip(axes.flat, rows, strict=False):
-        percents = {name: _percent(of, phase) for name, of in row["providers"].items()}
+        percents = {name: _percent(facts, phase) for name, facts in row["providers"].items()}
         names = ordered([name for name, percent in percents.items() if percent is not None])
         values = [percents[name]["p50"] for name in names]
         bars(each, names, values, "{:+.1f} %", max(1.0, *values))
-        floor = row["providers"][FROZEN]
+        floor = row["providers"][FLOOR]
         amount = floor["ms"][phase]["p50"] if measure == "ms" else floor[measure]
         unit = "ms" if measure == "ms" else "tokens/s"
-        each.set_ylim(tallest - 0.5, -0.5)  # bars of one thickness in all panels
+        each.set_ylim(tallest - 0.5, -0.5)  # bars equally thick in all panels
         amount_text = f"{amount:,.0f}" if amount >= 100 else f"{amount:.3g}"
         wrapped = "\n".join(textwrap.wrap(row["title"], 50))
         each.set_title(f"{wrapped}\nfrozen: {amount_text} {unit}", fontsize=8)
@@ -207,7 +205,7 @@ def rows_plot(results: dict[str, Any], phase: str, measure: str, title: str) -> 
 
 
 def figures_of(file: Path) -> dict[str, Any]:
-    """The plots of a file of results, by the names of their own files."""
+    """The plots of a file of results, by file name."""
     results, name = json.loads(file.read_text(encoding="utf-8")), file.stem
     if name == "traffic":
         return {name: traffic_plot(results)}
@@ -225,12 +223,12 @@ def figures_of(file: Path) -> dict[str, Any]:
 
 
 def digest(file: Path) -> str:
-    """Of a file of results; its plots carry it, so that one that is not of these results can be told."""
+    """The digest of a file of results, which its plots contain, so that an outdated plot can be recognised."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def draw(results: Path, plots: Path) -> list[Path]:
-    """Draw all that a folder of results has; the files that were written."""
+    """Draw all results of a folder; returns the files that were written."""
     written = []
     for file in sorted(results.glob("*.json")):
         for name, figure in figures_of(file).items():

@@ -1,8 +1,8 @@
 """Compiles the kernels of the timed benchmarks in parallel, into Triton's cache: `python -m benchmarks.precompile`.
 
-`make gpu` runs it first, so that no benchmark's time goes into compiling. Our providers run the linears of each row,
-those that share an input together, on tensors without memory, for the device that is there: what a launch would
-compile is compiled (`tests/kernels_compiled/without_gpu.py`).
+`make gpu` runs it first, so that no benchmark spends its time compiling. Our providers run the linears of each row,
+grouped by the input that they share, on tensors without memory, for the present device: this compiles what a launch
+would compile (`ahead_of_time/without_gpu.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
 
 import torch
 
 from benchmarks import decode, layer, step
+from benchmarks.ahead_of_time.without_gpu import Compiled, compiling_for, target_of_device
 from benchmarks.checks import without_known_warnings
 from benchmarks.counting import as_on_a_gpu
 from benchmarks.in_parallel import in_parallel
@@ -33,7 +31,7 @@ from benchmarks.settings import AdapterSetting
 class Job:
     """One provider on linears that share an input."""
 
-    of: Architecture
+    architecture: Architecture
     names: tuple[str, ...]
     tokens: int
     setting: AdapterSetting
@@ -41,7 +39,7 @@ class Job:
     trains: bool = True
 
     def __str__(self) -> str:
-        return f"{self.provider}, {self.of.name} {'+'.join(self.names)}, M={self.tokens}, {self.setting}"
+        return f"{self.provider}, {self.architecture.name} {'+'.join(self.names)}, M={self.tokens}, {self.setting}"
 
 
 def ours() -> list[Provider]:
@@ -49,65 +47,65 @@ def ours() -> list[Provider]:
 
 
 def jobs_of(quick: bool) -> list[Job]:
-    """All that the benchmarks' rows launch, each once, the most important first."""
+    """The jobs of all rows of the benchmarks, without duplicates, the most important first."""
     jobs: list[Job] = []
     for row in layer.plan(quick):
-        jobs += _jobs(row.of, row.groups, [row.tokens], row.setting)
+        jobs += _jobs(row.architecture, row.groups, [row.tokens], row.setting)
     for training in step.plan(quick):
         tokens = [training.tokens, step.CHECKED_TOKENS]
-        jobs += _jobs(training.of, layer.groups_of(training.of), tokens, training.setting)
+        jobs += _jobs(training.architecture, layer.groups_of(training.architecture), tokens, training.setting)
     for decoding in decode.plan(quick):
         tokens = [decoding.batch * length for length in (1, decode.PROMPT - 1, decode.PROMPT)]
-        jobs += _jobs(decoding.of, layer.groups_of(decoding.of), tokens, decoding.setting, trains=False)
+        groups = layer.groups_of(decoding.architecture)
+        jobs += _jobs(decoding.architecture, groups, tokens, decoding.setting, trains=False)
     return list(dict.fromkeys(jobs))
 
 
 def _jobs(
-    of: Architecture,
+    architecture: Architecture,
     groups: Iterable[tuple[str, ...]],
     tokens: Iterable[int],
     setting: AdapterSetting,
     trains: bool = True,
 ) -> list[Job]:
-    # with dropout a check also runs without
+    # with dropout, a check also runs without it
     settings = [setting, replace(setting, dropout=0.0)] if setting.dropout else [setting]
     return [
-        Job(of, names, M, each, provider.name, trains)
+        Job(architecture, names, M, each, provider.name, trains)
         for M in tokens
         for names in groups
         for each in settings
         for provider in ours()
         if isinstance(setting, provider.takes)
-        and (not provider.mixes or any(name in of.linears.mixing for name in names))
+        and (not provider.mixes or any(name in architecture.linears.mixing for name in names))
     ]
 
 
-def compiled_of(job: Job, gpu: Any, target: Any) -> list[Any]:
-    """The kernels of a job (`without_gpu.Compiled`), compiled for a GPU that the launchers find as the target."""
-    from without_gpu import compiling_for
-
+def compiled_of(job: Job, gpu: Any, target: Any) -> list[Compiled]:
+    """The kernels of a job, compiled for a GPU, with the launchers planning for the target."""
     with compiling_for(gpu, target) as compiled, as_on_a_gpu(target):
         run(job)
     return compiled
 
 
 def compile_job(arguments: tuple[Job, Any, Any]) -> tuple[str, int, str | None]:
-    """How many kernels were compiled of a job, and the error if there was one."""
+    """The job, how many of its kernels were compiled, and the error if there was one."""
     what = str(arguments[0])
     try:
         return what, len(compiled_of(*arguments)), None
-    except Exception as raised:  # the benchmark compiles it then, or shows the error with a device
+    except Exception as raised:  # the benchmark will compile it, or show the error
         return what, 0, f"{type(raised).__name__}: {raised}".splitlines()[0]
 
 
 def run(job: Job) -> None:
-    """Forward, and backward if it trains, on tensors of the device "meta"."""
-    provider = next(of for of in ours() if of.name == job.provider)
-    setting = replace(job.setting, linears=part_linears(job.of, job.names))
+    """Forward, and backward if it trains, on the device "meta"."""
+    provider = next(provider for provider in ours() if provider.name == job.provider)
+    setting = replace(job.setting, linears=part_linears(job.architecture, job.names))
     with without_known_warnings():
-        model = provider.wrap(Part(job.of, job.names, "meta", layer.DTYPE), setting).to("meta").train(job.trains)
-    K = job.of.shapes()[job.names[0]][0]
-    h0, x = (torch.empty(1, job.tokens, width, dtype=layer.DTYPE, device="meta") for width in (job.of.hidden, K))
+        part = Part(job.architecture, job.names, "meta", layer.DTYPE)
+        model = provider.wrap(part, setting).to("meta").train(job.trains)
+    widths = job.architecture.hidden, job.architecture.shapes()[job.names[0]][0]
+    h0, x = (torch.empty(1, job.tokens, width, dtype=layer.DTYPE, device="meta") for width in widths)
     with torch.set_grad_enabled(job.trains):
         outputs = model(h0, x.requires_grad_(job.trains))
     if job.trains:
@@ -123,7 +121,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks.precompile: torch sees no CUDA device, so there is nothing to compile for")
     from triton.runtime.driver import driver
-    from without_gpu import target_of_device
 
     gpu, target = driver.active.get_current_target(), target_of_device()
     jobs = [(job, gpu, target) for job in jobs_of(options.quick) if all(word in str(job) for word in options.only)]

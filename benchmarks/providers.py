@@ -1,6 +1,6 @@
-"""What the benchmarks compare: each provider puts its adapters on a model, and the benchmark runs the model.
+"""The providers that benchmarks compare: each puts its adapters on a model, and the benchmark runs the model.
 
-All get the same frozen model and the same setting, and train adapters of the same linears. A provider that cannot do a
+All get the same frozen model and setting, and train adapters on the same linears. A provider that does not support a
 setting says why. LoRA's are here, those of bottleneck adapters in `bottleneck_providers.py`.
 """
 
@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.results_file import FLOOR
 from benchmarks.settings import AdapterSetting, Linears, Setting
 from sibo_triton import SiboLoraConfig, accelerate
 from sibo_triton.injection.siblings import attach_siblings, detach_siblings
@@ -24,15 +25,15 @@ ADAPTER = "default"
 
 
 class Provider:
-    """The frozen model itself: the floor. The others override what they do otherwise."""
+    """The frozen model: the floor, and the base class of the others."""
 
-    name = "frozen model"
+    name = FLOOR
     mixes = False
     compiles = False  # by torch.compile
     takes: type[AdapterSetting] = AdapterSetting  # the kind of setting
 
     def unavailable(self, setting: AdapterSetting) -> str | None:
-        """Why it cannot do the setting, or None."""
+        """Why it does not support the setting, or None."""
         return None
 
     def wrap(self, model: nn.Module, setting: Any) -> nn.Module:
@@ -63,7 +64,7 @@ class Peft(Provider):
 
 
 class PeftMixed(Peft):
-    """PEFT's LoRA with one `torch.lerp` in front of the adapter: SIBO-LoRA as one would write it in a minute.
+    """PEFT's LoRA with one `torch.lerp` in front of the adapter: the simplest implementation of SIBO-LoRA.
 
     h0 is cast to the adapter's dtype in each layer, as PEFT casts x; it is detached, as the embeddings are frozen.
     """
@@ -81,7 +82,7 @@ class PeftMixed(Peft):
 
 
 class _MixThenDrop(nn.Module):
-    """Stands where PEFT's layer calls its dropout, with x in the adapter's dtype."""
+    """Replaces the dropout of PEFT's layer, which is called with x in the adapter's dtype."""
 
     def __init__(self, h0: list[Tensor], lambda_: float, dropout: nn.Module) -> None:
         super().__init__()
@@ -92,16 +93,16 @@ class _MixThenDrop(nn.Module):
 
 
 class Addmm(Peft):
-    """The up-projection accumulated in place on the frozen output, and a backward by hand, as fast libraries do.
+    """Accumulates the up-projection in place on the frozen output, with a manual backward, as fast libraries do.
 
-    Written here. Libraries that work this way have no dropout, and multiply float32 adapters in the dtype of x. t is
-    kept and not recomputed, which moves fewer bytes.
+    A reimplementation. Libraries that work this way have no dropout, and multiply float32 adapters in the dtype of x. t
+    is kept instead of recomputed, which moves fewer bytes.
     """
 
     name = "addmm_ scheme"
 
     def groups(self, linears: Linears) -> tuple[tuple[str, ...], ...]:
-        """What is one autograd function."""
+        """The linears that form one autograd function, for each."""
         return tuple((name,) for group in linears.groups for name in group)
 
     def unavailable(self, setting: Setting) -> str | None:
@@ -111,18 +112,18 @@ class Addmm(Peft):
         wrapped = super().wrap(model, setting)
         layers = dict(_lora_linears(wrapped))
         for name in layers:
-            parent, _, own = name.rpartition(".")
+            parent, _, child = name.rpartition(".")
             for group in self.groups(setting.linears):
-                if group[0] == own:
+                if group[0] == child:
                     _Siblings([layers[f"{parent}.{sibling}"] for sibling in group])
         return wrapped
 
 
 class AddmmGrouped(Addmm):
-    """The same with q, k and v as one function, and gate and up: x is kept once, and dx is summed in place.
+    """The same with q, k and v as one function, and gate and up as another: x is kept once, and dx is summed in place.
 
-    What such libraries do beside, a kernel for the activation of the MLP among it, serves a frozen model as well and is
-    left out.
+    Other optimisations of such libraries, such as a kernel for the MLP's activation, would also speed up a frozen model
+    and are left out.
     """
 
     name = "addmm_ scheme, siblings grouped"
@@ -132,7 +133,7 @@ class AddmmGrouped(Addmm):
 
 
 class _Siblings:
-    """Linears that share x: the first that is called computes all."""
+    """Linears that share x: the first that is called computes all of them."""
 
     def __init__(self, layers: list[LoraLinear]) -> None:
         self.layers = layers
@@ -146,13 +147,13 @@ class _Siblings:
         if self.x is not x:
             self.x = x
             tensors = [
-                weight
-                for of in self.layers
-                for weight in (of.base_layer.weight, of.lora_A[ADAPTER].weight, of.lora_B[ADAPTER].weight)
+                module.weight
+                for sibling in self.layers
+                for module in (sibling.base_layer, sibling.lora_A[ADAPTER], sibling.lora_B[ADAPTER])
             ]
-            biases = [of.base_layer.bias for of in self.layers]
+            biases = [sibling.base_layer.bias for sibling in self.layers]
             outputs = _AddmmLinears.apply(x, layer.scaling[ADAPTER], biases, *tensors)
-            self.outputs = {id(of): y for of, y in zip(self.layers, outputs, strict=True)}
+            self.outputs = {id(sibling): y for sibling, y in zip(self.layers, outputs, strict=True)}
         y = self.outputs.pop(id(layer))
         if not self.outputs:
             self.x = None
@@ -179,7 +180,7 @@ class _AddmmLinears(torch.autograd.Function):
             y = F.linear(matrix, weight, bias)  # [M, N]
             y.addmm_(t, lora_b.to(x.dtype).T, alpha=scaling)
             kept.append(t)
-            # not a view, which a function must not return
+            # a view must not be returned from an autograd function
             outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]))
         ctx.save_for_backward(x, *kept, *weights)
         ctx.scaling = scaling
@@ -229,7 +230,7 @@ class OursSibo(Peft):
 
 
 class OursLoraApart(OursLora):
-    """Each layer by itself: what sharing passes is compared with."""
+    """Each layer alone, to compare with shared passes."""
 
     name = "ours, lambda = 0, layers apart"
 
@@ -238,7 +239,7 @@ class OursLoraApart(OursLora):
 
 
 class OursSiboApart(OursSibo):
-    """Likewise."""
+    """The same for SIBO-LoRA."""
 
     name = "ours, SIBO, layers apart"
 
@@ -247,11 +248,12 @@ class OursSiboApart(OursSibo):
 
 
 def _with_siblings(model: nn.Module, setting: Setting) -> nn.Module:
-    """Where the library cannot see who shares x, for linears alone are no transformer, they are told to it."""
+    """Declare which layers share x where the library cannot find out: single linears are no transformer."""
     if any(isinstance(module, PreTrainedModel) for module in model.modules()):
         return model
     for name, module in model.named_modules():
-        groups = tuple(of for of in setting.linears.groups if len(of) > 1 and all(own in module._modules for own in of))
+        children = module._modules.keys()
+        groups = tuple(group for group in setting.linears.groups if len(group) > 1 and children >= set(group))
         if groups:
             attach_siblings(model, {name: groups})
     return model
@@ -263,9 +265,9 @@ def _apart(model: nn.Module) -> nn.Module:
     return model
 
 
-#: In the order of tables; the floor first.
+#: In the order of tables, the floor first.
 PROVIDERS: tuple[Provider, ...] = (Provider(), Peft(), Addmm(), AddmmGrouped(), OursLora(), PeftMixed(), OursSibo())
-#: What ours was before siblings met: counted, and not timed.
+#: Ours without grouping of siblings; counted but not timed.
 APART: tuple[Provider, ...] = (OursLoraApart(), OursSiboApart())
 
 
@@ -275,7 +277,7 @@ def first_block(model: nn.Module) -> nn.Module:
 
 
 def kept_initial_residual(model: nn.Module) -> list[Tensor]:
-    """A list that has h0 from each forward's beginning on, detached: the embeddings are frozen."""
+    """A list that contains h0 from the beginning of each forward, detached because the embeddings are frozen."""
     h0: list[Tensor] = []
     first_block(model).register_forward_pre_hook(lambda _, args: h0.__setitem__(slice(None), [args[0].detach()]))
     return h0

@@ -1,4 +1,4 @@
-"""Write the tables of README and docs from the files of results that they name: `python -m benchmarks.readme_table`."""
+"""Writes the tables of README and docs from the files that they name: `python -m benchmarks.readme_table`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sibo_triton.finetune.demo_report import demo_table
+from benchmarks.results_file import FLOOR, MIB, RESULTS
+from sibo_triton.finetune.demo.report import demo_table
+from sibo_triton.finetune.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
-MIB = 2**20
 
 
 def traffic_table(results: dict[str, Any]) -> str:
     """What each provider adds to one of 32 decoder layers: launches, bytes moved and bytes kept."""
-    lines = ["| adapters | | launches | MiB moved | MiB kept |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(cells[:-1]) + " |" for cells in _added(results["settings"])]
-    return "\n".join(lines)
+    return markdown_table(ADDED[:-1], [cells[:-1] for cells in _added(results["settings"])])
 
 
 def bottleneck_table(results: dict[str, Any]) -> str:
-    """The same of bottleneck adapters, and what our kernels' tiles load again."""
-    lines = ["| adapters | | launches | MiB moved | MiB kept | MiB loaded again |", "|---|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in _added(results["bottleneck_adapters"])]
-    return "\n".join(lines)
+    """The same for bottleneck adapters, and what our kernels' tiles load repeatedly."""
+    return markdown_table(ADDED, _added(results["bottleneck_adapters"]))
+
+
+#: Heads of the columns that `_added` fills.
+ADDED = ("adapters", "", "launches", "MiB moved", "MiB kept", "MiB loaded again")
 
 
 def _added(settings: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -34,7 +34,7 @@ def _added(settings: dict[str, Any]) -> list[tuple[str, ...]]:
     for setting, providers in settings.items():
         for provider, counts in providers.items():
             added = counts.get("added_per_layer_of_32")
-            if added is None or "apart" in provider:  # the frozen model, what cannot do the setting, what was before
+            if added is None or "apart" in provider:  # frozen model, unsupported setting, or without grouping
                 continue
             sizes = (added["read"] + added["written"], added["saved"], added["reread"])
             moved, kept, again = (f"{size / MIB:,.0f}" for size in sizes)
@@ -45,30 +45,32 @@ def _added(settings: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def models_table(results: dict[str, Any]) -> str:
     """LoRA on other models: the ratios of ours to each peer."""
-    lines = ["| model | adapters | | launches | moved | kept |", "|---|---|---|---|---|---|"]
-    for model, settings in results["other_models"].items():
-        for setting, pairs in settings.items():
-            for pair, ratio in pairs.items():
-                if not pair.endswith("ours, lambda = 0"):
-                    numbers = " | ".join(f"{ratio[name]:.2f}" for name in ("launches", "moved", "kept"))
-                    lines.append(f"| {model} | {setting} | {pair} | {numbers} |")
-    return "\n".join(lines)
+    measures = ("launches", "moved", "kept")
+    rows = [
+        (model, setting, pair, *(f"{ratio[measure]:.2f}" for measure in measures))
+        for model, settings in results["other_models"].items()
+        for setting, pairs in settings.items()
+        for pair, ratio in pairs.items()
+        if not pair.endswith("ours, lambda = 0")
+    ]
+    return markdown_table(("model", "adapters", "", *measures), rows)
 
 
 def compiled_table(results: dict[str, Any]) -> str:
-    """What peers keep with and without `torch.compile`, and what ours keeps, which does the same."""
-    lines = ["| adapters | | eager | compiled | ours |", "|---|---|---|---|---|"]
+    """What peers keep with and without `torch.compile`, and what our equivalent keeps."""
+    rows = []
     for setting, compiled in results["kept_when_compiled"].items():
         eager = results["settings"].get(setting) or results["bottleneck_adapters"][setting]
-        kept = {name: of["added_per_layer_of_32"]["saved"] for name, of in eager.items() if "minimum" in of}
+        kept = {name: counts["added_per_layer_of_32"]["saved"] for name, counts in eager.items() if "minimum" in counts}
         for name, bytes_ in compiled.items():
-            ours = next(own for own in kept if own.startswith("ours") and ("mix" in name) == ("SIBO" in own))
+            mixes = "mix" in name
+            ours = next(other for other in kept if other.startswith("ours") and ("SIBO" in other) == mixes)
             cells = (f"{size / MIB:,.0f}" for size in (kept[name], bytes_, kept[ours]))
-            lines.append(f"| {setting} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append((setting, name, *cells))
+    return markdown_table(("adapters", "", "eager", "compiled", "ours"), rows)
 
 
-#: What the table of a GPU shows: how much longer than the frozen layer.
+#: The providers in the tables of a GPU.
 SHOWN = ("PEFT LoRA", "addmm_ scheme, siblings grouped", "ours, lambda = 0", "PEFT LoRA + eager mix", "ours, SIBO")
 SHOWN_ADAPTERS = ("eager adapter", "ours, adapter, lambda = 0", "eager adapter + eager mix", "ours, SIBO adapter")
 NOT_MEASURED = "Speed on a GPU: not measured yet."
@@ -76,13 +78,13 @@ NOT_MEASURED = "Speed on a GPU: not measured yet."
 
 def layer_table(rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> str:
     """Time over the frozen layer, forward and backward, of each row."""
-    lines = [f"| layer | tokens | adapters | {' | '.join(shown)} |", "|---|---|---|" + "---|" * len(shown)]
+    table = []
     for row in rows:
         cells = [_over_frozen(row["providers"].get(name, {})) for name in shown]
         kind = f"r = {row['rank']}" if "rank" in row else row["title"].split(", ")[3]
         adapters = f"{kind}, {row['adapters']}, dropout {row['dropout']:g}"
-        lines.append(f"| {row['model']} | {row['tokens']:,} | {adapters} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        table.append((row["model"], f"{row['tokens']:,}", adapters, *cells))
+    return markdown_table(("layer", "tokens", "adapters", *shown), table)
 
 
 def _over_frozen(facts: dict[str, Any]) -> str:
@@ -95,7 +97,7 @@ def _over_frozen(facts: dict[str, Any]) -> str:
 
 
 def _layers(results: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """For each GPU: where its whole layers were measured, with a link, and their rows."""
+    """For each GPU a description of the measurement, with a link, and the rows of whole layers."""
     for file in sorted(results.glob("layer-*.json"), reverse=True):
         content = json.loads(file.read_text(encoding="utf-8"))
         rows = [row for row in content["rows"] if row["part"] == "layer"]
@@ -109,7 +111,7 @@ def _is_first(row: dict[str, Any]) -> bool:
 
 
 def gpu_tables(results: Path) -> str:
-    """For each GPU that timed it the layer that README is about, or that there is none."""
+    """A table of README's layer for each GPU that timed it, or a note that there is none."""
     parts = []
     for where, rows in _layers(results):
         first = [row for row in rows if _is_first(row)]
@@ -119,17 +121,17 @@ def gpu_tables(results: Path) -> str:
 
 
 def other_layers(results: Path) -> str:
-    """All other layers that were timed, on each GPU: of LoRA, and of bottleneck adapters."""
+    """Tables of all other timed layers for each GPU, for LoRA and for bottleneck adapters."""
     parts = []
     for where, rows in _layers(results):
         for shown in (SHOWN, SHOWN_ADAPTERS):
-            own = [row for row in rows if ("rank" in row) == (shown is SHOWN) and not _is_first(row)]
-            if own:
-                parts.append(f"Time over the frozen layer, {where}:\n\n{layer_table(own, shown)}")
+            selected = [row for row in rows if ("rank" in row) == (shown is SHOWN) and not _is_first(row)]
+            if selected:
+                parts.append(f"Time over the frozen layer, {where}:\n\n{layer_table(selected, shown)}")
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-#: Columns of the table of kernels, and what they add up.
+#: Columns of the table of kernels, and the kernels that each sums up.
 OF_OURS = {
     "`down`": ("down_kernel",),
     "`up`": ("up_kernel",),
@@ -141,9 +143,8 @@ OF_OURS = {
 
 
 def kernels_table(results: Path) -> str:
-    """Microseconds that a layer's kernels take on each GPU, ours one by one; a file "-before" beside its successor."""
-    heads = ["GPU", "layer", "", *OF_OURS, "all kernels", "over frozen"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    """Microseconds of a layer's kernels on each GPU, with a column for each of ours; a "-before" file is listed too."""
+    rows = []
     for file in sorted(results.glob("kernel-times-*.json"), reverse=True):
         content = json.loads(file.read_text(encoding="utf-8"))
         when = f"{content['gpu']}, before" if file.stem.endswith("-before") else content["gpu"]
@@ -151,29 +152,47 @@ def kernels_table(results: Path) -> str:
         for row in content["rows"]:
             layer, _, provider = row["title"].partition(" adapters, ")
             dropout, _, provider = provider.partition(", ")
-            if provider == "frozen model":
+            if provider == FLOOR:
                 frozen = row["us"]
-            own = [
-                sum(of["us"] for of in row["launches_of_ours"] if of["kernel"] in names) for names in OF_OURS.values()
+            times = [
+                sum(launch["us"] for launch in row["launches_of_ours"] if launch["kernel"] in names)
+                for names in OF_OURS.values()
             ]
-            cells = [f"{us:,.0f}" if us else "" for us in own]
-            over = f"{100 * (row['us'] / frozen - 1):+.1f} %" if provider != "frozen model" else ""
+            cells = [f"{us:,.0f}" if us else "" for us in times]
+            over = f"{100 * (row['us'] / frozen - 1):+.1f} %" if provider != FLOOR else ""
             _, tokens, _, adapters = layer.split(", ")
             name = f"{int(tokens.removeprefix('M=')):,} tokens, {adapters}, {dropout}"
-            lines.append(f"| {when} | {name} | {provider} | {' | '.join(cells)} | {row['us']:,.0f} | {over} |")
-    return "\n".join(lines)
+            rows.append((when, name, provider, *cells, f"{row['us']:,.0f}", over))
+    return markdown_table(("GPU", "layer", "", *OF_OURS, "all kernels", "over frozen"), rows)
 
 
 def tuning_table(results: Path) -> str:
-    """The fastest tiles of each case that was timed, beside those that the plans chose then."""
-    lines = ["| launcher, linears, adapters | the plan's, us | fastest, us | with |", "|---|---|---|---|"]
+    """The fastest tiles of each timed case, next to those that the plans chose then."""
+    rows = []
     for file in sorted(results.glob("tune-*.json")):
         for case, timed in json.loads(file.read_text(encoding="utf-8"))["cases"].items():
-            own = next(us for us, variant in timed if not variant)
+            of_plan = next(us for us, variant in timed if not variant)
             us, variant = next((us, variant) for us, variant in timed if "torch" not in variant)
             tiles = ", ".join(f"{name} {value}" for name, value in variant.items()) or "the plan's"
-            lines.append(f"| {case} | {own:.1f} | {us:.1f} | {tiles} |")
-    return "\n".join(lines)
+            rows.append((case, f"{of_plan:.1f}", f"{us:.1f}", tiles))
+    return markdown_table(("launcher, linears, adapters", "the plan's, us", "fastest, us", "with"), rows)
+
+
+#: The GPUs that `make compile-check` compiles for, by target.
+GPUS = {"sm_80": "A100", "sm_90": "H100, H200", "sm_100": "B200", "sm_120": "RTX 5090", "gfx942": "MI300X"}
+
+
+def compile_check_table(results: Path) -> str:
+    """How many kernels were compiled for each GPU, and how many of them exceed a limit."""
+    counts = []
+    for target, gpu in GPUS.items():
+        file = results / f"compile-check-{target}.json"
+        if file.exists():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            counts.append((gpu, content["kernels"], content["violations"]))
+    counts.append(("all", sum(kernels for _, kernels, _ in counts), sum(violations for *_, violations in counts)))
+    rows = [(gpu, f"{kernels:,}", violations) for gpu, kernels, violations in counts]
+    return markdown_table(("compiled for", "kernels", "violations"), rows)
 
 
 TABLES = {
@@ -183,14 +202,18 @@ TABLES = {
     "models": ("traffic.json", models_table),
     "compiled": ("traffic.json", compiled_table),
 }
-
-
-#: Those that are made of several files.
-OF_RESULTS = {"gpu": gpu_tables, "layers": other_layers, "kernels": kernels_table, "tuning": tuning_table}
+#: Tables made from several files.
+OF_RESULTS = {
+    "gpu": gpu_tables,
+    "layers": other_layers,
+    "kernels": kernels_table,
+    "tuning": tuning_table,
+    "compile-check": compile_check_table,
+}
 
 
 def with_tables(text: str, root: str = "") -> str:
-    """A document's text with the tables that it has markers for made anew; `root`: the way from it to the project's."""
+    """A document's text with new tables between its markers; `root`: the path from it to the project's root."""
     for name, (file, table) in TABLES.items():
         text = _between_markers(text, name, table(json.loads((RESULTS / file).read_text(encoding="utf-8"))))
     for name, table in OF_RESULTS.items():
@@ -199,14 +222,14 @@ def with_tables(text: str, root: str = "") -> str:
 
 
 def root_of(document: Path) -> str:
-    """The way from a document to the project's root, in links."""
+    """The relative path from a document to the project's root, for links."""
     return "../" * (len(document.relative_to(ROOT).parts) - 1)
 
 
 def _between_markers(text: str, name: str, made: str) -> str:
     start, end = f"<!-- {name}-results -->", f"<!-- /{name}-results -->"
-    before, found, rest = text.partition(start)
-    if not found:
+    before, marker, rest = text.partition(start)
+    if not marker:
         return text
     return f"{before}{start}\n{made}\n{end}{rest.partition(end)[2]}"
 

@@ -1,4 +1,4 @@
-"""Files of timed results: written whole after each row, so that a run cut short loses nothing; and the time budget."""
+"""Files of timed results, written after each row, so that an interrupted run loses nothing; and the time budget."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+#: The provider that the others are compared with.
+FLOOR = "frozen model"
+MIB = 2**20
 
 
 class ResultsFile:
-    """A JSON document with a list of rows, each with a title that is its own.
+    """A JSON document with a list of rows, each with a unique title.
 
     Args:
         path: written atomically.
-        head: where the results come from.
-        resume: keep the rows that a run of the same title wrote, and note which provider was under way when it ended.
+        head: the origin of the results.
+        resume: keep the rows that an earlier run wrote, and note which provider was running when it ended.
     """
 
     def __init__(self, path: Path, head: dict[str, Any], resume: bool = False) -> None:
@@ -39,14 +42,14 @@ class ResultsFile:
         return any(row["title"] == title for row in self.document["rows"])
 
     def crash_of(self, title: str, provider: str) -> str | None:
-        """What ended an earlier process in the middle of a row, if it was this provider."""
+        """The error that ended an earlier process in the middle of a row, if this provider was running."""
         for crash in self.document.get("crashed", []):
             if (crash["row"], crash["provider"]) == (title, provider):
                 return crash.get("error", "the process ended while it ran")
         return None
 
     def begin(self, title: str, provider: str, error: str | None = None) -> None:
-        """Note what runs, for whoever finds that the process ended."""
+        """Note what is running, in case the process ends."""
         self.document["under_way"] = {"row": title, "provider": provider, **({"error": error} if error else {})}
         self.write()
 
@@ -56,7 +59,7 @@ class ResultsFile:
         self.write()
 
     def note(self, **facts: Any) -> None:
-        """Put facts beside the rows."""
+        """Add facts to the document."""
         self.document |= facts
         self.write()
 
@@ -68,7 +71,7 @@ class ResultsFile:
 
 
 class Budget:
-    """Seconds for a benchmark. A row begins only if one like the last would still fit."""
+    """Seconds for a benchmark. A row begins only if one that takes as long as the last would still fit."""
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
@@ -84,7 +87,7 @@ class Budget:
         return float("inf") if self.seconds is None else self.seconds - self.spent
 
     def begin_row(self) -> bool:
-        """Whether there is time for one more."""
+        """Whether there is time for one more row."""
         self.row_started = time.monotonic()
         return self.left > self.last_row
 
@@ -93,7 +96,7 @@ class Budget:
 
 
 def slug(device_name: str) -> str:
-    """A GPU's name as a part of a file's: "NVIDIA H100 80GB HBM3" is "nvidia-h100-80gb-hbm3"."""
+    """A GPU's name as a part of a file name: "NVIDIA H100 80GB HBM3" is "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
@@ -113,10 +116,10 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 
 
 def output_of(name: str, options: argparse.Namespace) -> Path:
-    """The file to write.
+    """The output file.
 
     Raises:
-        SystemExit: there is no GPU, or a CPU's times were to land among the results.
+        SystemExit: there is no GPU, or a CPU's times would be written to the results.
     """
     import torch
 
@@ -130,7 +133,7 @@ def output_of(name: str, options: argparse.Namespace) -> Path:
 
 
 def command_line(name: str) -> str:
-    """As it was given, without what the supervisor puts behind it."""
+    """The command line as the user gave it, without the supervisor's additions."""
     words = sys.argv[1:]
     if "--unsupervised" in words:
         words = words[: words.index("--unsupervised")]

@@ -1,4 +1,4 @@
-"""How the adapters of a comparison are made, the same for all providers of it."""
+"""The settings of adapters, the same for all providers of a comparison."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MIXING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # they have the hidden state's width, as h0 has
+MIXING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # they have the hidden state's width, like h0
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Linears:
     Attributes:
         all: in the order of the forward.
         mixing: those that read the residual stream.
-        groups: siblings, which share x, together; each of the others alone.
+        groups: siblings, which share x, in one group; each of the others in its own.
         feed_forward: those of `mixing` that are in the feed-forward network.
     """
 
@@ -34,12 +34,12 @@ class Linears:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSetting:
-    """What adapters of any kind have.
+    """The settings common to all kinds of adapters.
 
     Attributes:
-        fp32_adapters: their weights in float32, PEFT's default; else in the frozen model's dtype.
+        fp32_adapters: whether their weights are float32, PEFT's default, or have the frozen model's dtype.
         dropout: its rate.
-        lambda_: the share of h0, where a provider mixes.
+        lambda_: the share of h0, for providers that mix.
         linears: of the layer.
     """
 
@@ -52,7 +52,7 @@ class AdapterSetting:
         return f"{'fp32' if self.fp32_adapters else 'bf16'} adapters, dropout {self.dropout:g}"
 
     def describe(self) -> dict[str, Any]:
-        """For a file of results."""
+        """The settings, for a file of results."""
         return {
             "adapters": "float32" if self.fp32_adapters else "bfloat16",
             "dropout": self.dropout,
@@ -61,7 +61,7 @@ class AdapterSetting:
 
     @property
     def size(self) -> str:
-        """Of an adapter, as titles have it."""
+        """The size of an adapter, for titles."""
         raise NotImplementedError
 
     @property
@@ -71,11 +71,11 @@ class AdapterSetting:
 
     @property
     def mixing(self) -> tuple[str, ...]:
-        """Which of those mix, where a provider mixes."""
+        """Which of those mix, for providers that mix."""
         raise NotImplementedError
 
     def parameters(self, K: int, N: int) -> int:
-        """Of the adapter on a linear from K to N."""
+        """The number of parameters of the adapter on a linear from K to N."""
         raise NotImplementedError
 
 
@@ -110,13 +110,13 @@ class Setting(AdapterSetting):
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckSetting(AdapterSetting):
-    """Bottleneck adapters where the authors put them, on what the feed-forward network reads; their sizes by default.
+    """Bottleneck adapters on the linears that read the feed-forward network's input; the authors' sizes by default.
 
     Attributes:
         bottleneck_size: width of the bottleneck.
         activation: in it.
         placement: "series", in front of the linear, or "parallel".
-        biases: whether both projections have one; the authors' have none.
+        biases: whether both projections have a bias; the authors' have none.
         scaling: s.
     """
 
@@ -130,8 +130,8 @@ class BottleneckSetting(AdapterSetting):
         return f"{self.placement}{' with biases' if self.biases else ''}, {super().__str__()}"
 
     def describe(self) -> dict[str, Any]:
-        own = ("bottleneck_size", "activation", "placement", "biases")
-        return {name: getattr(self, name) for name in own} | super().describe()
+        names = ("bottleneck_size", "activation", "placement", "biases")
+        return {name: getattr(self, name) for name in names} | super().describe()
 
     @property
     def size(self) -> str:
@@ -155,14 +155,14 @@ def least_moved(
 ) -> tuple[int, int]:
     """Bytes that adapters must read and write beyond the frozen linears in bfloat16: every input and output once.
 
-    Each linear by itself, as one operation forward and one backward: the adapter's weights and h0 in both; x in the
+    Each linear separately, as one operation forward and one backward: the adapter's weights and h0 in both; x in the
     backward, where the frozen linear does not read it; the weights' gradients. What the frozen linear moves anyway (x,
-    y, dY, dX) is merged with it.
+    y, dY, dX) does not count.
 
     Args:
         setting: of the adapters.
-        shapes: (K, N) of linears, of which those that are no targets count nothing.
-        tokens: that the linears read.
+        shapes: (K, N) of linears; those without an adapter do not count.
+        tokens: the number of tokens.
         mixes: whether h0 is read.
     """
     read = written = 0

@@ -1,12 +1,12 @@
-"""A whole training step, ours beside every peer, on a GPU: `python -m benchmarks.step`.
+"""A whole training step on a GPU, ours compared with every peer: `python -m benchmarks.step`.
 
-Forward, loss, backward and AdamW on the adapters, of transformers' own causal language models with sdpa attention and
+Forward, loss, backward and AdamW on the adapters, of transformers' causal language models with sdpa attention and
 random weights in bfloat16: some layers of Llama-3-8B's width with its vocabulary, with and without gradient
 checkpointing, and a whole model of 0.5B on one short sequence, where launches dominate. The frozen model, the floor,
 runs forward, loss and backward.
 
-Reported are tokens per second, and the peak of what a step allocates beyond weights and optimizer states. Loss and
-gradients are compared with the definition's, on a short sequence, before a provider is timed.
+Reported are tokens per second, and the peak memory of a step beyond weights and optimizer states. Before a provider is
+timed, its loss and gradients on a short sequence are compared with the definition's.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from benchmarks import checks
 from benchmarks.checks import Values, Verdict
-from benchmarks.harness import FLOOR, run_benchmark
+from benchmarks.harness import run_benchmark
 from benchmarks.layer import BF16, DEFAULTS, DTYPE
 from benchmarks.models import LLAMA_3_8B, QWEN2_5_0_5B, Architecture, frozen_model
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
-from benchmarks.results_file import parser_of
+from benchmarks.results_file import FLOOR, parser_of
 from benchmarks.settings import Setting
 from benchmarks.timing import Effort
 
@@ -35,9 +35,9 @@ CHECKED_TOKENS = 128
 
 @dataclass(frozen=True)
 class StepRow:
-    """A model, its batch, and how it trains."""
+    """A model, its batch, and its training settings."""
 
-    of: Architecture
+    architecture: Architecture
     batch: tuple[int, int]  # sequences, and tokens of each
     setting: Setting
     checkpointing: bool
@@ -47,7 +47,8 @@ class StepRow:
     def title(self) -> str:
         sequences, length = self.batch
         how = ", checkpointing" if self.checkpointing else ""
-        return f"{self.of.name}, {self.of.layers} layers, {sequences} x {length} tokens{how}, {self.setting}"
+        model = f"{self.architecture.name}, {self.architecture.layers} layers"
+        return f"{model}, {sequences} x {length} tokens{how}, {self.setting}"
 
     @property
     def tokens(self) -> int:
@@ -55,9 +56,9 @@ class StepRow:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "model": self.of.name,
-            "layers": self.of.layers,
-            "vocabulary": self.of.vocabulary,
+            "model": self.architecture.name,
+            "layers": self.architecture.layers,
+            "vocabulary": self.architecture.vocabulary,
             "tokens": self.tokens,
             "batch": list(self.batch),
             "checkpointing": self.checkpointing,
@@ -102,9 +103,10 @@ class StepComparison:
     def __init__(self, row: StepRow, device: str) -> None:
         self.row = row
         torch.manual_seed(0)
-        frozen = frozen_model(row.of, device, DTYPE, row.of.vocabulary, head=True)
-        self.weights = checks.SharedWeights(frozen, replace(row.setting, linears=row.of.linears))
-        self.batches = [torch.randint(1, row.of.vocabulary, row.batch, device=device) for _ in range(BATCHES)]
+        frozen = frozen_model(row.architecture, device, DTYPE, row.architecture.vocabulary, head=True)
+        self.weights = checks.SharedWeights(frozen, replace(row.setting, linears=row.architecture.linears))
+        vocabulary = row.architecture.vocabulary
+        self.batches = [torch.randint(1, vocabulary, row.batch, device=device) for _ in range(BATCHES)]
 
     def build(self, provider: Provider) -> TrainingStep:
         model: Any = self.weights.model(provider)
@@ -119,16 +121,16 @@ class StepComparison:
         ids = self.batches[0][:1, :CHECKED_TOKENS]
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        found = {"loss": loss.detach().reshape(1, 1), **checks.gradients_of(model)}
+        results = {"loss": loss.detach().reshape(1, 1), **checks.gradients_of(model)}
         model.zero_grad(set_to_none=True)
-        return found
+        return results
 
     def check(self, provider: Provider, step: TrainingStep) -> Verdict:
-        if provider.compiles:  # a short sequence is another graph: the layer benchmark checks what is compiled
+        if provider.compiles:  # a short sequence would be another graph; the layer benchmark checks compiled models
             return Verdict(0.0, "nothing: compiled for one shape")
         expected, rate = self.weights.expected(provider, self.values), self.row.setting.dropout
-        found = checks.without_dropout(step.model, lambda: self.values(step.model))
-        verdict = self.weights.verdict(provider, found, expected)
+        actual = checks.without_dropout(step.model, lambda: self.values(step.model))
+        verdict = self.weights.verdict(provider, actual, expected)
         if verdict.problem is None and rate and provider.name != FLOOR:
             verdict = replace(verdict, problem=checks.dropout_problem(self.values(step.model), expected, rate))
         return verdict

@@ -1,7 +1,7 @@
-"""Runs a benchmark in a process of its own, and again after a crash, so that one provider's crash ends nothing.
+"""Runs a benchmark in a separate process and restarts it after a crash, so that one provider cannot end the run.
 
-An illegal memory access leaves a CUDA context in which nothing runs any more, and some errors end the process: the
-file of results says what was under way, the next process notes it as that provider's error, and goes on from there.
+An illegal memory access makes the CUDA context unusable, and some errors end the process. The file of results says what
+was running; the next process records it as that provider's error, and continues from there.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RESTARTS = 10
-GRACE = 180.0  # seconds beyond the budget for the row that was begun, the start of the process and its imports
-BROKEN_DEVICE = 75  # exit status of a process that cannot use its device any more
+GRACE = 180.0  # seconds beyond the budget, for the current row, the start of the process and its imports
+BROKEN_DEVICE = 75  # exit status of a process that can no longer use its device
 
 
 def supervise(command: Sequence[str], output: Path, budget: float | None) -> int:
-    """Run the command until it ends well, is out of time, or ends without anything under way; its exit status.
+    """Run the command until it succeeds, is out of time, or ends with no provider running; returns its exit status.
 
     Args:
-        command: a benchmark; from the second time on with ``--resume``, and ``--budget`` with what is left.
+        command: a benchmark; restarted with ``--resume``, and with the remaining ``--budget``.
         output: the file of results that it writes.
         budget: seconds.
     """
@@ -49,7 +49,7 @@ def supervise(command: Sequence[str], output: Path, budget: float | None) -> int
 
 
 def _crash(output: Path) -> dict[str, str] | None:
-    """What the file says was under way."""
+    """The row and provider that the file says were running."""
     try:
         return json.loads(output.read_text(encoding="utf-8")).get("under_way")
     except (OSError, ValueError):

@@ -1,10 +1,10 @@
-"""How time and memory are taken: on a GPU by CUDA events and torch's allocator, on a CPU by the clock.
+"""Measures time and memory: on a GPU by CUDA events and torch's allocator, on a CPU by the clock.
 
-* Providers run in turn, round by round, so that a GPU that warms up or slows down does so for all of them. Ratios are
-  medians of the ratios of one round; times are medians with the 20th and 80th percentile.
-* A turn repeats its step until a turn takes some milliseconds. It begins with one step more that is not timed: as in
-  training, the host is then ahead of a GPU that has work enough, and is waited for where it has not.
-* Each repetition reads other inputs, which together are larger than the cache, and the data are random.
+* Providers take turns, round by round, so that a GPU that warms up or slows down affects all of them. Ratios are
+  medians of the ratios within one round; times are medians with the 20th and 80th percentile.
+* A turn repeats its step so often that it takes some milliseconds. It begins with one additional untimed step: as in
+  training, the host is then ahead of the GPU if the GPU has enough work, and the GPU waits for it otherwise.
+* Each repetition reads other inputs, which together are larger than the cache; the data are random.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-MIB = 2**20
+from benchmarks.results_file import MIB
+
 MIN_ROUNDS = 5
-CLOCKS = {"cuda": "CUDA events", "cpu": "time.perf_counter"}
 
 
 class Step(Protocol):
-    """What is timed."""
+    """A step that is timed."""
 
     name: str
     phases: tuple[str, ...]
 
     def run(self, i: int, mark: Callable[[], None]) -> None:
-        """Run on the i-th inputs, modulo their number, and call `mark` at the end of each phase."""
+        """Run on the i-th inputs (modulo their number), and call `mark` at the end of each phase."""
 
     def reset(self) -> None:
         """Drop what a run leaves behind; not timed."""
 
     def reported(self, milliseconds: list[float]) -> list[float]:
-        """Of each phase, from the times between the marks."""
+        """The milliseconds of each phase, from the times between the marks."""
 
 
 class Clock:
-    """Marks in time, on the device's own time line."""
+    """Marks on the device's time line."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
@@ -69,7 +69,7 @@ def synchronize(device: str) -> None:
 
 
 def time_turn(step: Step, device: str, first: int, repeats: int) -> list[float]:
-    """Milliseconds of each phase, the mean of the repetitions; a GPU is busy with one more when they begin."""
+    """Milliseconds of each phase, mean of the repetitions; on a GPU one untimed step runs first."""
     synchronize(device)
     clocks = []
     if device == "cuda":
@@ -89,10 +89,10 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        rounds: at most; fewer, but at least `MIN_ROUNDS`, where the seconds are over.
+        rounds: at most; fewer, but at least `MIN_ROUNDS`, once the seconds are used up.
         seconds: for all rounds.
-        turn: milliseconds that a turn should take at least.
-        repeats: at most, in a turn.
+        turn: minimal milliseconds of a turn.
+        repeats: at most, per turn.
     """
 
     rounds: int = 30
@@ -103,7 +103,7 @@ class Effort:
 
 @dataclass
 class Times:
-    """Milliseconds by step, phase and round; what failed while it was timed, and how."""
+    """Milliseconds by step, phase and round; and the errors of steps that failed."""
 
     rounds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
@@ -113,13 +113,13 @@ class Times:
 def interleaved(
     steps: Sequence[Step], device: str, effort: Effort, begin: Callable[[str | None], None] = lambda name: None
 ) -> Times:
-    """Time the steps in turn, round by round. A step that raises is out, and the others go on.
+    """Time the steps in turn, round by round. A step that raises is dropped, and the others continue.
 
     Args:
         steps: of different names.
         device: "cuda" or "cpu".
         effort: how long.
-        begin: told the name of each step that runs to warm up, and None once all run in turn.
+        begin: called with the name of each step that warms up, and with None once all run in turn.
     """
     result = Times()
     left = list(steps)
@@ -128,13 +128,13 @@ def interleaved(
         try:
             return time_turn(step, device, first, repeats)
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # which hold the memory that was too little
+            traceback.clear_frames(error.__traceback__)  # which hold memory
             result.errors[step.name] = error
             result.rounds.pop(step.name, None)
             left.remove(step)
             return None
 
-    for step in list(left):  # to warm up: the second time counts for the number of repetitions
+    for step in list(left):  # warm up; the second run determines the number of repetitions
         begin(step.name)
         turn(step, 0, 1)
     begin(None)
@@ -162,19 +162,19 @@ def spread(values: Iterable[float], digits: int = 4) -> dict[str, float]:
 
 
 def total(phases: Mapping[str, Sequence[float]]) -> list[float]:
-    """Of each round, all phases together."""
+    """The sum of all phases, for each round."""
     return [sum(times) for times in zip(*phases.values(), strict=True)]
 
 
 def with_total(phases: dict[str, list[float]]) -> dict[str, list[float]]:
-    """With "both" beside forward and backward."""
+    """Adds "both" if the phases are forward and backward."""
     return {**phases, "both": total(phases)} if set(phases) == {"forward", "backward"} else phases
 
 
 def compared(times: Times, floor: str, ours: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """For each step its times, percent over the floor, and for ours the ratio to each of the others.
+    """For each step its times, percentages over the floor, and for ours the ratio to each of the others.
 
-    Percents and ratios are medians (with percentiles) over the rounds, of the times of one round.
+    Percentages and ratios are computed within each round; reported are medians (with percentiles) over the rounds.
     """
     rounds = {name: with_total(phases) for name, phases in times.rounds.items()}
     table: dict[str, dict[str, Any]] = {}
@@ -202,10 +202,10 @@ def compared(times: Times, floor: str, ours: Sequence[str]) -> dict[str, dict[st
 
 
 def peak_bytes(step: Step, device: str) -> int | None:
-    """What a run allocates at its peak beyond what was there before; None on a CPU, which does not count it."""
+    """The peak of what a run allocates in addition to what was allocated before; None on a CPU."""
     if device != "cuda":
         return None
-    step.run(0, lambda: None)  # makes what stays, an optimizer's states among it
+    step.run(0, lambda: None)  # allocates what stays, such as optimizer states
     step.reset()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -218,7 +218,7 @@ def peak_bytes(step: Step, device: str) -> int | None:
 
 
 def buffers_beyond_cache(device: str, bytes_of_one: int) -> int:
-    """How many inputs of a size it takes to fill the cache twice; 2 at least."""
+    """How many inputs of this size fill the cache twice; at least 2."""
     cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 * MIB) if device == "cuda" else 0
     return max(2, min(64, math.ceil(2 * cache / max(1, bytes_of_one))))
 

@@ -1,21 +1,22 @@
-"""What adapters add to a decoder layer, by count: `python -m benchmarks.traffic`.
+"""Counts what adapters add to a decoder layer: `python -m benchmarks.traffic`.
 
 One forward and backward of each provider runs on tensors without data (see `benchmarks/counting.py`), so that the
-counts are the same on every machine and need no GPU. What is reported of a provider is its model minus the frozen one:
+counts are the same on every machine and need no GPU. Reported is the difference between a provider's model and the
+frozen one:
 
-* launches; MiB read and written, each input and output of a launch once; MiB that our kernels load again, tile by tile;
+* launches; MiB read and written, each input and output of a launch once; MiB that our kernels' tiles load repeatedly;
 * MiB that autograd keeps for the backward;
-* the time that the roofline makes of it on an H200: modelled, not measured. It knows no host time and no latency, and
-  takes the bytes of a launch to move wholly under its products: what a frozen GEMM reads more costs nothing there.
+* the roofline's time on an H200: modelled, not measured. The model has no host time and no latency, and assumes that
+  moving a launch's bytes overlaps fully with its products: additional reads of a frozen GEMM are free.
 
-A model of one layer and one of two are run; each further layer counts as the second. The table shows a layer of 32, the
-results a layer of 1 too: what is kept once per network, as h0 is, makes the difference.
+Models of one and of two layers are run; each further layer counts as the second. The table shows a layer of 32, the
+results also a layer of 1: they differ by what is kept once per network, such as h0.
 
 LoRA and bottleneck adapters are counted on Llama-3-8B's layer, and LoRA's ratios to its peers on those of other models.
-Of peers under `torch.compile` only what they keep is counted (see `benchmarks/compiled_kept.py`).
+For peers under `torch.compile` only the kept bytes are counted (see `benchmarks/compiled_kept.py`).
 
-Where the count leans: torch's GEMMs count without re-reads, workspace and split sums, which are not known here, and
-every flop as fast as bfloat16's, which PEFT's float32 products are not. Ours count with all of it.
+The counts favour torch: its GEMMs count without re-reads, workspace and split sums, which are unknown here, and all
+flops as fast as bfloat16's, which PEFT's float32 products are not. Ours count with all of these.
 """
 
 from __future__ import annotations
@@ -30,28 +31,28 @@ from typing import Any
 from benchmarks.bottleneck_providers import BOTTLENECK_PROVIDERS, EagerAdapter, EagerMixedAdapter
 from benchmarks.compiled_kept import added_kept_bytes
 from benchmarks.counting import H200, Counts
-from benchmarks.model_counts import Step, Workload, floor_of, step_of
+from benchmarks.model_counts import StepCounts, Workload, floor_of, step_of
 from benchmarks.models import ARCHITECTURES, Architecture
 from benchmarks.providers import APART, PROVIDERS, Peft, PeftMixed, Provider
+from benchmarks.results_file import FLOOR, MIB, RESULTS
 from benchmarks.settings import AdapterSetting, BottleneckSetting, Setting, least_moved
 from sibo_triton.environment import provenance
+from sibo_triton.finetune.report import markdown_row, markdown_table
 
 COMMAND = "python -m benchmarks.traffic"
-RESULTS = Path(__file__).parent / "results/traffic.json"
+OUTPUT = RESULTS / "traffic.json"
 LAYERS = 32
 ADDED = f"added_per_layer_of_{LAYERS}"
-MIB = 2**20
-FLOOR = PROVIDERS[0].name
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Adapters of one kind.
+class CountedAdapters:
+    """What is counted for one kind of adapters.
 
     Attributes:
-        settings: each a table.
-        providers: in its order, without the frozen model.
-        ratios: ours, and the peer that it is divided by.
+        settings: one table for each.
+        providers: in the order of the tables, without the frozen model.
+        ratios: pairs of ours and the peer by which it is divided.
     """
 
     settings: tuple[AdapterSetting, ...]
@@ -72,9 +73,9 @@ OF_PEERS = (
     ("ours, SIBO", "ours, lambda = 0"),
 )
 SETTINGS = (Setting(fp32_adapters=False, dropout=0.0), Setting(fp32_adapters=True, dropout=0.05))
-LORA = Comparison(SETTINGS, (*PROVIDERS[1:], *APART), OF_PEERS + OF_SIBLINGS)
-LORA_OF_OTHERS = Comparison(SETTINGS, PROVIDERS[1:], OF_PEERS)
-BOTTLENECK = Comparison(
+LORA = CountedAdapters(SETTINGS, (*PROVIDERS[1:], *APART), OF_PEERS + OF_SIBLINGS)
+LORA_OF_OTHERS = CountedAdapters(SETTINGS, PROVIDERS[1:], OF_PEERS)
+BOTTLENECK = CountedAdapters(
     tuple(
         BottleneckSetting(fp32_adapters=fp32, dropout=dropout, placement=placement, biases=biases)
         for placement, biases in (("series", False), ("parallel", True))
@@ -88,7 +89,7 @@ BOTTLENECK = Comparison(
         ("ours, SIBO adapter", "ours, adapter, lambda = 0"),
     ),
 )
-#: Peers under `torch.compile`, of which only what they keep is counted.
+#: Peers under `torch.compile`, for which only the kept bytes are counted.
 COMPILED: dict[AdapterSetting, tuple[Provider, ...]] = {
     **{setting: (Peft(), PeftMixed()) for setting in SETTINGS},
     **{setting: (EagerAdapter(), EagerMixedAdapter()) for setting in BOTTLENECK.settings[:2]},
@@ -96,47 +97,47 @@ COMPILED: dict[AdapterSetting, tuple[Provider, ...]] = {
 
 
 def rounded(counts: Counts) -> dict[str, float]:
-    """As they are written: a mean over layers has a fraction."""
+    """Rounded for the file: a mean over layers has a fraction."""
     return {f.name: round(getattr(counts, f.name), 4) for f in fields(counts)}
 
 
 def results_of(
-    of: Comparison, setting: AdapterSetting, work: Workload, report: Any = lambda line: None
+    adapters: CountedAdapters, setting: AdapterSetting, work: Workload, report: Any = lambda line: None
 ) -> dict[str, Any]:
-    """Everything about a setting; `report` gets each line of the table once it is there."""
-    setting, floor = replace(setting, linears=work.of.linears), floor_of(work)
+    """All results of a setting; `report` gets each line of the table as soon as it is available."""
+    setting, floor = replace(setting, linears=work.architecture.linears), floor_of(work)
     report(f"\n{setting}, {work.tokens} tokens, {setting.size}; added to the frozen layer, of {LAYERS} layers:")
     heads = (
         *("", "launches", "MiB read", "written", "over minimum", "loaded again", "kept", "kept, 1 layer"),
         *("modelled ms", "of frozen"),
     )
-    report("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    report(markdown_table(heads, ()))
     frozen = floor.per_layer(LAYERS)
-    report(_line(FLOOR, floor, None, frozen))
+    report(markdown_row(_cells(FLOOR, floor, None, frozen)))
     results: dict[str, Any] = {FLOOR: {f"per_layer_of_{n}": rounded(floor.per_layer(n)) for n in (1, LAYERS)}}
-    for provider in of.providers:
+    for provider in adapters.providers:
         reason = provider.unavailable(setting)
         if reason is not None:
             results[provider.name] = {"unavailable": reason}
-            report(f"| {provider.name} | {reason} |" + " |" * (len(heads) - 2))
+            report(markdown_row((provider.name, reason, *[""] * (len(heads) - 2))))
             continue
         added = step_of(provider, setting, work) - floor
-        least = least_moved(setting, work.of.shapes(), work.tokens, provider.mixes)
+        least = least_moved(setting, work.architecture.shapes(), work.tokens, provider.mixes)
         results[provider.name] = {
             **{f"added_per_layer_of_{n}": rounded(added.per_layer(n)) for n in (1, LAYERS)},
             "minimum": {"read": least[0], "written": least[1]},
             **({"kernels_of_one_layer": added.kernels} if added.kernels else {}),
         }
-        report(_line(provider.name, added, least, frozen))
-    results["ratios"] = ratios(of.ratios, results)
+        report(markdown_row(_cells(provider.name, added, least, frozen)))
+    results["ratios"] = ratios(adapters.ratios, results)
     for pair, ratio in results["ratios"].items():
         report(f"{pair}: " + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
     return results
 
 
-def _line(name: str, step: Step, least: tuple[int, int] | None, frozen: Counts) -> str:
+def _cells(name: str, step: StepCounts, least: tuple[int, int] | None, frozen: Counts) -> tuple[str, ...]:
     counts = step.per_layer(LAYERS)
-    cells = (
+    return (
         name,
         f"{counts.launches:.1f}",
         f"{counts.read / MIB:,.0f}",
@@ -148,11 +149,10 @@ def _line(name: str, step: Step, least: tuple[int, int] | None, frozen: Counts) 
         f"{counts.modelled_ms:.2f}",
         "" if least is None else f"{100 * counts.modelled_ms / frozen.modelled_ms:+.1f} %",
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 def ratios(pairs: Sequence[tuple[str, str]], results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What ours adds to a layer of many, over what a peer adds; above 1 ours loses."""
+    """What ours adds to a layer of many, divided by what a peer adds; above 1 ours is worse."""
     table = {}
     for ours, peer in pairs:
         if ADDED in results[ours] and ADDED in results[peer]:
@@ -176,29 +176,28 @@ def ratios_of_others(
     table: dict[str, Any] = {}
     report(f"\nOther models, LoRA, ratios of what is added to the frozen layer, of {LAYERS} layers:")
     heads = ("model", "adapters", "", "launches", "moved", "kept")
-    report("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    for of in others:
-        table[of.name] = {}
+    report(markdown_table(heads, ()))
+    for architecture in others:
+        table[architecture.name] = {}
         for setting in LORA_OF_OTHERS.settings:
-            found = results_of(LORA_OF_OTHERS, setting, Workload(of))["ratios"]
-            table[of.name][str(setting)] = found
-            for pair, ratio in found.items():
-                numbers = " | ".join(f"{ratio[name]:.2f}" for name in heads[3:])
-                report(f"| {of.name} | {setting} | {pair} | {numbers} |")
+            pairs = results_of(LORA_OF_OTHERS, setting, Workload(architecture))["ratios"]
+            table[architecture.name][str(setting)] = pairs
+            for pair, ratio in pairs.items():
+                report(markdown_row((architecture.name, setting, pair, *(f"{ratio[name]:.2f}" for name in heads[3:]))))
     return table
 
 
 def document(report: Any = lambda line: None) -> dict[str, Any]:
-    """The results of Llama-3-8B and of all settings, without where they come from."""
+    """The results of Llama-3-8B for all settings, without provenance."""
     work = Workload()
 
-    def settings(of: Comparison) -> dict[str, Any]:
-        return {str(setting): results_of(of, setting, work, report) for setting in of.settings}
+    def settings(adapters: CountedAdapters) -> dict[str, Any]:
+        return {str(setting): results_of(adapters, setting, work, report) for setting in adapters.settings}
 
     return {
         "what": "counted on tensors without data; times are modelled by a roofline, not measured",
         "modelled_gpu": {**asdict(H200), "flops": "all as fast as bfloat16's"},
-        "model": work.of.name,
+        "model": work.architecture.name,
         "batch": [work.batch, work.length],
         "settings": settings(LORA),
         "bottleneck_adapters": settings(BOTTLENECK),
@@ -210,7 +209,7 @@ def kept_when_compiled(report: Any = lambda line: None) -> dict[str, dict[str, i
     table: dict[str, dict[str, int]] = {}
     report("\nKept under torch.compile, added to the compiled frozen layer, MiB:")
     for setting, providers in COMPILED.items():
-        table[str(setting)] = {of.name: added_kept_bytes(of, setting, Workload()) for of in providers}
+        table[str(setting)] = {provider.name: added_kept_bytes(provider, setting, Workload()) for provider in providers}
         report(f"{setting}: " + ", ".join(f"{name} {kept / MIB:,.0f}" for name, kept in table[str(setting)].items()))
     return table
 
@@ -218,9 +217,9 @@ def kept_when_compiled(report: Any = lambda line: None) -> dict[str, dict[str, i
 def main() -> None:
     """Print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     output = parser.parse_args().output
-    head = {"command": COMMAND, **{key: value for key, value in provenance().items() if key != "devices"}}
+    head = {"command": COMMAND, **provenance(with_devices=False)}
 
     def report(line: str) -> None:
         print(line, flush=True)

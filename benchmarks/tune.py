@@ -1,29 +1,29 @@
-"""Times the launches of a layer with other tiles than the plans', on a GPU: `python -m benchmarks.tune`.
+"""Times the launches of a layer with tiles other than the plans', on a GPU: `python -m benchmarks.tune`.
 
-What the plans in `kernels/` choose was found by this. Each case is what a launcher does for the linears of a
-Llama-3-8B layer that share an input, second stages of sums included, captured in a CUDA graph, so that host time does
-not count. Variants are compiled in parallel first. Beside them torch's products of the same operands, without dropout.
+The choices of the plans in `kernels/` come from this. Each case is the work of a launcher for the linears of a
+Llama-3-8B layer that share an input, second stages of sums included, captured in a CUDA graph, which excludes host
+time. Variants are compiled in parallel first. For comparison, torch's products of the same operands, without dropout,
+are timed too.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels_compiled"))
-
 import torch
 from torch import Tensor
 
+from benchmarks.ahead_of_time.without_gpu import compiling_for, target_of_device
 from benchmarks.in_parallel import in_parallel
 from benchmarks.models import LLAMA_3_8B
 from benchmarks.results_file import RESULTS, command_line, slug
@@ -41,13 +41,13 @@ Variant = dict[str, int]  # of a plan's configuration, and PROGRAMS
 
 @dataclass(frozen=True)
 class Case:
-    """What one launcher does for siblings.
+    """The work of one launcher for siblings.
 
     Attributes:
         job: the launcher's name here.
         names: of the linears.
-        fp32: adapters in float32, and dropout 0.05; else in bfloat16, without.
-        mixes: h0 is read.
+        fp32: adapters in float32 with dropout 0.05; otherwise in bfloat16 without.
+        mixes: whether h0 is read.
     """
 
     job: str
@@ -62,11 +62,11 @@ class Case:
         return f"{self.job} {'+'.join(self.names)}, M={self.tokens}, r={self.rank}, {dtype}{', mixes' * self.mixes}"
 
     def variants(self) -> list[Variant]:
-        """The plan's own first."""
+        """All variants; the first is the plan's choice."""
         return [{}, *(dict(zip(AXES[self.job], values, strict=True)) for values in _values(self.job))]
 
     def calls(self, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """The launcher's, and torch's, on inputs of their own."""
+        """The launcher's call and torch's, on new inputs."""
         torch.manual_seed(0)
         M, r, dtype = self.tokens, self.rank, FP32 if self.fp32 else BF16
         shapes = [LLAMA_3_8B.shapes()[name] for name in self.names]
@@ -80,9 +80,9 @@ class Case:
         As, Bs = [random(r, K, dtype=dtype) for _ in shapes], [random(N, r, dtype=dtype) for _, N in shapes]
         ts = [random(M, r, dtype=dtype) for _ in shapes]
         if self.job == "down":
-            siblings = [DownProjection(A, lambda_, p, seed) for A in As]
+            projections = [DownProjection(A, lambda_, p, seed) for A in As]
             together = torch.cat(As).to(BF16)
-            return lambda: down_siblings(x, siblings, h0), lambda: x @ together.T
+            return lambda: down_siblings(x, projections, h0), lambda: x @ together.T
         if self.job == "up":
             ys = [random(M, N) for _, N in shapes]
             pairs = list(zip(ts, Bs, strict=True))
@@ -92,9 +92,9 @@ class Case:
             )
         if self.job == "up_backward":
             dys = [random(M, N) for _, N in shapes]
-            given = [UpGradients(dy, t, B, 2.0, True, dtype) for dy, t, B in zip(dys, ts, Bs, strict=True)]
-            low = [(of.grad_y, of.lora_b.to(BF16), of.t.to(BF16)) for of in given]
-            return lambda: up_backward_siblings(given), lambda: [(dy @ B, dy.T @ t) for dy, B, t in low]
+            siblings = [UpGradients(dy, t, B, 2.0, True, dtype) for dy, t, B in zip(dys, ts, Bs, strict=True)]
+            low = [(sibling.grad_y, sibling.lora_b.to(BF16), sibling.t.to(BF16)) for sibling in siblings]
+            return lambda: up_backward_siblings(siblings), lambda: [(dy @ B, dy.T @ t) for dy, B, t in low]
         us = [random(M, r, dtype=FP32) for _ in shapes]
         gradients = [DownGradients(u, A, dtype, lambda_, p, seed, dtype) for u, A in zip(us, As, strict=True)]
         u16, A16 = torch.cat(us, 1).to(BF16), torch.cat(As).to(BF16)
@@ -115,52 +115,53 @@ AXES = {
 
 
 def _values(job: str) -> list[tuple[int, ...]]:
-    of = itertools.product
     return {
         "down": [
-            *of((64,), (64,), (4,), (3, 5), (1, 2, 3, 4)),
-            *of((64,), (128,), (4, 8), (3,), (1, 2, 3)),
-            *of((128,), (64,), (4, 8), (3,), (1, 2)),
-            *of((32,), (128,), (4,), (3, 5), (1, 2)),
+            *product((64,), (64,), (4,), (3, 5), (1, 2, 3, 4)),
+            *product((64,), (128,), (4, 8), (3,), (1, 2, 3)),
+            *product((128,), (64,), (4, 8), (3,), (1, 2)),
+            *product((32,), (128,), (4,), (3, 5), (1, 2)),
         ],
-        "up": [*of((32, 64, 128), (64, 128, 256), (4, 8)), (16, 256, 4)],
+        "up": [*product((32, 64, 128), (64, 128, 256), (4, 8)), (16, 256, 4)],
         "up_backward": [
-            *of((64,), (256,), (4, 8), (2, 3), (1, 2)),
-            *of((64,), (128,), (4, 8), (2, 3), (1, 2, 4)),
-            *of((64,), (512,), (8,), (2, 3), (1,)),
-            *of((32,), (256,), (8,), (3,), (1, 2)),
+            *product((64,), (256,), (4, 8), (2, 3), (1, 2)),
+            *product((64,), (128,), (4, 8), (2, 3), (1, 2, 4)),
+            *product((64,), (512,), (8,), (2, 3), (1,)),
+            *product((32,), (256,), (8,), (3,), (1, 2)),
         ],
         "weight_gradient": [
-            *of((64,), (64,), (4,), (3, 4), (4, 8)),
-            *of((64,), (128,), (4, 8), (2, 3), (2, 4)),
-            *of((32,), (64, 128), (4,), (3,), (2, 4, 8)),
-            *of((128,), (64,), (4, 8), (2,), (2, 4)),
+            *product((64,), (64,), (4,), (3, 4), (4, 8)),
+            *product((64,), (128,), (4, 8), (2, 3), (2, 4)),
+            *product((32,), (64, 128), (4,), (3,), (2, 4, 8)),
+            *product((128,), (64,), (4, 8), (2,), (2, 4)),
         ],
         "input_gradient": [
-            *of((64,), (64, 128), (4, 8), (1, 2), (2, 4, 8)),
-            *of((128,), (64, 128), (8,), (2,), (2, 4)),
-            *of((32,), (128, 256), (4,), (2,), (4,)),
+            *product((64,), (64, 128), (4, 8), (1, 2), (2, 4, 8)),
+            *product((128,), (64, 128), (8,), (2,), (2, 4)),
+            *product((32,), (128, 256), (4,), (2,), (4,)),
         ],
     }[job]
 
 
 def cases(tokens: int, rank: int) -> list[Case]:
-    qkv, mlp, of_down = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)
-    found = []
+    qkv, mlp, down_proj = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)
+    all_cases = []
     for fp32 in (False, True):
         for job in ("down", "weight_gradient"):
-            found += [Case(job, names, tokens, rank, fp32, True) for names in (qkv, mlp)]
-            found += [Case(job, names, tokens, rank, fp32, False) for names in (qkv, of_down)]
+            all_cases += [Case(job, names, tokens, rank, fp32, True) for names in (qkv, mlp)]
+            all_cases += [Case(job, names, tokens, rank, fp32, False) for names in (qkv, down_proj)]
         for job in ("up", "up_backward"):
-            found += [Case(job, names, tokens, rank, fp32, False) for names in (qkv, mlp, of_down)]
-        found += [Case("input_gradient", names, tokens, rank, fp32, names != of_down) for names in (qkv, mlp, of_down)]
-    return found
+            all_cases += [Case(job, names, tokens, rank, fp32, False) for names in (qkv, mlp, down_proj)]
+        all_cases += [
+            Case("input_gradient", names, tokens, rank, fp32, names != down_proj) for names in (qkv, mlp, down_proj)
+        ]
+    return all_cases
 
 
 @contextmanager
 def planned(job: str, variant: Variant) -> Iterator[None]:
-    """Launches take the variant's tiles instead of the plan's."""
-    own = {name: value for name, value in variant.items() if name != "PROGRAMS"}
+    """Inside, launches use the variant's tiles instead of the plan's."""
+    tiles = {name: value for name, value in variant.items() if name != "PROGRAMS"}
     patch = mock.patch.object
 
     def changed(module: Any) -> Any:
@@ -169,7 +170,7 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
         def other(*arguments: Any, **keywords: Any) -> Any:
             chosen = plan(*arguments, **keywords)
             programs = {"programs": variant["PROGRAMS"]} if "PROGRAMS" in variant and job != "down" else {}
-            return replace(chosen, config=chosen.config | own, **programs)
+            return replace(chosen, config=chosen.config | tiles, **programs)
 
         return patch(module, "plan", other)
 
@@ -184,7 +185,7 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
                     return None
                 if not variant:
                     return chosen
-                config, wanted = chosen.config | own, variant["PROGRAMS"] * rest[3].multiprocessors
+                config, wanted = chosen.config | tiles, variant["PROGRAMS"] * rest[3].multiprocessors
                 u_parts = cdiv(N, config["BN"])
                 steps, parts = up_backward_plan._cut(cdiv(M, config["BM"]), u_parts, wanted)
                 return up_backward_plan.Pass(config | {"STEPS": steps}, u_parts * parts, u_parts, parts)
@@ -194,18 +195,16 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
         else:
             module = {"down": down, "up": up, "weight_gradient": down_weight_gradient}.get(job, down_input_gradient)
             stack.enter_context(changed(module))
-            if job == "down" and "PROGRAMS" in variant:  # K is cut below three quarters of a program a multiprocessor
+            if job == "down" and "PROGRAMS" in variant:  # K is cut below three quarters of a program per multiprocessor
                 cut, share = down.cut, variant["PROGRAMS"] / 0.75
-                stack.enter_context(patch(down, "cut", lambda *of: cut(*of[:-1], round(of[-1] * share))))
+                stack.enter_context(patch(down, "cut", lambda *rest: cut(*rest[:-1], round(rest[-1] * share))))
         yield
     up_backward_plan.plan.cache_clear()
     forget_launches()
 
 
 def compile_variant(task: tuple[Case, Variant, Any, Any]) -> str | None:
-    """Into Triton's cache; the error if there is one."""
-    from without_gpu import compiling_for
-
+    """Compile into Triton's cache; returns the error if there is one."""
     case, variant, gpu, target = task
     try:
         with compiling_for(gpu, target), planned(case.job, variant):
@@ -223,7 +222,7 @@ def compile_all(chosen: list[Case], gpu: Any, target: Any, workers: int) -> None
 
 
 def time_case(case: Case, milliseconds: float) -> list[tuple[float, Variant]]:
-    """Microseconds of each variant, the fastest first; of torch's products as the variant {"torch": 1}."""
+    """Microseconds of each variant, the fastest first; torch's products are the variant {"torch": 1}."""
     from triton.testing import do_bench_cudagraph
 
     times = []
@@ -237,7 +236,7 @@ def time_case(case: Case, milliseconds: float) -> list[tuple[float, Variant]]:
             torch.cuda.synchronize()  # ends here if the device is broken
             print(f"  {variant}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
     times.append((1e3 * do_bench_cudagraph(theirs, rep=milliseconds, return_mode="median"), {"torch": 1}))
-    return sorted(times, key=lambda of: of[0])
+    return sorted(times, key=lambda timed: timed[0])
 
 
 def main() -> None:
@@ -253,7 +252,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks.tune: torch sees no CUDA device")
     from triton.runtime.driver import driver
-    from without_gpu import target_of_device
 
     chosen = [
         case
@@ -270,8 +268,8 @@ def main() -> None:
         times = time_case(case, options.milliseconds)
         document["cases"][str(case)] = [[round(us, 2), variant] for us, variant in times]
         output.write_text(json.dumps(document) + "\n", encoding="utf-8")
-        own, torchs = (next(us for us, variant in times if variant == of) for of in ({}, {"torch": 1}))
-        print(f"{case}: the plan's {own:.1f} us, torch's products {torchs:.1f} us", flush=True)
+        plans, torchs = (next(us for us, variant in times if variant == wanted) for wanted in ({}, {"torch": 1}))
+        print(f"{case}: the plan's {plans:.1f} us, torch's products {torchs:.1f} us", flush=True)
         for us, variant in times[:4]:
             print(f"  {us:8.1f}  {variant}", flush=True)
 

@@ -27,7 +27,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; what the `sibo-triton` command calls."""
-    # PEFT reads an attribute that transformers 5.23 renamed; whoever reads this here can do nothing about it.
+    # PEFT reads an attribute that transformers 5.23 renamed; users can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     app(prog_name="sibo-triton")
 
@@ -115,9 +115,9 @@ def finetune(
     max_steps: Annotated[
         int | None, typer.Option(help="Optimizer steps; replaces --epochs.", rich_help_panel=_TRAINING)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples to a forward pass.", rich_help_panel=_TRAINING)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", rich_help_panel=_TRAINING)] = 16,
     gradient_accumulation: Annotated[
-        int, typer.Option(help="Forward passes to an optimizer step.", rich_help_panel=_TRAINING)
+        int, typer.Option(help="Forward passes per optimizer step.", rich_help_panel=_TRAINING)
     ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW.", rich_help_panel=_TRAINING)] = 3e-4,
     warmup_steps: Annotated[
@@ -141,7 +141,10 @@ def finetune(
         Path | None, typer.Option(help="A file to evaluate on, like --data.", rich_help_panel=_TRAINING)
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of the adapter's start, the order of the data and dropout.", rich_help_panel=_TRAINING)
+        int,
+        typer.Option(
+            help="For the adapter's initial weights, the order of the data and dropout.", rich_help_panel=_TRAINING
+        ),
     ] = 0,
     dtype: Annotated[
         str, typer.Option(help="Of the base model: auto (as saved), float32 or bfloat16.", rich_help_panel=_TRAINING)
@@ -224,7 +227,7 @@ def recipes() -> None:
 def evaluate(
     recipe: Annotated[
         str,
-        typer.Option(help="Whose prompt, generation and scoring: a name that `sibo-triton recipes` lists, or a file."),
+        typer.Option(help="Prompt, generation and scoring: a name that `sibo-triton recipes` lists, or a file."),
     ],
     model: Annotated[str, typer.Option(help="Base model: a folder that save_pretrained wrote, or a hub id.")],
     data: Annotated[
@@ -238,11 +241,11 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of a trained adapter. Without it the base model answers.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions to a batch; each takes one row per beam.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch; each takes one row per beam.")] = 8,
     limit: Annotated[int | None, typer.Option(help="Ask only the first questions of each file.")] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams of the search. Default: the recipe's.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Length of a response at most. Default: the recipe's.")
+        int | None, typer.Option(help="Maximal length of a response. Default: the recipe's.")
     ] = None,
     dtype: Annotated[
         str | None,
@@ -289,7 +292,7 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of the base model, the data and the adapters.")] = 0,
     adapters: Annotated[
-        bool, typer.Option("--adapters", help="Bottleneck adapters, plain and SIBO's, in the place of LoRA.")
+        bool, typer.Option("--adapters", help="Bottleneck adapters, plain and SIBO's, instead of LoRA.")
     ] = False,
 ) -> None:
     """Train a small decoder to add, then teach it to subtract with LoRA and SIBO-LoRA: about 3 minutes, offline."""

@@ -94,13 +94,13 @@ def environment() -> dict[str, str]:
     return facts
 
 
-def provenance() -> dict[str, str | list[str] | None]:
-    """What a file of results must say about where they come from: versions, device, commit and date."""
+def provenance(with_devices: bool = True) -> dict[str, str | list[str] | None]:
+    """What a file of results must say about its origin: versions, commit and date, and the devices unless told not."""
     return {
         **{name: installed_version(name) for name in DISTRIBUTIONS if installed_version(name) != NOT_INSTALLED},
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "devices": devices(),
+        **({"devices": devices()} if with_devices else {}),
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }

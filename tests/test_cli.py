@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from sibo_triton import environment
 from sibo_triton.cli import app
-from sibo_triton.finetune import demo_task
+from sibo_triton.finetune.demo import task as demo_task
 
 runner = CliRunner()
 

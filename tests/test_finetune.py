@@ -16,14 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import sibo_triton
-from sibo_triton.finetune import demo, demo_task, plots
+from sibo_triton.finetune import demo, plots
 from sibo_triton.finetune import model as finetune_model
 from sibo_triton.finetune import train as finetune_train
 from sibo_triton.finetune.data import Examples, read_examples
+from sibo_triton.finetune.demo import task as demo_task
 from sibo_triton.finetune.options import FinetuneOptions, InputError
 from sibo_triton.finetune.progress import ProgressAndLog
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
-from sibo_triton.finetune.tokens import NO_LOSS, Collator, tokenize_examples
+from sibo_triton.finetune.tokens import NO_LOSS, completion_collator, tokenize_examples
 from sibo_triton.finetune.train import finetune
 
 QUIET = Console(quiet=True)
@@ -186,7 +187,7 @@ def test_an_example_without_anything_to_predict_is_refused():
 
 
 def test_padding_is_masked_and_carries_no_loss():
-    batch = Collator(words("a"))(
+    batch = completion_collator(words("a"), "m")(
         [{"input_ids": [3, 4], "labels": [NO_LOSS, 4]}, {"input_ids": [3, 4, 5], "labels": [3, 4, 5]}]
     )
     assert batch["input_ids"].tolist() == [[3, 4, 0], [3, 4, 5]]

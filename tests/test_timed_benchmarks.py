@@ -389,13 +389,13 @@ def test_what_cannot_be_compiled_is_said(monkeypatch):
 
 def test_every_row_of_the_benchmarks_is_compiled_first():
     for quick in (True, False):
-        jobs = {(job.of.name, job.names, job.tokens, job.setting) for job in precompile.jobs_of(quick)}
+        jobs = {(job.architecture.name, job.names, job.tokens, job.setting) for job in precompile.jobs_of(quick)}
         for row in layer.plan(quick):
-            groups = [row.names] if row.names else layer.groups_of(row.of)
+            groups = [row.names] if row.names else layer.groups_of(row.architecture)
             if isinstance(row.setting, BottleneckSetting):
                 groups = [("gate_proj", "up_proj")]  # of these rows' models
-            assert all((row.of.name, names, row.tokens, row.setting) in jobs for names in groups), row.title
-        assert {row.of.name for row in step.plan(quick)} <= {name for name, *_ in jobs}
+            assert all((row.architecture.name, names, row.tokens, row.setting) in jobs for names in groups), row.title
+        assert {row.architecture.name for row in step.plan(quick)} <= {name for name, *_ in jobs}
         assert {row.batch for row in decode.plan(quick)} <= {tokens for _, _, tokens, _ in jobs}
 
 

@@ -135,12 +135,12 @@ def test_every_further_layer_counts_as_the_second(provider, setting):
 )
 def test_h0_is_kept_once_per_network(setting, ours):
     plain, mixed = (step_of(of, setting, SMALL) for of in ours)
-    assert mixed.one_layer.saved - plain.one_layer.saved == 2 * SMALL.tokens * SMALL.of.hidden
+    assert mixed.one_layer.saved - plain.one_layer.saved == 2 * SMALL.tokens * SMALL.architecture.hidden
     assert mixed.further_layer.saved == plain.further_layer.saved
 
 
 def results_file():
-    return json.loads(traffic.RESULTS.read_text(encoding="utf-8"))
+    return json.loads(traffic.OUTPUT.read_text(encoding="utf-8"))
 
 
 def test_the_committed_results_are_what_is_counted_now():

@@ -1,5 +1,5 @@
 """Fine-tuning: what `sibo-triton finetune` and `sibo-triton demo` run.
 
-Transformers' Trainer does the training. This package reads and checks the data, puts the adapter on, measures, and
+Transformers' Trainer does the training. This package reads and checks the data, adds the adapter, measures, and
 reports. It needs `pip install 'sibo-triton[finetune]'`.
 """

@@ -15,7 +15,7 @@ from sibo_triton.finetune.options import InputError
 
 _PAIR = ("prompt", "completion")
 _NEEDED = "it needs a column `text`, or the two columns `prompt` and `completion`"
-# What the user calls the n-th row of a file: a line, except in Parquet, which has none.
+# The position of a row as users know it: a line, except in Parquet, which has none.
 _Place = str
 
 
@@ -24,11 +24,11 @@ class Examples:
     """The examples of one file.
 
     Attributes:
-        columns: ("text",), or ("prompt", "completion").
+        columns: those that are read: ("text",), or ("prompt", "completion").
         rows: one tuple of strings for each example, in the order of `columns`.
-        places: where each example stands in the file, such as "line 3"; for messages.
-        ignored: names of columns that the file holds besides.
-        notes: what the user should be told of them.
+        places: the position of each example in the file, such as "line 3"; for messages.
+        ignored: names of the other columns in the file.
+        notes: messages for the user about the data.
     """
 
     path: Path
@@ -40,17 +40,17 @@ class Examples:
 
 
 def read_examples(path: Path) -> Examples:
-    """Read a data file; the suffix (.jsonl, .ndjson, .json with one object per line, .csv, .parquet) says how.
+    """Read a data file: .jsonl, .ndjson, .json with one object per line, .csv or .parquet.
 
     Raises:
-        InputError: the file is missing, empty, of another kind, or a row is not what the others are. Nothing is
-            skipped in silence: the first row that cannot be used ends it, with its line and column.
+        InputError: the file is missing, empty, of another kind, or a row differs from the others. Nothing is skipped
+            silently: the first unusable row raises, with its line and column.
     """
     examples: Examples | None = None
     for place, row in read_rows(path):
         if examples is None:
             examples = Examples(path, _columns_of(path, place, row))
-        # With an empty prompt the completion starts from nothing, which is possible.
+        # An empty prompt is allowed: the completion then starts from nothing.
         values = tuple(text_value(path, place, row, column, column == "prompt") for column in examples.columns)
         examples.rows.append(values)
         examples.places.append(place)
@@ -61,15 +61,15 @@ def read_examples(path: Path) -> Examples:
 
 
 def read_rows(path: Path, needed: str = _NEEDED, lists: bool = False) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
-    """Each row of a data file, and where it stands in it.
+    """Each row of a data file, with its position.
 
     Args:
         path: .jsonl, .ndjson, .json, .csv or .parquet.
-        needed: which columns are needed, for messages.
+        needed: description of the required columns, for messages.
         lists: whether a .json file may also be one list of objects; its places are "item 1", "item 2"...
 
     Raises:
-        InputError: the file is missing, of another kind, or is not what its suffix says.
+        InputError: the file is missing, of another kind, or does not match its suffix.
     """
     readers = {
         ".jsonl": _read_jsonl,
@@ -93,7 +93,7 @@ def read_rows(path: Path, needed: str = _NEEDED, lists: bool = False) -> Iterato
 
 
 def _columns_of(path: Path, place: _Place, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Which columns the file is read by, from its first row."""
+    """The columns to read, determined by the first row."""
     pair = [name for name in _PAIR if name in row]
     if "text" in row and len(pair) == 2:
         raise InputError(
@@ -107,15 +107,15 @@ def _columns_of(path: Path, place: _Place, row: Mapping[str, Any]) -> tuple[str,
     if pair:
         (missing,) = set(_PAIR) - set(pair)
         raise InputError(f"{path}, {place}: has a column `{pair[0]}` but no column `{missing}`; {_NEEDED}.")
-    found = ", ".join(f"`{name}`" for name in row) or "none"
-    raise InputError(f"{path}, {place}: no column to train on (found: {found}); {_NEEDED}.")
+    names = ", ".join(f"`{name}`" for name in row) or "none"
+    raise InputError(f"{path}, {place}: no column to train on (found: {names}); {_NEEDED}.")
 
 
 def text_value(path: Path, place: _Place, row: Mapping[str, Any], column: str, may_be_empty: bool) -> str:
     """The string in a column of a row.
 
     Raises:
-        InputError: it is missing, no string, not encodable, or empty where it may not be.
+        InputError: it is missing, not a string, not encodable, or empty although it must not be.
     """
     where = f"{path}, {place}, column `{column}`"
     if column not in row:

@@ -1,4 +1,4 @@
-"""`sibo-triton evaluate`: let a model answer the questions of a recipe's kind, and score the answers."""
+"""`sibo-triton evaluate`: a model answers the questions for a recipe, and the answers are scored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sibo_triton.finetune.options import DTYPES, InputError, check_output, first
 from sibo_triton.finetune.recipes import Recipe
 from sibo_triton.finetune.report import markdown_table
 from sibo_triton.finetune.scoring import AnswerKind, kind_of, response_of
-from sibo_triton.finetune.tokens import without_end
+from sibo_triton.finetune.tokens import ensure_pad_token, without_end
 
 REPORT, TABLE, PREDICTIONS = "evaluation.json", "evaluation.md", "predictions.jsonl"
 
@@ -33,7 +33,7 @@ _HEADER = ("data", "answers", "questions", "right", "accuracy", "without an answ
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The options of one evaluation; `None` stands for the recipe's setting, or for no limit and no adapter."""
+    """The options of one evaluation; `None` means the recipe's setting, or no limit or no adapter."""
 
     recipe: Recipe
     model: str
@@ -59,7 +59,7 @@ class EvaluateOptions:
 
 @dataclass
 class Score:
-    """What came of one file.
+    """The result of one file.
 
     Attributes:
         data: the file.
@@ -82,8 +82,8 @@ class Score:
 def run_evaluation(options: EvaluateOptions, console: Console | None = None) -> list[Score]:
     """Generate and score an answer to every question.
 
-    Everything that can be refused is refused before the output folder is touched. The folder then gets
-    predictions.jsonl, which is written while the model answers, evaluation.json and evaluation.md.
+    All input is checked before the output folder is changed. Then predictions.jsonl is written while the model answers,
+    and evaluation.json and evaluation.md at the end.
 
     Args:
         options: see `EvaluateOptions`.
@@ -101,7 +101,10 @@ def run_evaluation(options: EvaluateOptions, console: Console | None = None) -> 
     files = [(path, read_questions(path, options.recipe.template, options.limit)) for path in options.data]
     kinds = [_kind(options.recipe, path, questions) for path, questions in files]
     model, tokenizer = _load(options, console)
-    prompts = [[_prompt_ids(tokenizer, question) for question in questions] for _, questions in files]
+    prompts = [
+        [without_end(tokenizer(question.prompt)["input_ids"], tokenizer) for question in questions]
+        for _, questions in files
+    ]
     _check_lengths(options, model, files, prompts)
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -144,10 +147,11 @@ def _check(options: EvaluateOptions) -> None:
 
 
 def _kind(recipe: Recipe, path: Path, questions: Sequence[Question]) -> AnswerKind:
-    """The kind of a file's answers, which is that of every answer in it.
+    """The kind of a file's answers, which must be the same for all.
 
     Raises:
-        InputError: an answer is of no kind, of one that the recipe is not for, or of another than the first.
+        InputError: an answer is of no known kind, of a kind that is not the recipe's, or of another kind than the
+            first.
     """
     first: AnswerKind | None = None
     for question in questions:
@@ -168,8 +172,6 @@ def _kind(recipe: Recipe, path: Path, questions: Sequence[Question]) -> AnswerKi
 
 
 def _load(options: EvaluateOptions, console: Console) -> tuple[Any, Any]:
-    import sibo_triton  # noqa: F401  (registers the adapter types with PEFT)
-
     model, tokenizer = load_base(options.model, str(options.dtype))
     if model.config.model_type != options.recipe.model_type:
         console.print(
@@ -184,17 +186,10 @@ def _load(options: EvaluateOptions, console: Console) -> tuple[Any, Any]:
             raise InputError(
                 f"--adapter {options.adapter} does not load on {options.model}: {first_line(error)}"
             ) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"--model {options.model}: its tokenizer has neither a padding nor an end-of-text token.")
-        tokenizer.pad_token = tokenizer.eos_token  # any will do: padding is masked
-    tokenizer.padding_side = "left"  # a response begins where its prompt ends
+    ensure_pad_token(tokenizer, options.model)
+    tokenizer.padding_side = "left"  # a response must follow its prompt directly
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
-
-
-def _prompt_ids(tokenizer: Any, question: Question) -> list[int]:
-    return without_end(tokenizer(question.prompt)["input_ids"], tokenizer)
 
 
 def _check_lengths(
@@ -236,7 +231,7 @@ def _responses(model: Any, tokenizer: Any, prompts: Sequence[list[int]], options
 
 
 def _scored(question: Question, response: str, kind: AnswerKind, score: Score) -> dict[str, Any]:
-    """The line of predictions.jsonl; counts it in the score."""
+    """The line of predictions.jsonl; also adds it to the score."""
     prediction = kind.find(response)
     right = prediction is not None and kind.agree(prediction, question.answer)
     score.questions += 1

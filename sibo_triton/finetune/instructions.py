@@ -1,4 +1,4 @@
-"""Instruction data as LLM-Adapters has it: instruction, input, output and answer, and the prompt around them."""
+"""Instruction data in LLM-Adapters' format: instruction, input, output and answer, and the prompt around them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sibo_triton.finetune.data import Examples, read_rows, text_value
 from sibo_triton.finetune.options import InputError
 
 RESPONSE_MARKER = "### Response:"
-_INDENT = " " * 16  # the prompt's lines stand as deep as they do in LLM-Adapters' source
+_INDENT = " " * 16  # the prompt's lines are indented as in LLM-Adapters' source
 _TASK = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
 
@@ -21,9 +21,9 @@ _QUESTIONS_NEED = "it needs the columns `instruction` and `answer`; `input` may 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What stands before a response.
+    """The prompt before a response.
 
-    The four differ in white space only, beyond the input: so they do where the authors trained and evaluated.
+    Apart from the input, the four differ only in white space, as the authors' do for training and evaluation.
 
     Attributes:
         train, train_with_input: for training; with {instruction}, and with {input}.
@@ -71,7 +71,7 @@ class Question:
     """One row of an evaluation file.
 
     Attributes:
-        place: where it stands in the file, such as "item 3".
+        place: its position in the file, such as "item 3".
         prompt: what the model is to continue.
         answer: the reference, as text.
     """
@@ -86,7 +86,7 @@ def read_training_examples(path: Path, template: PromptTemplate, train_on_inputs
 
     Args:
         path: a .json file (one list, or an object per line), .jsonl, .csv or .parquet.
-        template: what is written around instruction and input.
+        template: the prompt around instruction and input.
         train_on_inputs: whether the loss is on every token (column `text`), or on the output only (columns `prompt`
             and `completion`).
 
@@ -99,7 +99,7 @@ def read_training_examples(path: Path, template: PromptTemplate, train_on_inputs
         instruction, input_ = _instruction(path, place, row, _TRAINING_NEEDS)
         if "output" not in row:
             raise InputError(f"{path}, {place}: has no column `output`; {_TRAINING_NEEDS}.")
-        # With the loss on the prompt too, an example without an output still has something to learn.
+        # If the loss includes the prompt, an example without an output can still be learned from.
         output = text_value(path, place, row, "output", may_be_empty=train_on_inputs)
         empty += not output
         prompt = template.for_training(instruction, input_)
@@ -139,10 +139,10 @@ def read_questions(path: Path, template: PromptTemplate, limit: int | None = Non
 
 
 def _instruction(path: Path, place: str, row: Mapping[str, Any], needed: str) -> tuple[str, str]:
-    """Instruction and input of a row; an input that is not there is an empty one."""
+    """Instruction and input of a row; a missing input is an empty one."""
     if "instruction" not in row:
-        found = ", ".join(f"`{name}`" for name in row) or "none"
-        raise InputError(f"{path}, {place}: has no column `instruction` (found: {found}); {needed}.")
+        names = ", ".join(f"`{name}`" for name in row) or "none"
+        raise InputError(f"{path}, {place}: has no column `instruction` (found: {names}); {needed}.")
     instruction = text_value(path, place, row, "instruction", may_be_empty=False)
     if row.get("input") is None:
         return instruction, ""

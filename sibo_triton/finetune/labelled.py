@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with a label: what sequence classification and regression learn from, as GLUE has it."""
+"""Texts, or pairs of texts, with a label, as in GLUE: the data of sequence classification and regression."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sibo_triton.finetune.data import read_rows, text_value
+from sibo_triton.finetune.data import Examples, read_rows, text_value
 from sibo_triton.finetune.options import InputError
 
 # Pairs first: a file with both columns of a pair is one of pairs. The names are those of GLUE's tasks, and our own.
@@ -26,27 +26,18 @@ _NEEDED = (
     "it needs a column `label`, and `text` or `sentence`, or two columns: `text` and `text_pair`, or a pair's names in "
     "GLUE"
 )
-_UNLABELLED = "-1"  # what GLUE's test sets have as label
+_UNLABELLED = "-1"  # the label in GLUE's test sets
 
 
 @dataclass
-class LabelledTexts:
-    """The examples of one file.
+class LabelledTexts(Examples):
+    """The examples of one file; `columns` are the one or two that are read as text.
 
     Attributes:
-        columns: the one or two columns that are read as text.
-        rows: one tuple of one or two strings for each example.
-        labels: of each: the label's name, or the number for regression.
-        places, ignored, notes: as in `sibo_triton.finetune.data.Examples`.
+        labels: for each example the name of its class, or a number for regression.
     """
 
-    path: Path
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    ignored: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
 
 
 def read_labelled(path: Path, regression: bool) -> LabelledTexts:
@@ -77,7 +68,7 @@ def class_names(examples: LabelledTexts) -> list[str]:
     """The names of the classes, in the order of their ids: by number if all are numbers, else by name.
 
     Raises:
-        InputError: there is one class only.
+        InputError: there is only one class.
     """
     names = set(examples.labels)
     if len(names) < 2:
@@ -91,7 +82,7 @@ def class_ids(examples: LabelledTexts, names: Sequence[str]) -> list[int]:
     """The id of each example's class.
 
     Raises:
-        InputError: a label is none of the names, as in an evaluation file with a class that training has not seen.
+        InputError: a label is not among the names: the training data does not have this class.
     """
     ids = {name: i for i, name in enumerate(names)}
     for label, place in zip(examples.labels, examples.places, strict=True):
@@ -104,12 +95,12 @@ def class_ids(examples: LabelledTexts, names: Sequence[str]) -> list[int]:
 
 
 def _columns_of(path: Path, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Which columns hold the texts, from the first row."""
+    """The columns with the texts, determined by the first row."""
     for columns in _COLUMNS:
         if all(column in row for column in columns):
             return columns
-    found = ", ".join(f"`{name}`" for name in row) or "none"
-    raise InputError(f"{path}, {place}: no column with a text (found: {found}); {_NEEDED}.")
+    names = ", ".join(f"`{name}`" for name in row) or "none"
+    raise InputError(f"{path}, {place}: no column with a text (found: {names}); {_NEEDED}.")
 
 
 def _label(path: Path, place: str, row: Mapping[str, Any], regression: bool) -> str | float:

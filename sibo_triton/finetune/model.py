@@ -1,4 +1,4 @@
-"""Load the base model and put the adapter on it, turning what goes wrong into one-line errors."""
+"""Load the base model and add the adapter; failures become one-line errors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from sibo_triton import SiboAdapterConfig, SiboLoraConfig
 from sibo_triton.finetune.options import ALL_LINEAR, FinetuneOptions, InputError, first_line
+from sibo_triton.finetune.tokens import ensure_pad_token
 
-# Without --max-length, where the model allows it: a batch of 16 then stays modest.
+# The default of --max-length if the model allows it: keeps a batch of 16 modest.
 _DEFAULT_MAX_LENGTH = 512
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 _HEADS = ("classifier", "score")  # PEFT trains and saves these by itself
@@ -41,10 +43,10 @@ def load_base(name: str, dtype: str) -> tuple[Any, Any]:
 
 
 def load_classifier(name: str, dtype: str, names: Sequence[str], regression: bool) -> tuple[Any, Any, list[str]]:
-    """A model with a classification head, its tokenizer, and which other modules have no weights in the file.
+    """A model with a classification head, its tokenizer, and the other modules without weights in the file.
 
-    Those start from random weights, as the head does, and must be trained and saved with the adapter: the pooler of a
-    BERT that was saved as a masked language model.
+    Those start from random weights, like the head, and must be trained and saved with the adapter; an example is the
+    pooler of a BERT that was saved as a masked language model.
 
     Args:
         name: a folder, or a hub id.
@@ -53,7 +55,8 @@ def load_classifier(name: str, dtype: str, names: Sequence[str], regression: boo
         regression: whether the loss is the squared error, or cross-entropy.
 
     Raises:
-        InputError: there is no such model, it is an adapter folder, it cannot have such a head, or it cannot pad.
+        InputError: there is no such model, it is an adapter folder, it cannot have such a head, or it has no token to
+            pad with.
     """
     name = _checked_name(name)
     try:
@@ -69,10 +72,7 @@ def load_classifier(name: str, dtype: str, names: Sequence[str], regression: boo
         )
     except (*_LOADING_ERRORS, RuntimeError) as error:
         raise InputError(f"--model {name} cannot be loaded as a sequence classifier: {first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"--model {name}: its tokenizer has neither a padding nor an end-of-text token.")
-        tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer, name)
     if model.config.pad_token_id is None:  # a decoder reads it to find the last token of a text
         model.config.pad_token_id = tokenizer.pad_token_id
     fresh = {key.rpartition(".")[0] for key in loading["missing_keys"]}
@@ -80,7 +80,7 @@ def load_classifier(name: str, dtype: str, names: Sequence[str], regression: boo
 
 
 def _checked_name(name: str) -> str:
-    """The name of a model: a folder with one, or what may be a hub id."""
+    """The name of a model: a folder with a model, or a possible hub id."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         name = str(folder)
@@ -98,7 +98,7 @@ def _dtype(name: str) -> Any:
 
 
 def choose_max_length(options: FinetuneOptions, model: Any) -> int:
-    """The length that examples are cut to, which the model's positions bound.
+    """The length to which examples are cut, at most the model's number of positions.
 
     Raises:
         InputError: --max-length is more than the model has positions.
@@ -112,7 +112,7 @@ def choose_max_length(options: FinetuneOptions, model: Any) -> int:
 
 
 def check_vocabulary(model: Any, largest_id: int) -> None:
-    """Raise an `InputError` if the tokenizer makes ids that the model has no embedding for."""
+    """Raise an `InputError` if the tokenizer produces ids without an embedding in the model."""
     rows = model.get_input_embeddings().weight.shape[0]
     if largest_id >= rows:
         raise InputError(
@@ -124,7 +124,7 @@ def check_vocabulary(model: Any, largest_id: int) -> None:
 def add_adapter(
     model: Any, options: FinetuneOptions, task_type: str = "CAUSAL_LM", modules_to_save: Sequence[str] = ()
 ) -> tuple[PeftModel, list[str]]:
-    """Wrap the model with an adapter of the chosen method; returns it and what the user should be told.
+    """Wrap the model with an adapter of the chosen method; returns it and notes for the user.
 
     Args:
         model: the base model.
@@ -133,12 +133,11 @@ def add_adapter(
         modules_to_save: modules that are trained and saved whole.
 
     Raises:
-        InputError: PEFT or SIBO cannot do it for this model, with their reason.
+        InputError: PEFT or SIBO does not support it for this model; the message has their reason.
     """
     notes: list[str] = []
     targets = _target_modules(model, options, notes)
-    config = adapter_config(options, targets)
-    config.task_type = task_type
+    config = _adapter_config(options, targets, task_type)
     if modules_to_save:
         config.modules_to_save = list(modules_to_save)
         notes.append(f"no weights in --model for {', '.join(modules_to_save)}: trained, and saved with the adapter")
@@ -149,11 +148,9 @@ def add_adapter(
     return peft_model, notes
 
 
-def adapter_config(options: FinetuneOptions, target_modules: list[str] | str | None) -> PeftConfig:
-    """The PEFT config of the chosen method; plain and SIBO's differ in lambda alone."""
-    from sibo_triton import SiboAdapterConfig, SiboLoraConfig
-
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": target_modules}
+def _adapter_config(options: FinetuneOptions, target_modules: list[str] | str | None, task_type: str) -> PeftConfig:
+    """The PEFT config of the chosen method; a plain method and its SIBO differ in lambda alone."""
+    common: dict[str, Any] = {"task_type": task_type, "target_modules": target_modules}
     mixing: dict[str, Any] = {"sibo_lambda": options.lambda_, "sibo_learnable": options.sibo_learnable}
     if options.sibo_target_modules is not None:
         mixing["sibo_target_modules"] = list(options.sibo_target_modules)
@@ -193,7 +190,7 @@ def _target_modules(model: Any, options: FinetuneOptions, notes: list[str]) -> l
     recipe = options.recipe
     if recipe is not None and recipe.model_type != model.config.model_type:
         notes.append(f"the recipe {recipe.name} is for {recipe.model_type} models, this is a {model.config.model_type}")
-    # PEFT complains only when nothing at all matches, and a mistyped name among others would go unseen.
+    # PEFT raises only if no name matches at all, so a mistyped name among others would go unnoticed.
     names = [name for name, _ in model.named_modules()]
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in names):

@@ -1,4 +1,4 @@
-"""What `sibo-triton finetune` is asked to do, and the checks that need no model and no data."""
+"""The options of `sibo-triton finetune`, and the checks that need no model and no data."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ ALL_LINEAR = "all-linear"
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, where, and the way out."""
+    """The user's input cannot be used. The message is one line: what is wrong, where, and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none: what fits into one line of ours."""
+    """The first line of an error's text, or its type if it has none, for our one-line messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -43,9 +43,9 @@ def first_line(error: BaseException) -> str:
 class FinetuneOptions:
     """The options of one fine-tuning run; `sibo-triton finetune --help` says what each means.
 
-    `None` stands for "the default depends": `target_modules` and `sibo_target_modules` on the architecture, `rank`,
+    `None` means that the default depends: `target_modules` and `sibo_target_modules` on the architecture, `rank`,
     `bottleneck_size`, `activation`, `placement`, `side`, `init_weights` and `sibo_lambda` on the method, `alpha` on the
-    rank, `warmup_steps` on the number of steps, `max_length` on the model. `recipe`: whose prompt and labels are used;
+    rank, `warmup_steps` on the number of steps, `max_length` on the model. `recipe`: its prompt and labels are used;
     its other settings are already in the options.
     """
 
@@ -89,7 +89,7 @@ class FinetuneOptions:
 
     @property
     def is_lora(self) -> bool:
-        """Whether the method is LoRA's, or that of bottleneck adapters."""
+        """Whether the method is LoRA, not bottleneck adapters."""
         return self.method in LORA_METHODS
 
     @property
@@ -116,7 +116,7 @@ class FinetuneOptions:
 
 
 def check_options(options: FinetuneOptions) -> None:
-    """Raise an `InputError` that names the option for any value that no run could use."""
+    """Raise an `InputError` that names the option, for any value that no run could use."""
     _one_of("--task", options.task, TASKS)
     if options.recipe is not None and options.task != CAUSAL_LM:
         raise InputError(f"--recipe is for --task {CAUSAL_LM}, not {options.task}: drop one of the two.")
@@ -166,7 +166,7 @@ def _check_method(options: FinetuneOptions) -> None:
                 f"{'sibo-' if options.mixes else ''}{kind}."
             )
     if not options.mixes:
-        given = [
+        without_effect = [
             name
             for name, used in (
                 ("--sibo-lambda", options.sibo_lambda is not None),
@@ -175,9 +175,9 @@ def _check_method(options: FinetuneOptions) -> None:
             )
             if used
         ]
-        if given:
+        if without_effect:
             raise InputError(
-                f"{given[0]} has no effect with --method {options.method}: drop it, or use --method "
+                f"{without_effect[0]} has no effect with --method {options.method}: drop it, or use --method "
                 f"sibo-{options.method}."
             )
     elif not 0.0 <= options.lambda_ <= 1.0:  # NaN fails the comparison too
@@ -190,7 +190,7 @@ def _check_method(options: FinetuneOptions) -> None:
 
 
 def check_output(output: Path, model: str, overwrite: bool) -> None:
-    """Raise an `InputError` for an output folder in which something would be lost."""
+    """Raise an `InputError` if writing to the output folder would overwrite something."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file: name a folder.")
     if Path(model).exists() and output.resolve() == Path(model).resolve():

@@ -12,7 +12,7 @@ NO_PLOTS = "No plots: matplotlib is not installed (`pip install 'sibo-triton[viz
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a plot: its name in the legend, its points, and whether single points are marked."""
+    """One line of a plot: its name in the legend, its points, and whether they are marked."""
 
     label: str
     x: Sequence[float]

@@ -1,4 +1,4 @@
-"""What is seen and written while training runs: the progress bar and the loss log."""
+"""The progress bar and the loss log during training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ LOG_COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm
 
 
 class ProgressAndLog(TrainerCallback):
-    """A `Trainer` callback: a progress bar with the loss, and one row in a CSV file for each time the Trainer logs.
+    """A `Trainer` callback: a progress bar with the loss, and a row in a CSV file each time the Trainer logs.
 
     Use it as a context manager around `trainer.train()`, so that an interrupted run leaves the terminal and the file
-    in order.
+    intact.
 
     Attributes:
-        rows: the log, as dicts with the keys of `LOG_COLUMNS` (None where the Trainer gave no value).
+        rows: the log, as dicts with the keys of `LOG_COLUMNS` (None if the Trainer gave no value).
         step_seconds: wall time of each optimizer step, from its first forward to its update.
-        last_step: how many optimizer steps were made.
+        last_step: the number of optimizer steps.
     """
 
     def __init__(self, console: Console, path: Path, description: str) -> None:
@@ -76,6 +76,6 @@ class ProgressAndLog(TrainerCallback):
         row = {name: logs.get(name) for name in LOG_COLUMNS} | {"step": state.global_step}
         self.rows.append(row)
         self._writer.writerow(row)
-        self._file.flush()  # whatever happens later, the log is there
+        self._file.flush()  # the log is kept even after a crash
         if row["loss"] is not None:
             self._bar.update(self._task, loss=f"loss {float(row['loss']):.4f}")

@@ -1,7 +1,7 @@
 """Recipes: the settings of a published run, as TOML files in `examples/recipes/`.
 
-A recipe says what adapter goes where, how it is trained, what prompt is written around the data, and how answers are
-generated and scored. Everything but the weights and the data, which the user has.
+A recipe says which adapter goes where, how it is trained, the prompt around the data, and how answers are generated and
+scored: everything except the weights and the data, which the user provides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sibo_triton.finetune.scoring import ANSWERS
 _SUFFIX = ".toml"
 _TEXTS = "a list of strings"
 
-# What may stand in each table of a recipe: its type, and whether it must be there.
+# The keys that each table of a recipe may have, with their types.
 _HEAD = {"description": str, "model_type": str, "base_model": str, "train_data": str, "test_data": list}
 _PROMPT = {"template": str, "train_on_inputs": bool}
 _EVALUATION = {"answers": list, "num_beams": int, "max_new_tokens": int}
@@ -49,7 +49,7 @@ _TRAINING = {
     "gradient_checkpointing": bool,
 }
 _TABLES = {"adapter": _ADAPTER, "training": _TRAINING, "prompt": _PROMPT, "evaluation": _EVALUATION}
-# The others have defaults: those of `sibo-triton finetune`.
+# These tables must be complete; the others have the defaults of `sibo-triton finetune`.
 _COMPLETE = ("", "prompt", "evaluation")
 
 
@@ -60,7 +60,7 @@ class Recipe:
     Attributes:
         name: the file's name without its ending.
         description: one line.
-        model_type: transformers' name of the architecture that the module names are of.
+        model_type: transformers' name of the architecture to which the module names belong.
         base_model, train_data, test_data: what the authors trained and evaluated on; not downloaded.
         options: fields of `FinetuneOptions`: the tables `adapter` and `training`.
         template: the prompt around the data.
@@ -84,7 +84,7 @@ class Recipe:
 
 
 def recipe_folder() -> Path:
-    """Where the recipes lie: in the installed package, or in `examples/recipes/` of a checkout."""
+    """The folder of the recipes: in the installed package, or `examples/recipes/` of a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "examples" / "recipes"
@@ -99,7 +99,7 @@ def load_recipe(name: str) -> Recipe:
     """Read a recipe.
 
     Args:
-        name: of one that comes with the package, or the path of a .toml file.
+        name: a recipe that comes with the package, or the path of a .toml file.
 
     Raises:
         InputError: there is no such recipe, or the file is not one; it names file, key and value.
@@ -122,12 +122,12 @@ def load_recipe(name: str) -> Recipe:
 
 
 def apply_recipe(recipe: Recipe, options: FinetuneOptions, given: Collection[str]) -> FinetuneOptions:
-    """The options with the recipe's settings, where the user has not `given` another value by name.
+    """The options with the recipe's settings, except for the names in `given`, which the user has set.
 
     `--method lora` on a recipe of SIBO-LoRA is the plain method with all else equal.
 
     Raises:
-        InputError: the method that was given is of another family than the recipe's.
+        InputError: the given method belongs to another family than the recipe's.
     """
     settings = dict(recipe.options)
     if "method" in given and "method" in settings and options.method != settings["method"]:
@@ -171,7 +171,7 @@ def _recipe(path: Path, content: Mapping[str, Any]) -> Recipe:
 
 
 def _checked(path: Path, table: str, values: Mapping[str, Any], keys: Mapping[str, type]) -> dict[str, Any]:
-    """The values of a table, of the types that they must have; lists as tuples."""
+    """The values of a table, with their types checked; lists as tuples."""
     where = f"--recipe {path}, " + (f"[{table}] " if table else "")
     for key in values:
         if key not in keys:

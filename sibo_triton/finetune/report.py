@@ -1,4 +1,4 @@
-"""report.md: one page that says what was run, what came out, and how to load it."""
+"""report.md: one page with what was run, the outcome, and how to load the adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPORT = "report.md"
 LOSS_PLOT = "loss.png"
 SIMILARITY_PLOT = "similarity.png"
 
-_LOSS_ROWS = 8  # of the table; loss.csv has them all
+_LOSS_ROWS = 8  # in the table; loss.csv has all
 _LAMBDA_ROWS = 12
 
 
@@ -39,11 +39,12 @@ def write_report(result: FinetuneResult, output: Path) -> None:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; a vertical bar within a cell is escaped."""
+    return "\n".join([markdown_row(header), "|" + "---|" * len(header), *map(markdown_row, rows)])
 
-    def line(cells: Iterable[object]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
-    return "\n".join([line(header), "|" + "---|" * len(header), *(line(row) for row in rows)])
+def markdown_row(cells: Iterable[object]) -> str:
+    """A row of such a table."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def format_bytes(count: int) -> str:
@@ -52,7 +53,7 @@ def format_bytes(count: int) -> str:
 
 
 def versions() -> str:
-    """The versions that a result depends on."""
+    """The versions on which a result depends."""
     others = (f"{name} {installed_version(name)}" for name in ("torch", "transformers", "peft"))
     return ", ".join([f"sibo-triton {__version__}", *others])
 
@@ -91,7 +92,7 @@ def _outcome(result: FinetuneResult) -> str:
 
 
 def _loss(result: FinetuneResult) -> str:
-    by_step: dict[int, dict[str, float]] = {}  # the Trainer logs training and evaluation apart
+    by_step: dict[int, dict[str, float]] = {}  # the Trainer logs training and evaluation separately
     for name in ("loss", "eval_loss"):
         for step, value in result.losses(name):
             by_step.setdefault(step, {})[name] = value
@@ -99,7 +100,7 @@ def _loss(result: FinetuneResult) -> str:
         return ""
     evaluated = [step for step, values in by_step.items() if "eval_loss" in values]
     steps = sorted(evaluated or by_step)
-    # Evenly over the run, the last one included.
+    # Evenly spaced over the run, including the last.
     chosen = sorted({round(i * (len(steps) - 1) / (_LOSS_ROWS - 1)) for i in range(_LOSS_ROWS)})
     names = ("loss", "eval_loss") if evaluated else ("loss",)
     table = markdown_table(

@@ -1,4 +1,4 @@
-"""What one fine-tuning run did and measured."""
+"""The outcome of one fine-tuning run."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from sibo_triton.finetune.tasks import Task
 
 @dataclass
 class FinetuneResult:
-    """What a run did and measured.
+    """The outcome and measurements of a run.
 
     Attributes:
-        notes: what the user was told: defaults that were chosen, examples cut or left out.
+        notes: messages to the user: defaults that were chosen, examples cut or left out.
         examples, eval_examples: how many were trained and evaluated on; truncated, dropped: how many were cut or left
             out, training and evaluation together.
         modules, mixing_modules: how many modules got an adapter, and how many of these mix.
         lambdas: lambda of every mixing module after training, by module name.
-        task: what was learnt.
+        task: the task that was learned.
         metrics: (step, metrics by name) of every evaluation; empty for causal language models.
         log: the rows of loss.csv.
         seconds_per_step: median wall time of an optimizer step, or None if none was made.
         saved_activation_bytes: see `saved_activation_bytes`, on the first batch, in training mode.
         base_similarity, similarity: token similarity at each layer, of the frozen model and with the trained adapter.
-        interrupted: training was stopped by the user; the adapter is saved as it was then.
+        interrupted: training was stopped by the user; the adapter is saved in that state.
         model: the trained `PeftModel`, in memory.
     """
 

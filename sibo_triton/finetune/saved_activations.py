@@ -9,11 +9,11 @@ from torch import nn
 
 
 def saved_activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the storages that one training forward saves for its backward, the model's own tensors left out.
+    """Bytes of the storages that one training forward saves for its backward, without the model's own tensors.
 
-    Every storage counts once and whole, however many ops save it and however small the view that they save: that is
-    the memory which stays allocated. Parameters and buffers of `model` (and views of them, such as a transposed weight)
-    do not count, since they are there anyway.
+    Every storage counts once with its full size, however many ops save it and however small the saved views: this is
+    the memory that stays allocated. Parameters and buffers of `model` (and views of them, such as a transposed weight)
+    do not count, since they are allocated anyway.
 
     Args:
         model: whose parameters and buffers are left out.
@@ -21,16 +21,16 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]
             as the caller left it; backward is not run and no gradient is touched.
 
     Returns:
-        The number of bytes. Under gradient checkpointing it is what the checkpointed forward keeps, not what the
-        recomputation allocates for a moment.
+        The number of bytes. Under gradient checkpointing it is what the checkpointed forward keeps, without the
+        temporary memory of the recomputation.
     """
-    own = {_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    model_storages = {_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         key = _key(tensor)
-        if key not in own:
-            # The storage is held here too: were it freed during the forward, another could get the same address.
+        if key not in model_storages:
+            # Keep the storage alive: if it were freed during the forward, another could get the same address.
             kept.setdefault(key, tensor.untyped_storage())
         return tensor.detach()  # not `tensor`: an op that saves its own output would form a cycle
 
@@ -40,4 +40,4 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]
 
 
 def _key(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage()._cdata  # not its address, which a fake tensor has none of
+    return tensor.device, tensor.untyped_storage()._cdata  # not its address, which fake tensors lack

@@ -1,6 +1,6 @@
 """Find the answer in a model's response and compare it with the reference, as LLM-Adapters does.
 
-Its rules are kept with their quirks, so that numbers can be compared with published ones:
+Its rules are kept, including their quirks, so that results are comparable with published ones:
 
 * a number is the last one in the response, after all commas are dropped; right within 0.001. "3-2" holds -2.
 * a letter (AQuA) is the first capital A to E anywhere in the response, within words too: "Adding" answers A.
@@ -27,9 +27,9 @@ class AnswerKind:
 
     Attributes:
         name: as recipes and reports name it.
-        find: the answer in a response, as it stands there, or None.
+        find: returns the answer in a response, verbatim, or None.
         is_reference: whether a text can be the right answer to a question of this kind.
-        agree: whether an answer that was found is the reference.
+        agree: whether a found answer matches the reference.
     """
 
     name: str
@@ -39,7 +39,7 @@ class AnswerKind:
 
 
 def response_of(generated: str) -> str:
-    """What a model said, up to where it began another response of its own."""
+    """The model's response, up to where it begins another one."""
     return generated.split(RESPONSE_MARKER)[0].strip()
 
 
@@ -61,12 +61,12 @@ def _equal_numbers(answer: str, reference: str) -> bool:
 
 
 def _words(name: str, *words: str) -> AnswerKind:
-    """The kind whose answer is the first of these words."""
+    """The kind whose answer is the first occurrence of one of these words."""
     pattern = re.compile("|".join(words))
 
     def find(response: str) -> str | None:
-        found = pattern.search(response)
-        return found.group() if found else None
+        match = pattern.search(response)
+        return match.group() if match else None
 
     return AnswerKind(name, find, lambda text: text in words, str.__eq__)
 
@@ -90,5 +90,5 @@ ANSWERS = {
 
 
 def kind_of(reference: str) -> AnswerKind | None:
-    """The kind that a right answer is of, or None."""
+    """The kind of a right answer, or None."""
     return next((kind for kind in ANSWERS.values() if kind.is_reference(reference)), None)

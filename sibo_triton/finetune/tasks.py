@@ -1,7 +1,6 @@
 """What a fine-tuning run learns: to continue text, to classify texts, or to give them a number.
 
-A task reads the data, loads the model that it needs, makes token ids and labels, and measures. Everything else is the
-same for all.
+A task reads the data, loads the model, makes token ids and labels, and measures. All tasks share the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from sibo_triton.finetune.labelled import LabelledTexts, class_ids, class_names,
 from sibo_triton.finetune.metrics import classification_metrics, regression_metrics, require_metrics
 from sibo_triton.finetune.model import load_base, load_classifier
 from sibo_triton.finetune.options import CAUSAL_LM, REGRESSION, FinetuneOptions
-from sibo_triton.finetune.tokens import Collator, TokenizedExamples, tokenize_examples
+from sibo_triton.finetune.tokens import TokenizedExamples, completion_collator, tokenize_examples
 
 
 class CausalLanguageModelling:
@@ -26,8 +25,8 @@ class CausalLanguageModelling:
 
     Attributes:
         peft_type: PEFT's name of the task.
-        model_class: transformers' class to load the model with, and with which arguments, for the report.
-        compute_metrics: for the `Trainer`, or None: the loss says it all.
+        model_class: transformers' class to load the model, and its arguments, for the report.
+        compute_metrics: for the `Trainer`, or None if the loss suffices.
     """
 
     peft_type = "CAUSAL_LM"
@@ -39,14 +38,14 @@ class CausalLanguageModelling:
         self._options = options
 
     def read(self, path: Path) -> Examples:
-        """The examples of a file: as they stand there, or with a recipe's prompt around them."""
+        """The examples of a file, as they are or with a recipe's prompt around them."""
         recipe = self._options.recipe
         if recipe is None:
             return read_examples(path)
         return read_training_examples(path, recipe.template, recipe.train_on_inputs)
 
     def load(self, train: Any) -> tuple[Any, Any, list[str]]:
-        """The model, its tokenizer, and the modules that have no weights in the file."""
+        """The model, its tokenizer, and the modules without weights in the file."""
         return *load_base(self._options.model, self._options.dtype), []
 
     def tokenize(self, rows: Any, tokenizer: Any, max_length: int) -> TokenizedExamples:
@@ -54,8 +53,8 @@ class CausalLanguageModelling:
         return tokenize_examples(rows, tokenizer, max_length)
 
     def collator(self, tokenizer: Any) -> Callable[[Any], Any]:
-        """What makes padded tensors of examples."""
-        return Collator(tokenizer)
+        """Makes padded tensors from examples."""
+        return completion_collator(tokenizer, self._options.model)
 
 
 class SequenceClassification:
@@ -105,7 +104,7 @@ class SequenceClassification:
         return result
 
     def collator(self, tokenizer: Any) -> Callable[[Any], Any]:
-        """What makes padded tensors of examples: input_ids, attention_mask, labels (int64, or float32 numbers)."""
+        """Makes padded tensors from examples: input_ids, attention_mask, labels (int64, or float32 numbers)."""
         return DataCollatorWithPadding(tokenizer)
 
 
@@ -113,5 +112,5 @@ Task = CausalLanguageModelling | SequenceClassification
 
 
 def task_of(options: FinetuneOptions) -> Task:
-    """The task that the options ask for."""
+    """The task chosen by the options."""
     return CausalLanguageModelling(options) if options.task == CAUSAL_LM else SequenceClassification(options)

@@ -1,11 +1,12 @@
 """Turn examples into token ids and labels, and batches of them into padded tensors.
 
-Labels are the token ids, and -100 (no loss) on the prompt of a prompt/completion pair. The boundary is where it will be
-at generation: the prompt is tokenised by itself, as `generate` will get it.
+Labels are the token ids, and -100 (no loss) on the prompt of a prompt/completion pair. The boundary is the same as at
+generation: the prompt is tokenised alone, as `generate` will get it.
 
 * Usually the tokens of prompt + completion begin with the tokens of the prompt: the rest is the completion.
 * Where they do not (a token spans the boundary, for instance when the prompt ends in a space that the tokenizer joins
-  to the next word), prompt and completion are tokenised apart and joined, and the run says for how many examples.
+  to the next word), prompt and completion are tokenised separately and joined, and the run reports for how many
+  examples.
 
 The tokenizer's end-of-text token ends every example, so that the model learns to stop.
 """
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from transformers import DataCollatorForSeq2Seq
 
 from sibo_triton.finetune.data import Examples
 from sibo_triton.finetune.options import InputError
@@ -27,13 +28,13 @@ _CHUNK = 1000  # examples per call of the tokenizer, which works on a batch in p
 
 @dataclass
 class TokenizedExamples:
-    """Token ids and labels, and what happened on the way.
+    """Token ids and labels, and how they were made.
 
     Attributes:
-        input_ids, labels: one list of ints for each example that is kept; labels is -100 where there is no loss. For
+        input_ids, labels: one list of ints for each kept example; labels is -100 where there is no loss. For
             classification labels is a class id for each example, for regression a number.
         others: further columns for the model, such as token_type_ids.
-        truncated: how many of these were cut to max_length.
+        truncated: how many of these examples were cut to max_length.
         dropped: places (such as "line 3") of examples left out, because the cut left nothing to learn.
         split_apart: how many pairs had a token across the boundary.
     """
@@ -50,7 +51,7 @@ def tokenize_examples(examples: Examples, tokenizer: Any, max_length: int) -> To
     """Tokenise every example and cut it on the right to `max_length` tokens.
 
     Raises:
-        InputError: no example is left, or an example of two tokens at most holds nothing to predict.
+        InputError: no example is left, or a short example has no token to predict.
     """
     result = TokenizedExamples()
     end = tokenizer.eos_token_id
@@ -83,7 +84,7 @@ def tokenize_examples(examples: Examples, tokenizer: Any, max_length: int) -> To
 
 
 def _tokenize(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[tuple[list[int], int, bool]]:
-    """For each row: token ids, how many of them are the prompt, and whether the two were tokenised apart."""
+    """For each row: token ids, the length of the prompt, and whether the two were tokenised separately."""
     if len(rows[0]) == 1:
         texts = [row[0] for row in rows]
         return [(ids, 0, False) for ids in tokenizer(texts)["input_ids"]]
@@ -103,24 +104,23 @@ def without_end(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-class Collator:
-    """Pad examples on the right into a batch: input_ids, attention_mask and labels, each int64 [batch, longest]."""
+def ensure_pad_token(tokenizer: Any, model_name: str, fallback: str | None = None) -> None:
+    """Let the end-of-text token pad where the tokenizer has no padding token, and `fallback` where it has neither.
 
-    def __init__(self, tokenizer: Any) -> None:
-        # Any id will do where the tokenizer has none: padding is masked and carries no loss.
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad_id: int = next(token for token in candidates if token is not None)
+    Raises:
+        InputError: it has neither, and there is no fallback.
+    """
+    if tokenizer.pad_token_id is not None:
+        return
+    token = fallback if tokenizer.eos_token is None else tokenizer.eos_token
+    if token is None:
+        raise InputError(f"--model {model_name}: its tokenizer has neither a padding nor an end-of-text token.")
+    tokenizer.pad_token = token
 
-    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
 
-        def padded(name: str, value: int) -> torch.Tensor:
-            rows = [list(example[name]) + [value] * (longest - len(example[name])) for example in examples]
-            return torch.tensor(rows, dtype=torch.int64)
-
-        mask = [[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in examples]
-        return {
-            "input_ids": padded("input_ids", self.pad_id),
-            "attention_mask": torch.tensor(mask, dtype=torch.int64),
-            "labels": padded("labels", NO_LOSS),
-        }
+def completion_collator(tokenizer: Any, model_name: str) -> DataCollatorForSeq2Seq:
+    """Pads examples on the right into a batch: input_ids, attention_mask and labels, each int64 [batch, longest]."""
+    # Any token will do: padding is masked and carries no loss.
+    ensure_pad_token(tokenizer, model_name, fallback=tokenizer.convert_ids_to_tokens(0))
+    tokenizer.padding_side = "right"
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS)

@@ -29,8 +29,8 @@ from sibo_triton.similarity import similarity_by_layer
 CHECKPOINTS = "checkpoints"
 LOSS_LOG = "loss.csv"
 
-_LOG_ROWS = 200  # of a run, so that the log of a long one stays readable
-_EVALUATIONS = 10  # of a run, besides the one before training
+_LOG_ROWS = 200  # per run, so that a long run's log stays readable
+_EVALUATIONS = 10  # per run, besides the one before training
 _SIMILARITY_EXAMPLES = 64  # enough for a mean over sequences; more would cost time and change little
 _WARMUP_STEPS = 100  # the authors' setting, bounded by a tenth of the run
 
@@ -38,9 +38,9 @@ _WARMUP_STEPS = 100  # the authors' setting, bounded by a tenth of the run
 def finetune(options: FinetuneOptions, console: Console | None = None) -> FinetuneResult:
     """Fine-tune a model with LoRA, bottleneck adapters, or SIBO's of either.
 
-    Everything that can be refused is refused before the output folder is touched. The folder then gets the adapter
-    (what `PeftModel.from_pretrained` reads), loss.csv, report.md with its plots, and the Trainer's checkpoints.
-    Ctrl-C ends training, and saves the adapter as it is.
+    All input is checked before the output folder is changed. The folder then gets the adapter (for
+    `PeftModel.from_pretrained`), loss.csv, report.md with its plots, and the Trainer's checkpoints. Ctrl-C ends
+    training, and saves the adapter in its current state.
 
     Args:
         options: see `FinetuneOptions`.
@@ -80,7 +80,7 @@ def finetune(options: FinetuneOptions, console: Console | None = None) -> Finetu
     with _undisturbed_random_state():
         _measure_before(result, trainer)
     _train(result, trainer, console, output)
-    model.save_pretrained(str(output))  # first: nothing that fails below may cost the adapter
+    model.save_pretrained(str(output))  # first: no failure below may lose the adapter
     _measure_after(result, trainer)
     write_report(result, output)
     result.model = trainer.model
@@ -147,7 +147,7 @@ def _data_notes(rows: Any, tokens: TokenizedExamples, max_length: int) -> list[s
 
 def _enable_checkpointing(model: Any) -> None:
     base = model.get_base_model()
-    # transformers 5.23 renamed it; not by TrainingArguments, so that what is measured before training has it too.
+    # transformers 5.23 renamed it. Not set in TrainingArguments, so that measurements before training include it.
     name = "activation_checkpointing_enable"
     enable = getattr(base, name) if hasattr(base, name) else base.gradient_checkpointing_enable
     try:
@@ -172,12 +172,12 @@ def _describe_model(result: FinetuneResult, model: Any) -> None:
 
 
 def _lambdas(model: Any) -> dict[str, float]:
-    found = {}
+    lambdas = {}
     for name, module in model.named_modules():
         if isinstance(module, SiboLambda):
-            layer = name.removeprefix("base_model.model.").rsplit(".", 2)[0]  # without the container and the adapter
-            found[layer] = float(module().detach())
-    return found
+            layer = name.removeprefix("base_model.model.").rsplit(".", 2)[0]  # without container and adapter name
+            lambdas[layer] = float(module().detach())
+    return lambdas
 
 
 def _prepare_output(options: FinetuneOptions) -> Path:
@@ -186,7 +186,7 @@ def _prepare_output(options: FinetuneOptions) -> Path:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {output} cannot be made: {error.strerror}.") from error
-    if (output / CHECKPOINTS).is_dir():  # only with --overwrite: the Trainer would count an earlier run's among its own
+    if (output / CHECKPOINTS).is_dir():  # only with --overwrite: the Trainer would count them as its own
         shutil.rmtree(output / CHECKPOINTS)
     return output
 
@@ -249,7 +249,7 @@ def _batches(trainer: Trainer, examples: Any, limit: int) -> Iterator[dict[str, 
 
 @contextmanager
 def _undisturbed_random_state() -> Iterator[None]:
-    """Measuring draws dropout masks; training must start from the same random numbers as if nothing was measured."""
+    """Measuring draws dropout masks; training must start from the same random state as without measuring."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -260,7 +260,7 @@ def _measure_before(result: FinetuneResult, trainer: Trainer) -> None:
     batch = next(_batches(trainer, trainer.train_dataset, result.options.batch_size))
     model.train()
     result.saved_activation_bytes = saved_activation_bytes(model, lambda: model(**batch).loss)
-    result.base_similarity = _similarity(trainer)  # B is still 0: what the frozen model gives
+    result.base_similarity = _similarity(trainer)  # B is still 0: the frozen model's outputs
 
 
 def _measure_after(result: FinetuneResult, trainer: Trainer) -> None:
@@ -290,11 +290,11 @@ def _train(result: FinetuneResult, trainer: Trainer, console: Console, output: P
 
 
 def _metrics(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
-    """(step, metrics by name) of every evaluation of a task that has some."""
+    """(step, metrics by name) of every evaluation, if the task has metrics."""
     of_trainer = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-    found = []
+    metrics = []
     for row in trainer.state.log_history:
         names = [name for name in row if name.startswith("eval_") and name not in of_trainer]
         if names:
-            found.append((row["step"], {name.removeprefix("eval_"): row[name] for name in names}))
-    return found
+            metrics.append((row["step"], {name.removeprefix("eval_"): row[name] for name in names}))
+    return metrics

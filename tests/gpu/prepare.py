@@ -1,6 +1,6 @@
 """Compiles what the GPU tests launch, in parallel, into Triton's cache; says first what is missing. `make gpu` runs it.
 
-The launches are those of `launches.py`, with tensors that have no memory: see `kernels_compiled/without_gpu.py`.
+Those of `launches.py`, on tensors without memory: see `benchmarks/ahead_of_time/without_gpu.py`.
 """
 
 import importlib
@@ -12,7 +12,6 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS.parent))
 sys.path.insert(0, str(TESTS))
-sys.path.insert(0, str(TESTS / "kernels_compiled"))
 
 NEEDED = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "peft": (0, 19, 1), "pytest": (8,)}
 
@@ -46,7 +45,8 @@ def compile_launch(job: tuple) -> None:
     """The kernels of one launch, by its place in the list, for a GPU."""
     i, gpu, plans_for = job
     from launches import ALL
-    from without_gpu import compiling_for
+
+    from benchmarks.ahead_of_time.without_gpu import compiling_for
 
     with compiling_for(gpu, plans_for):
         ALL[i].launch(ALL[i].inputs("meta"))
@@ -69,7 +69,8 @@ def main() -> None:
         sys.exit("make gpu: " + "\n          ".join(problems))
     import torch
     from triton.runtime.driver import driver
-    from without_gpu import target_of_device
+
+    from benchmarks.ahead_of_time.without_gpu import target_of_device
 
     for index in range(torch.cuda.device_count()):
         print(f"device {index}: {torch.cuda.get_device_name(index)}")

@@ -4,13 +4,11 @@ from contextlib import ExitStack
 from unittest import mock
 
 import torch
-from ahead_of_time import TARGETS
-from without_gpu import launching_for
 
+from benchmarks.ahead_of_time.binaries import TARGETS
+from benchmarks.ahead_of_time.without_gpu import kernels_chosen, launching_for
 from sibo_triton.kernels import replay
 from sibo_triton.kernels.launching import Launch
-from sibo_triton.ops import low_rank
-from sibo_triton.ops.dispatch import Choice
 
 GPU, _ = TARGETS["sm_90"]
 SMALLEST_ADDRESS = 2**32  # no number here is as large
@@ -33,7 +31,7 @@ class Driver:
     def __enter__(self):
         patches = [
             launching_for(GPU, self._launch),
-            mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "tested")),
+            kernels_chosen(),
             mock.patch.object(replay.Tape, "__call__", self._counted(replay.Tape.__call__)),
             mock.patch.object(Launch, "_keep", self._of_triton(Launch._keep)),
             mock.patch.object(

@@ -11,12 +11,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from ahead_of_time import TARGETS, read_binary, unset_registers
-from cases import TOKENS, WIDTH, Case, check
 from gradient_launches import InputGradient, UpBackward, WeightGradient
 from kernel_launches import BF16, FP16, FP32, Activated, Down, Up, name_of
-from without_gpu import compiling_for
 
+from benchmarks.ahead_of_time.binaries import TARGETS, read_binary, unset_registers
+from benchmarks.ahead_of_time.cases import TOKENS, WIDTH, Case, check
+from benchmarks.ahead_of_time.without_gpu import compiling_for
 from sibo_triton.kernels.partial_sums import sum_parts
 from sibo_triton.kernels.up import up_kernel
 

@@ -9,11 +9,11 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from cases import BF16, FP32, OF_EACH_KERNEL
 from driver import Driver
 from kernel_launches import Up, name_of
 from triton import knobs
 
+from benchmarks.ahead_of_time.cases import BF16, FP32, OF_EACH_KERNEL
 from sibo_triton.kernels import launching
 from sibo_triton.kernels.launching import KEPT, BoundedCache, forget_launches
 from sibo_triton.kernels.up import up_kernel

@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from ahead_of_time import TARGETS
-from cases import CASES, OF_EACH_KERNEL, Case, Row, check, violation_of
 from kernel_launches import BF16, Up, name_of
-from without_gpu import compiling_for
 
+from benchmarks.ahead_of_time.binaries import TARGETS
+from benchmarks.ahead_of_time.cases import CASES, OF_EACH_KERNEL, Case, Row, check, violation_of
+from benchmarks.ahead_of_time.without_gpu import compiling_for
 from sibo_triton.kernels import up as up_module
 from sibo_triton.kernels.up import up_kernel
 

@@ -1,4 +1,4 @@
-"""What the demonstration shows: a table in the terminal, and report.md with plots in its folder."""
+"""The demonstration's output: a table in the terminal, and report.md with plots in its folder."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _HEADER = (
 
 
 def print_outcome(
-    console: Console, output: Path, results: Mapping[str, Any], given: Sequence[Mapping[str, str]]
+    console: Console, output: Path, results: Mapping[str, Any], answers: Sequence[Mapping[str, str]]
 ) -> None:
     """Print the table, a few answers, and where the files are."""
     console.print()
     console.print(_rich_table("Unseen subtractions", _HEADER, _rows(results)))
-    console.print(_rich_table("Answers of the reloaded adapters", *_examples(results, given)))
+    console.print(_rich_table("Answers of the reloaded adapters", *_examples(results, answers)))
     for line in _reading(results):
         console.print(f"- {line}", highlight=False)
     console.print(f"\nEverything is in {output}/; start with {output / REPORT}", highlight=False)
 
 
 def write_demo_report(
-    output: Path, results: Mapping[str, Any], runs: Mapping[str, FinetuneResult], given: Sequence[Mapping[str, str]]
+    output: Path, results: Mapping[str, Any], runs: Mapping[str, FinetuneResult], answers: Sequence[Mapping[str, str]]
 ) -> None:
     """Write report.md and, with matplotlib, its plots."""
     plots = NO_PLOTS
@@ -65,7 +65,7 @@ def write_demo_report(
         or f"All passed: the base model adds and does not subtract, {METHOD_NAMES[method.method]} learned to, and "
         "reloading changed no answer."
     )
-    header, rows = _examples(results, given)
+    header, rows = _examples(results, answers)
     reading = "\n".join(f"- {line}" for line in _reading(results))
     text = f"""# Demonstration: from adding to subtracting
 
@@ -101,7 +101,7 @@ additions. Frozen, it was fine-tuned on subtraction with each method: {scale["ad
 
 
 def demo_table(results: Mapping[str, Any]) -> str:
-    """The demonstration's outcome, from what results.json holds, as a Markdown table."""
+    """The demonstration's outcome, from the content of results.json, as a Markdown table."""
     return markdown_table(_HEADER, _rows(results))
 
 
@@ -121,16 +121,16 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _examples(
-    results: Mapping[str, Any], given: Sequence[Mapping[str, str]]
+    results: Mapping[str, Any], answers: Sequence[Mapping[str, str]]
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table of a few answers: its header and its rows."""
     names = list(results["accuracy"])
-    rows = [(row["problem"], row["right"], *(row[name] for name in names)) for row in given]
+    rows = [(row["problem"], row["right"], *(row[name] for name in names)) for row in answers]
     return ("problem", "right", *(METHOD_NAMES[name] for name in names)), rows
 
 
 def _reading(results: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to not read more into the table than there is."""
+    """Caveats for readers of the table."""
     count = results["test_problems"]
     return [
         f"Loss and exact match are on {count} subtractions that no adapter was trained on, with the adapters reloaded "

@@ -1,6 +1,7 @@
-"""Every launch whose kernels must fit every target, and what is asked of them.
+"""Every launch whose kernels must fit every target, and the requirements on them.
 
-`make compile-check` goes through all of them, `test_without_gpu.py` through a few.
+`make compile-check` goes through all of them, `tests/kernels_compiled/test_without_gpu.py` through a few. The launches
+are classes of `tests/`, which must be on the path.
 """
 
 import re
@@ -9,21 +10,22 @@ from dataclasses import dataclass, fields
 from itertools import product
 
 import torch
-from ahead_of_time import TARGETS, TENSOR_CORE, Binary, read_binary
 from gradient_launches import InputGradient, UpBackward, WeightGradient
 from kernel_launches import SHORT, Activated, Down, Launch, LowRank, Up
 from triton.compiler import CompiledKernel
-from without_gpu import compiling_for
+
+from benchmarks.ahead_of_time.binaries import TARGETS, TENSOR_CORE, Binary, read_binary
+from benchmarks.ahead_of_time.without_gpu import compiling_for
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 RANKS = (16, 64, 128, 256, 512)
-#: Of the activations and of the adapter. float32 throughout is multiplied without tensor cores, as torch does unless
-#: `torch.set_float32_matmul_precision` allows less.
+#: Dtypes of the activations and the adapter. If both are float32, tensor cores are not used, as in torch unless
+#: `torch.set_float32_matmul_precision` allows them.
 DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (FP32, FP32))
 #: A Llama-3-8B layer: 8192 tokens, 4096 features on either side.
 TOKENS, WIDTH = 8192, 4096
-WIDE = 14336  # and those inside of its feed-forward, whose tiles may be wider
+WIDE = 14336  # the feed-forward network's width, where tiles may be wider
 SIBLINGS = 3  # q, k and v
 BOTTLENECKS = (64, 256, 1024)
 NARROW = "narrow"
@@ -35,12 +37,12 @@ LOAD_16 = {"sm": NVIDIA_LOAD + r"\.U16\b", "gfx": AMD_LOAD + r"(ushort|short_d16
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: its kernels must fit all targets."""
+    """One launch, whose kernels must fit all targets."""
 
     kind: str
     rank: int
     dtypes: tuple[torch.dtype, torch.dtype]
-    options: str  # what else sets it apart, for the reader
+    options: str  # what else distinguishes it, for the reader
     launch: Launch
 
     def __str__(self) -> str:
@@ -50,7 +52,7 @@ class Case:
 
 @dataclass
 class Row:
-    """What one kernel of a case needs on a target."""
+    """The resources of one kernel of a case on a target."""
 
     target: str
     case: str
@@ -71,7 +73,7 @@ COLUMNS = [column.name for column in fields(Row)]
 
 
 def _of(*named: tuple[str, bool]) -> str:
-    return ", ".join(name for name, given in named if given)
+    return ", ".join(name for name, applies in named if applies)
 
 
 def _down(rank: int, dtypes: tuple) -> Iterator[Case]:
@@ -93,7 +95,7 @@ def _up(rank: int, dtypes: tuple) -> Iterator[Case]:
 
 
 def _low_rank(rank: int, dtypes: tuple) -> Iterator[Case]:
-    """Of few rows: K is split, and the parts are added on the way to y."""
+    """With few rows K is split, and the parts are added when y is computed."""
     for rows, mixes, has_bias in ((8, False, False), (8, True, True), (64, True, True)):
         launch = LowRank(rows, WIDTH, WIDTH, (rank,) * SIBLINGS, *dtypes, 0.3 * mixes, has_bias=has_bias)
         options = _of(("mixing", mixes), ("bias", has_bias), (f"{rows} rows", True))
@@ -125,7 +127,7 @@ def _down_backward(rank: int, dtypes: tuple) -> Iterator[Case]:
 
 
 def _fixed_lambda(rank: int, dtypes: tuple) -> Iterator[Case]:
-    """As lambda is by default: a number, where the cases above have a tensor."""
+    """lambda as a number, the default, where the cases above have a tensor."""
     for siblings, p in product((1, SIBLINGS), (0.0, 0.1)):
         ranks, group = (rank,) * siblings, _of(("triple", siblings > 1), ("dropout", p > 0))
         for name, launch in (
@@ -137,7 +139,7 @@ def _fixed_lambda(rank: int, dtypes: tuple) -> Iterator[Case]:
 
 
 def _bottleneck(size: int, dtypes: tuple) -> Iterator[Case]:
-    """What the bottleneck adapter asks of kernels beyond LoRA, in training and of few rows."""
+    """What bottleneck adapters need of the kernels beyond LoRA, in training and with few rows."""
     kind = "bottleneck"
     for rows, p in ((TOKENS, 0.0), (TOKENS, 0.1), (64, 0.1)):
         options = _of(("down", True), ("mixing", p > 0), ("dropout", p > 0), (f"{rows} rows", rows < TOKENS))
@@ -151,7 +153,7 @@ def _bottleneck(size: int, dtypes: tuple) -> Iterator[Case]:
         yield Case(
             kind, size, dtypes, f"down, {activation}", Activated(TOKENS, WIDTH, (size,), *dtypes, activation, 0.3)
         )
-    for siblings in (1, 2):  # in series dx is added to what the frozen layer's is, of the pair that shares it
+    for siblings in (1, 2):  # in series dx is added to the frozen layer's, once for the pair
         launch = InputGradient(TOKENS, WIDTH, (size,) * siblings, *dtypes, 0.3, 0.0, adds=True)
         yield Case(kind, size, dtypes, _of(("dx, added", True), ("pair", siblings > 1)), launch)
     yield Case(kind, size, dtypes, "up", Up(TOKENS, WIDTH, size, *dtypes, adds=True, has_bias=True))
@@ -162,7 +164,7 @@ def _bottleneck(size: int, dtypes: tuple) -> Iterator[Case]:
 
 
 def _narrow(rank: int, dtypes: tuple) -> Iterator[Case]:
-    """Ranks whose matrices are too narrow to be loaded 16 bytes at a time; at 1 their other side is contiguous."""
+    """Ranks whose matrices are too narrow for 16-byte loads; at rank 1 the other side is contiguous."""
     for name, launch in (
         ("down", Down(TOKENS, WIDTH, (rank,) * SIBLINGS, *dtypes, 0.3, 0.1)),
         ("up", Up(TOKENS, WIDTH, rank, *dtypes)),
@@ -186,7 +188,7 @@ CASES += [case for rank in (16, 64) for dtypes in DTYPES for case in _fixed_lamb
 CASES += [case for rank in (1, 8) for dtypes in DTYPES for case in _narrow(rank, dtypes)]
 
 
-#: Every kernel, some with more of what they can do.
+#: Every kernel, some with several options.
 OF_EACH_KERNEL: list[Launch] = [
     Down(130, 200, (16, 3), BF16, FP32, 0.3, 0.1, difference=True, lambda_is_tensor=True, strides="padded"),
     Up(130, 200, 16, BF16, BF16, adds=True, strides="transposed"),
@@ -203,13 +205,13 @@ OF_EACH_KERNEL: list[Launch] = [
 
 
 def check(case: Case, target: str) -> list[Row]:
-    """A row for each kernel of the launch; what does not even compile is a row too."""
+    """A row for each kernel of the launch; a failed compilation is a row too."""
     gpu, _ = TARGETS[target]
     rows = []
     try:
         with compiling_for(gpu) as compiled:
             case.launch.launch(case.launch.inputs("meta"))
-    except Exception as error:  # whatever the compiler raises: the others are to be checked all the same
+    except Exception as error:  # whatever the compiler raises; the other cases must still be checked
         violation = f"does not compile: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         return [Row(target, str(case), case.kind, violation=violation)]
     for kernel in compiled:
@@ -243,16 +245,16 @@ _binaries: dict[str, Binary] = {}
 
 
 def _read_once(kernel: CompiledKernel, target: str) -> Binary:
-    """Some kernels, as that which adds parts, are the same in many cases."""
-    if kernel.hash not in _binaries:  # a hash that counts the target in
+    """Some kernels, such as the one that adds parts, are the same in many cases."""
+    if kernel.hash not in _binaries:  # the hash includes the target
         _binaries[kernel.hash] = read_binary(kernel, target)
     return _binaries[kernel.hash]
 
 
 def violation_of(row: Row, multiplies_16_bit: bool, reads_vector: bool = False, narrow: bool = False) -> str:
-    """What is wrong with a kernel, or nothing. A vector, which is short, may be read element by element.
+    """What is wrong with a kernel; empty if nothing.
 
-    So may a matrix of a narrow rank.
+    A vector, which is short, may be read element by element, and so may a matrix of a narrow rank.
     """
     limit = TARGETS[row.target][1]
     wrong = {

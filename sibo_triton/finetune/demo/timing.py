@@ -1,4 +1,4 @@
-"""The demonstration's measurements: time of a step, side by side, and what the frozen model keeps."""
+"""The time of a training step of several models, measured side by side."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 
-from sibo_triton.finetune.saved_activations import saved_activation_bytes
-
 _WARMUP_ROUNDS = 3
 
 
 def seconds_per_step(models: Mapping[str, Any], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
     """Median wall time of one training step of each model, with the models taking turns.
 
-    In turns, since other work on the machine would otherwise fall on one of them. A model with trainable parameters
-    does forward, backward and an AdamW update, which changes them; one without does forward and backward, so its
-    embedding output must require grad (`enable_input_require_grads`).
+    They take turns, since other work on the machine would otherwise affect only one of them. A model with trainable
+    parameters does forward, backward and an AdamW update, which changes it; one without does forward and backward, so
+    its embedding output must require grad (`enable_input_require_grads`).
     """
     steps = {name: _step(model, batch) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -48,9 +46,3 @@ def _step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return step
-
-
-def frozen_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Saved-activation bytes of a frozen model that passes the gradient on to its embedding output."""
-    model.train()
-    return saved_activation_bytes(model, lambda: model(**batch).loss)

@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for, and what their binaries show that matters for speed.
+"""The GPUs that kernels are compiled for, and the properties of binaries that matter for speed.
 
 The disassemblers come with the triton wheel.
 """
@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-#: What we compile for, and the shared memory that one program may have there, in bytes.
+#: The targets, and the shared memory in bytes that a program may have there.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
@@ -28,21 +28,21 @@ TENSOR_CORE = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTCHMMA", "sm_12
 
 @dataclass
 class Binary:
-    """What a compiled kernel uses."""
+    """The resources and the code of a compiled kernel."""
 
     shared: int  # bytes of shared memory
     spilled: int  # bytes of registers spilled to memory
     registers: int
     code: str  # the disassembly
-    unset: list[str]  # instructions that read a uniform register which none before them set; of sm_90
+    unset: list[str]  # instructions that read a uniform register never set before; sm_90 only
 
 
 def read_binary(compiled: CompiledKernel, target: str) -> Binary:
-    """What a kernel that was compiled for a target in TARGETS uses, and its disassembly."""
+    """The resources of a kernel compiled for a target in TARGETS, and its disassembly."""
     if target.startswith("gfx"):
         return _read_amd(compiled)
     binary = _read_nvidia(compiled)
-    if target == "sm_90":  # where the assembler was seen to err; others have instructions that are not known here
+    if target == "sm_90":  # where the assembler was seen to err; other targets have instructions that are unknown here
         binary.unset = unset_registers(binary.code)
     return binary
 
@@ -75,8 +75,8 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z0-9_
 def unset_registers(code: str) -> list[str]:
     """Instructions that read a uniform register before any instruction, in the order of the code, has set it.
 
-    ptxas 12.8, which Triton 3.6 and 3.7 bring, wrote such code for sm_90: the second of a row of matrix products took
-    the address of its operand from a register that held whatever was there. An H100 then read other shared memory, or
+    ptxas 12.8, which comes with Triton 3.6 and 3.7, wrote such code for sm_90: the second of several matrix products
+    took the address of its operand from an uninitialised register. An H100 then read other shared memory, or
     reported an illegal access.
     """
     written, wrong = set[int](), []

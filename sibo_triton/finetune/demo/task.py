@@ -25,7 +25,7 @@ TEST_PROBLEMS = 500
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the demonstration is. The defaults are what `sibo-triton demo` runs; tests use less."""
+    """How large the demonstration is. The defaults are those of `sibo-triton demo`; tests use less."""
 
     layers: int = 12
     hidden: int = 64
@@ -43,7 +43,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem, a + b or a - b with a >= b, and how the model reads and writes it."""
+    """One problem, a + b or a - b with a >= b, and its text for the model."""
 
     a: int
     operator: str
@@ -82,11 +82,11 @@ def _split(problems: list[Problem], seed: int) -> tuple[list[Problem], list[Prob
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token to a character; `AutoTokenizer` loads what its `save_pretrained` writes."""
+    """One token per character; `AutoTokenizer` loads the files of its `save_pretrained`."""
     vocabulary = {token: i for i, token in enumerate([*_SPECIAL, *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # characters go back together without spaces
+    tokenizer.decoder = decoders.Fuse()  # characters are joined without spaces
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
@@ -101,7 +101,7 @@ def build_base(scale: Scale, tokenizer: PreTrainedTokenizerFast, seed: int) -> L
         num_attention_heads=scale.heads,
         num_key_value_heads=scale.heads,
         max_position_embeddings=32,
-        # The usual 0.02 is made for wide models; at a width of 64 attention would start out nearly uniform.
+        # The usual 0.02 is for wide models; at a width of 64 attention would be nearly uniform at the start.
         initializer_range=0.1,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -112,7 +112,7 @@ def build_base(scale: Scale, tokenizer: PreTrainedTokenizerFast, seed: int) -> L
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter /= math.sqrt(2 * scale.layers)  # what 2 * layers additions to the residual stream add up to
+                parameter /= math.sqrt(2 * scale.layers)  # 2 * layers terms add up in the residual stream
     return model
 
 
@@ -155,7 +155,7 @@ def train_base(
 def answers(model: Any, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> list[str]:
     """What the model generates for each problem, greedily: the text up to the end-of-text token."""
     model.eval()
-    # Every prompt has the same length: there is no padding.
+    # All prompts have the same length, so there is no padding.
     prompts = tokenizer([problem.prompt for problem in problems], return_tensors="pt").to(model.device)
     made = model.generate(
         input_ids=prompts["input_ids"],
@@ -166,11 +166,11 @@ def answers(model: Any, tokenizer: PreTrainedTokenizerFast, problems: Sequence[P
     return tokenizer.batch_decode(made[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def exact_match(problems: Sequence[Problem], given: Sequence[str]) -> float:
+def exact_match(problems: Sequence[Problem], texts: Sequence[str]) -> float:
     """The share of problems whose answer is right in every digit."""
-    return sum(p.completion == text for p, text in zip(problems, given, strict=True)) / len(problems)
+    return sum(p.completion == text for p, text in zip(problems, texts, strict=True)) / len(problems)
 
 
 def readable(text: str) -> str:
-    """A model's answer as people write numbers, or the raw text in quotes where it is no number."""
+    """A model's answer in the usual notation, or the raw text in quotes if it is not a number."""
     return str(int(text[::-1])) if len(text) == _ANSWER_DIGITS and text.isdecimal() else repr(text)

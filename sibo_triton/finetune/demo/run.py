@@ -1,9 +1,9 @@
-"""`sibo-triton demo`: a small decoder learns to add, is frozen, and learns to subtract through a method and its SIBO.
+"""`sibo-triton demo`: a small decoder learns to add, is frozen, and learns to subtract with a plain method and SIBO's.
 
 LoRA and SIBO-LoRA, or with `--adapters` bottleneck adapters, plain and SIBO's.
 
-The fine-tuning is what `sibo-triton finetune` does, on files: the base model's folder, a JSONL file of prompts and
-completions, one adapter folder for each method. Whatever comes out is what is reported.
+Fine-tuning is done as by `sibo-triton finetune`, on files: the base model's folder, a JSONL file of prompts and
+completions, one adapter folder for each method. The outcome is reported, whatever it is.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sibo_triton.environment import provenance
-from sibo_triton.finetune import demo_task as task
 from sibo_triton.finetune.data import read_examples
-from sibo_triton.finetune.demo_measure import frozen_bytes, seconds_per_step
-from sibo_triton.finetune.demo_report import METHOD_NAMES, print_outcome, write_demo_report
+from sibo_triton.finetune.demo import task
+from sibo_triton.finetune.demo.report import METHOD_NAMES, print_outcome, write_demo_report
+from sibo_triton.finetune.demo.timing import seconds_per_step
 from sibo_triton.finetune.options import ADAPTER_METHODS, LORA_METHODS, METHODS, FinetuneOptions, InputError
 from sibo_triton.finetune.result import FinetuneResult
-from sibo_triton.finetune.tokens import Collator, tokenize_examples
+from sibo_triton.finetune.saved_activations import saved_activation_bytes
+from sibo_triton.finetune.tokens import completion_collator, tokenize_examples
 from sibo_triton.finetune.train import finetune
 
 RESULTS = "results.json"
 
-# What the comparison means nothing without.
+# Without these the comparison is meaningless.
 _BASE_OWN_TASK_AT_LEAST = 0.8
 _BASE_NEW_TASK_AT_MOST = 0.1
 _PLAIN_NEW_TASK_AT_LEAST = 0.5
@@ -54,18 +55,18 @@ def run_demo(
     """Run the demonstration and write everything to the folder `output`.
 
     Args:
-        output: made if it is not there; a folder of an earlier demonstration is replaced.
+        output: created if needed; the folder of an earlier demonstration is replaced.
         seed: of the base model, of the data and of both adapters.
         console: where the table goes; default: the terminal.
-        scale: sizes and numbers of steps; default: the ones that the thresholds are made for.
-        methods: the plain method and its SIBO: `LORA_METHODS` or `ADAPTER_METHODS`.
+        scale: sizes and numbers of steps; default: those for which the thresholds are made.
+        methods: the plain method and SIBO's: `LORA_METHODS` or `ADAPTER_METHODS`.
 
     Returns:
-        What went wrong, one sentence each: the base model cannot add, or can already subtract; the plain method did not
-        learn to subtract; a reloaded adapter answers otherwise than before it was saved. Empty if all is well.
+        The problems, one sentence each: the base model cannot add, or can already subtract; the plain method did not
+        learn to subtract; a reloaded adapter answers differently than before it was saved. Empty if there are none.
 
     Raises:
-        InputError: `output` holds something that no demonstration made.
+        InputError: `output` contains files that are not a demonstration's.
     """
     console, scale = console or Console(), scale or task.Scale()
     _claim(output)
@@ -75,20 +76,20 @@ def run_demo(
         results["threads"] = torch.get_num_threads()
         base = _train_base(output, seed, scale, console, results)
         runs = _finetune_both(output, seed, scale, console, methods)
-        given = _answers(output, seed, base, runs, results)
+        answers = _answers(output, seed, base, runs, results)
         _measure(output, runs, scale, results)
     option = " --adapters" if methods == ADAPTER_METHODS else ""
     results["provenance"] = {"command": f"sibo-triton demo{option} --seed {seed}"} | provenance()
     results["seconds"] = {"wall": time.perf_counter() - began[0], "cpu": time.process_time() - began[1]}
     results["problems"] = _problems(results)
     (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    write_demo_report(output, results, runs, given)
-    print_outcome(console, output, results, given)
+    write_demo_report(output, results, runs, answers)
+    print_outcome(console, output, results, answers)
     return results["problems"]
 
 
 def _claim(output: Path) -> None:
-    """Make the folder, or empty it of an earlier demonstration's files; refuse anything else."""
+    """Create the folder, or delete an earlier demonstration's files in it; refuse anything else."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file: name a folder.")
     if output.is_dir() and any(output.iterdir()) and not (output / RESULTS).is_file():
@@ -102,9 +103,9 @@ def _claim(output: Path) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One torch thread: the same numbers on every machine, and a second thread gains little on matrices this small.
+    """One torch thread: the same numbers on every machine, and a second thread gains little on such small matrices.
 
-    Where something else uses the cores, threads that wait for each other cost a lot: such a run took 6 minutes.
+    If other work uses the cores, threads that wait for each other cost a lot: such a run took 6 minutes.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -126,7 +127,7 @@ def _no_weight_loading_bars() -> Iterator[None]:
 
 
 def _train_base(output: Path, seed: int, scale: task.Scale, console: Console, results: dict[str, Any]) -> Any:
-    """Train the base model on additions and save it as a folder that `from_pretrained` reads."""
+    """Train the base model on additions and save it to a folder for `from_pretrained`."""
     console.print(f"1. A decoder of {scale.layers} layers with random weights learns to add")
     tokenizer = task.build_tokenizer()
     model = task.build_base(scale, tokenizer, seed)
@@ -183,7 +184,7 @@ def _finetune_both(
 
 
 def _load(output: Path, method: str | None, trainable: bool = False) -> Any:
-    """The base model from its folder, with a saved adapter or without."""
+    """The base model from its folder, with or without a saved adapter."""
     base = AutoModelForCausalLM.from_pretrained(output / "base")
     return base if method is None else PeftModel.from_pretrained(base, output / method, is_trainable=trainable)
 
@@ -194,23 +195,23 @@ def _answers(
     """Exact match on unseen subtractions of the base model and of each *reloaded* adapter, and a few of the answers."""
     tokenizer = AutoTokenizer.from_pretrained(output / "base")
     _, test = task.subtractions(seed)
-    given = {"base": task.answers(base, tokenizer, test)}
+    answers = {"base": task.answers(base, tokenizer, test)}
     results["reloaded_equal"] = {}
     for method, run in runs.items():
         trained = task.answers(run.model, tokenizer, test)
-        given[method] = task.answers(_load(output, method).to(run.device), tokenizer, test)
-        results["reloaded_equal"][method] = given[method] == trained
-    results["accuracy"] = {name: task.exact_match(test, texts) for name, texts in given.items()}
+        answers[method] = task.answers(_load(output, method).to(run.device), tokenizer, test)
+        results["reloaded_equal"][method] = answers[method] == trained
+    results["accuracy"] = {name: task.exact_match(test, texts) for name, texts in answers.items()}
     results["test_problems"] = len(test)
     return [
         {"problem": f"{p.a} - {p.b}", "right": str(p.answer)}
-        | {n: task.readable(texts[i]) for n, texts in given.items()}
+        | {n: task.readable(texts[i]) for n, texts in answers.items()}
         for i, p in enumerate(test[:_SHOWN])
     ]
 
 
 def _measure(output: Path, runs: dict[str, FinetuneResult], scale: task.Scale, results: dict[str, Any]) -> None:
-    """Fill in the rest of the table; on fresh copies, since timing steps trains."""
+    """Fill in the rest of the table, with fresh copies of the models, since timing steps trains them."""
     device = next(iter(runs.values())).device
     frozen = _load(output, None)
     frozen.requires_grad_(False).enable_input_require_grads()
@@ -223,7 +224,9 @@ def _measure(output: Path, runs: dict[str, FinetuneResult], scale: task.Scale, r
     results["loss"] = {"base": any_run.losses("eval_loss")[0][1]} | {
         m: run.losses("eval_loss")[-1][1] for m, run in runs.items()
     }
-    results["saved_activation_bytes"] = {"base": frozen_bytes(frozen, batch)} | {
+    frozen.train()
+    frozen_bytes = saved_activation_bytes(frozen, lambda: frozen(**batch).loss)
+    results["saved_activation_bytes"] = {"base": frozen_bytes} | {
         m: run.saved_activation_bytes for m, run in runs.items()
     }
     results["similarity_by_layer"] = {"base": any_run.base_similarity} | {m: run.similarity for m, run in runs.items()}
@@ -235,14 +238,16 @@ def _batch(output: Path, scale: task.Scale, device: str) -> dict[str, torch.Tens
     tokenizer = AutoTokenizer.from_pretrained(output / "base")
     tokens = tokenize_examples(read_examples(output / "subtraction-train.jsonl"), tokenizer, max_length=32)
     rows = [{"input_ids": tokens.input_ids[i], "labels": tokens.labels[i]} for i in range(scale.batch)]
-    return {name: tensor.to(device) for name, tensor in Collator(tokenizer)(rows).items()}
+    batch = completion_collator(tokenizer, str(output / "base"))(rows)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _problems(results: dict[str, Any]) -> list[str]:
-    own, accuracy = results["base_own_accuracy"], results["accuracy"]
+    own_accuracy, accuracy = results["base_own_accuracy"], results["accuracy"]
     problems = []
-    if own < _BASE_OWN_TASK_AT_LEAST:
-        problems.append(f"the base model answers {own:.1%} of additions, fewer than {_BASE_OWN_TASK_AT_LEAST:.0%}")
+    if own_accuracy < _BASE_OWN_TASK_AT_LEAST:
+        share = f"{own_accuracy:.1%} of additions, fewer than {_BASE_OWN_TASK_AT_LEAST:.0%}"
+        problems.append(f"the base model answers {share}")
     if accuracy["base"] > _BASE_NEW_TASK_AT_MOST:
         problems.append(
             f"the base model already answers {accuracy['base']:.1%} of subtractions, more than "

@@ -1,13 +1,13 @@
-"""Compiles what a launch would compile, for a GPU that need not be there.
+"""Compiles what a launch would compile, for a GPU that need not be present.
 
 Inside :func:`compiling_for`, calling a launcher with tensors of the device "meta" compiles its kernels as on the
-target: with the tiles that the launcher chooses, and what Triton itself finds divisible by 16, or 1, or within 2 GiB in
-the arguments. So there is no table of arguments to keep in step with the kernels, and the files that land in Triton's
-cache are those that the launch on such a GPU looks for.
+target: with the tiles that the launcher chooses, and with Triton's own specialisation of arguments that are 1,
+divisible by 16, or within 2 GiB. So there is no table of arguments to keep in sync with the kernels, and the files in
+Triton's cache are those that a launch on such a GPU looks for.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
@@ -19,11 +19,13 @@ from triton.runtime import jit
 
 from sibo_triton.kernels import targets
 from sibo_triton.kernels.launching import forget_launches
+from sibo_triton.ops import low_rank
+from sibo_triton.ops.dispatch import Choice
 
 
 @dataclass
 class Compiled:
-    """A kernel, and the constants that it was compiled for."""
+    """A kernel, and the constants with which it was compiled."""
 
     name: str
     kernel: CompiledKernel
@@ -38,7 +40,7 @@ class Compiled:
 
 
 class _DriverOf:
-    """What compiling asks of Triton's driver."""
+    """The part of Triton's driver that compiling needs."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -56,12 +58,12 @@ class _DriverOf:
 
 @contextmanager
 def compiling_for(gpu: GPUTarget, plans_for: object | None = None) -> Iterator[list[Compiled]]:
-    """Launches compile and do not run; what they compiled is appended to the list.
+    """Inside, launches compile and do not run; the compiled kernels are appended to the list.
 
     Args:
         gpu: as Triton's driver names it.
-        plans_for: what the launchers are to find as the device's target, a ``targets.Target``; if None, the known GPU
-            of that kind.
+        plans_for: the target that the launchers find for the device, a ``targets.Target``; if None, the known GPU of
+            that kind.
     """
     compiled, functions, run = [], set(), jit.JITFunction.run
 
@@ -84,7 +86,7 @@ def compiling_for(gpu: GPUTarget, plans_for: object | None = None) -> Iterator[l
 
 @contextmanager
 def launching_for(gpu: GPUTarget, launcher: Callable[..., None] = lambda *arguments: None) -> Iterator[None]:
-    """Launches go all the way but for the driver: what it would be given goes to ``launcher``, and no kernel runs.
+    """Inside, launches do everything except calling the driver: its arguments go to ``launcher``, and no kernel runs.
 
     Args:
         gpu: as Triton's driver names it.
@@ -116,9 +118,14 @@ def launching_for(gpu: GPUTarget, launcher: Callable[..., None] = lambda *argume
                 function.device_caches.pop(str(gpu), None)
 
 
+def kernels_chosen() -> AbstractContextManager[object]:
+    """Inside, operations choose the kernels on every device. It may be entered several times."""
+    return mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "chosen without a GPU"))
+
+
 @contextmanager
 def _launchers_find(gpu: GPUTarget, plans_for: object | None) -> Iterator[None]:
-    """What the launchers ask of the device, which is none of CUDA's here."""
+    """What the launchers find out about the device, which is no CUDA device here."""
     target = plans_for or targets.KNOWN[gpu.arch if gpu.backend == "hip" else f"sm_{gpu.arch}"]
     forget_launches()  # as if no kernel had been replaced
     try:
@@ -129,5 +136,5 @@ def _launchers_find(gpu: GPUTarget, plans_for: object | None) -> Iterator[None]:
 
 
 def target_of_device() -> object:
-    """For ``plans_for``: of the first CUDA device."""
+    """The target of the first CUDA device, for ``plans_for``."""
     return targets.target_of(torch.device("cuda", 0))
