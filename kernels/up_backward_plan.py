@@ -88,7 +88,7 @@ def launch_of_both(
     if BR > (32 if dot_u.dtype != torch.float32 and not split else 16):
         return None
     if r == 1 and dot_u.split_a and dot_u.split_b:
-        return None  # ptxas 12.8 assembles it wrongly for sm_90: see tests/kernels_compiled/ahead_of_time.py
+        return None  # ptxas 12.8 assembles it wrongly for sm_90: see benchmarks/ahead_of_time/binaries.py
     num_warps, programs = 8, PROGRAMS
     if dot_u.dtype == torch.float32:
         BN, num_stages = 64, 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import FunctionType, MethodType, ModuleType
+
 import torch
 from torch import nn
 
@@ -48,14 +51,19 @@ def _is_parameter(leaf: torch.Tensor, outermost: nn.Module) -> bool:
     return isinstance(leaf, nn.Parameter) or any(leaf is parameter for parameter in outermost.parameters())
 
 
-def any_requires_grad(values: object, depth: int = 2) -> bool:
-    """Whether a tensor among `values` (nested in lists, tuples or dicts up to `depth`) requires grad."""
+def any_requires_grad(values: object, depth: int = 6) -> bool:
+    """Whether a tensor among `values` requires grad: in containers and attributes of objects, nested up to `depth`."""
     if isinstance(values, torch.Tensor):
         return values.requires_grad
-    if depth < 0:
+    if depth == 0 or isinstance(values, _WITHOUT_TENSORS):
         return False
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, (list, tuple)):
-        return False
-    return any(any_requires_grad(value, depth - 1) for value in values)
+    members: list[object] = []
+    if isinstance(values, Mapping):
+        members += values.values()
+    elif isinstance(values, (list, tuple, set, frozenset)):
+        members += values
+    members += getattr(values, "__dict__", {}).values()  # dataclasses, namespaces, caches of keys and values
+    return any(any_requires_grad(member, depth - 1) for member in members)
+
+
+_WITHOUT_TENSORS = (str, bytes, int, float, type(None), type, nn.Module, ModuleType, FunctionType, MethodType)

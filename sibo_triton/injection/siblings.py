@@ -6,7 +6,8 @@ forward of their parent, with the very same, unmodified x and the same adapter. 
 correct.
 
 A forward of the parent is a scope, opened and closed by hooks: nothing outlives it, threads do not share it, and a
-recompute (gradient checkpointing), which runs the hooks again, groups as its forward did.
+recompute (gradient checkpointing) that runs the hooks again groups as its forward did. Where a checkpoint lies inside
+of the hooks, around the parent's `forward` or a child, the recompute would not: there the layers run alone both times.
 
 `Shares` is the interface of the layers.
 """
@@ -65,7 +66,7 @@ class _Run:
 
     @staticmethod
     def _key_of(x: torch.Tensor, adapter_name: str) -> tuple:
-        return x._version, adapter_name, torch.is_grad_enabled(), autocast_dtype(x.device.type)
+        return x._version, adapter_name, autocast_dtype(x.device.type), _autograd_mode()
 
     def take(self, name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output, once; None if something has changed since it was computed."""
@@ -76,6 +77,11 @@ class _Run:
         if layer.only_active() != adapter_name or _versions(layer.tensors_read(adapter_name)) != versions:
             return None
         return self._group.output(place)
+
+
+def _autograd_mode() -> tuple[bool, Any]:
+    """What a checkpoint changes inside: a reentrant one disables gradients, any other has hooks on saved tensors."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def _versions(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
@@ -92,6 +98,7 @@ class _Scope:
     def __init__(self, parent: nn.Module, names: Names) -> None:
         self.parent = parent
         self._names = names
+        self._mode = _autograd_mode()
         self._runs: dict[tuple[str, ...], _Run | None] = {}
 
     def output(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -116,6 +123,8 @@ class _Scope:
 
     def _start(self, names: tuple[str, ...], first: str, x: torch.Tensor) -> _Run | None:
         if x.is_inference() or not shares_passes(x):  # inference tensors have no version, which would tell of writes
+            return None
+        if _autograd_mode() != self._mode:  # inside of a checkpoint that does not run the parent's hooks again
             return None
         layer: Any = self.parent._modules[first]
         adapter_name = layer.fused_adapter(x)

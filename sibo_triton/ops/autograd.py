@@ -96,6 +96,11 @@ def kept_of(node: Node, inputs: Sequence[Inputs], results: Sequence[Down]) -> li
 KEPT_PER_LAYER = len(Saved._fields) - 2
 
 
+def is_batched(grad_y: Tensor | None) -> bool:
+    """Whether a gradient is a batch of them, as `torch.autograd.grad(is_grads_batched=True)` passes it."""
+    return grad_y is not None and torch._C._functorch.is_legacy_batchedtensor(grad_y)
+
+
 def saved_of(node: Node, kept: Sequence[Any]) -> list[Saved]:
     """What :func:`kept_of` returned, layer by layer."""
     x, h0, *of_layers = kept
@@ -107,7 +112,17 @@ def saved_of(node: Node, kept: Sequence[Any]) -> list[Saved]:
 
 
 def gradients(node: Node, kept: Sequence[Tensor | None], grads_y: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients of all tensors that were passed to autograd; which of them it needs, it does not say."""
+    """The gradients of all tensors that were passed to autograd; which of them it needs, it does not say.
+
+    Raises:
+        RuntimeError: dY is a batch of gradients.
+    """
+    if any(is_batched(grad_y) for grad_y in grads_y):
+        raise RuntimeError(
+            "The fused operation of a SIBO-LoRA layer or bottleneck adapter was asked for batched gradients "
+            "(is_grads_batched=True, jacobian(vectorize=True)), but it computes one at a time. Run the definition, "
+            "whose gradients can be batched: SIBO_TRITON_BACKEND=reference."
+        )
     used = [i for i, grad_y in enumerate(grads_y) if grad_y is not None]
     if not used:
         return [None] * len(node.places)

@@ -4,7 +4,7 @@
 |---|---|---|
 | ``triton`` | the kernels | on a CUDA or ROCm device, 16-bit and float32 tensors, Triton installed |
 | ``torch`` | the same passes and the same saved tensors in plain PyTorch (``ops/plain.py``) | everywhere else |
-| ``reference`` | the definition, differentiated by autograd | in ``torch.func`` transforms and ``torch.jit.trace`` |
+| ``reference`` | the definition | in ``torch.func`` transforms, forward-mode AD and ``torch.jit.trace`` |
 
 The environment variable ``SIBO_TRITON_BACKEND`` forces one of them; unset or ``auto`` is the table.
 """
@@ -21,6 +21,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 BACKEND_VARIABLE = "SIBO_TRITON_BACKEND"
 _BACKENDS = ("auto", "triton", "torch", "reference")
@@ -50,6 +51,7 @@ class Choice:
 
 
 _TRANSFORM = Choice("reference", "inside a torch.func transform, which hand-written gradients do not take part in")
+_FORWARD_MODE = Choice("reference", "inside forward-mode AD, which hand-written gradients do not take part in")
 _TRACED = Choice("reference", "traced by torch.jit, which would keep this call's shapes")
 _DEFINITION = Choice("reference", f"{BACKEND_VARIABLE}=reference")
 _PLAIN = Choice("torch", f"{BACKEND_VARIABLE}=torch")
@@ -80,6 +82,8 @@ def backend_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> Choice:
         return _DEFINITION
     if torch._C._are_functorch_transforms_active():
         return _TRANSFORM
+    if forward_ad._current_level >= 0:
+        return _FORWARD_MODE
     if torch._C._get_tracing_state() is not None:
         return _TRACED
     if requested == "torch":

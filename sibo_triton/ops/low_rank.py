@@ -22,7 +22,7 @@ from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_token
 from sibo_triton.ops.dispatch import backend_for, implementation, warn_of_fallback
 from sibo_triton.ops.group import Group, group, has_few_rows
 from sibo_triton.ops.products import forward
-from sibo_triton.ops.tensors import autocast_dtype
+from sibo_triton.ops.tensors import autocast_dtype, resolved
 
 
 def lora_linear(
@@ -236,7 +236,9 @@ def with_backend(
     activation: str | None = None,
 ) -> tuple[Settings, Inputs]:
     """The settings, with the chosen backend, and the tensors of an adapter of either kind, from checked arguments."""
-    (base, x, weight, _), (initial_residual, lambda_, dropout_p, seed) = frozen, mixing
+    (base, x, weight, bias), (initial_residual, lambda_, dropout_p, seed) = frozen, mixing
+    base, x = None if base is None else resolved(base), resolved(x)
+    initial_residual = None if initial_residual is None else resolved(initial_residual)
     adapter_dtype = adapter[0].dtype
     autocast = None if torch.float64 in (x.dtype, adapter_dtype) else autocast_dtype(x.device.type)
     adapter_dtype = adapter_dtype if autocast is None else autocast
@@ -253,7 +255,8 @@ def with_backend(
     s, scaling_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
     dtypes = (dtype, x.dtype, residual_dtype, adapter_dtype)
     settings = Settings(choice.name, s, number, dropout_p, *dtypes, activation)
-    return settings, Inputs(*frozen, *adapter, initial_residual, lambda_tensor, scaling_tensor, seed)
+    inputs = Inputs(base, x, weight, bias, *adapter, initial_residual, lambda_tensor, scaling_tensor, seed)
+    return settings, inputs
 
 
 def _low_rank(prepared: Prepared) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sibo_triton.kernels.tuple_getter import tuple_getter
 from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Settings
-from sibo_triton.ops.autograd import KEPT_PER_LAYER, Node, applied, gradients, kept_of, node_of, saved_of
+from sibo_triton.ops.autograd import KEPT_PER_LAYER, Node, applied, gradients, is_batched, kept_of, node_of, saved_of
 from sibo_triton.ops.dispatch import implementation
 from sibo_triton.ops.group import few_rows_request, has_few_rows
 from sibo_triton.ops.products import PER_LAYER, Down, backward_request, forward_request
@@ -68,7 +68,10 @@ def key_of(tensors: tuple, numbers: tuple) -> Hashable:
         hash(numbers)
     except TypeError:  # an array with one element, which the long path converts
         return None
-    autocast = autocast_dtype(tensors[0].device.type)
+    x, initial_residual = tensors[:2]
+    if x.is_neg() or initial_residual is not None and initial_residual.is_neg():
+        return None
+    autocast = autocast_dtype(x.device.type)
     modes = torch.is_grad_enabled(), autocast, implementation("triton").float32_is_exact()
     present = [tensor for tensor in tensors if tensor is not None]
     return numbers, modes, tuple(map(type, tensors)), *map(_facts, present), *map(_strides, present)
@@ -335,6 +338,7 @@ class _Repeated(torch.autograd.Function):
             all([grad_y is not None for grad_y in grads_y])  # noqa: C419 (a list is faster)
             and not torch.is_grad_enabled()
             and not torch._C._is_any_autocast_enabled()  # unusual in a backward
+            and not is_batched(grads_y[0])
             and implementation("triton").repeats()
         )
         grads = call.backward(kept, grads_y) if repeats else None

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 
+def resolved(tensor: Tensor) -> Tensor:
+    """Without torch's lazy negation (``z.conj().imag``), which kernels, reading memory, would not see."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
 def as_matrix(tensor: Tensor) -> Tensor:
-    """``[M, K]``, a view where strides allow; also where a size is 0."""
+    """``[M, K]``, a view where strides allow, also where a size is 0; resolved."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     dims = tensor.dim()
     if dims == 2:
         return tensor
