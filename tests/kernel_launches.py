@@ -219,13 +219,12 @@ class Up:
     has_bias: bool = False
     scaling: float = 0.7
     scaling_is_tensor: bool = False
-    strides: str = "contiguous"  # of B, unless "far", and of the base output
+    strides: str = "contiguous"  # of B and of the base output
 
     def inputs(self, device: str) -> Inputs:
-        far = self.strides == "far"
         tensors = {
             "t": matrix("t", self.m, self.rank, rank_dtype(self.y_dtype, self.b_dtype), device),
-            "b": matrix("b", self.n, self.rank, self.b_dtype, device, "contiguous" if far else self.strides),
+            "b": matrix("b", self.n, self.rank, self.b_dtype, device, self.strides),
             "scaling": torch.full((1,), self.scaling, device=device),
         }
         if self.has_bias:

@@ -107,8 +107,9 @@ LARGE: list[Launch] = [
 #: Elements whose offsets pass 2^31: of what is read, and of what is added to.
 FAR: list[Launch] = [
     Down(3, 24, (16,), FP16, FP16, 0.5, strides="far"),
-    Up(3, 24, 24, FP16, FP16, adds=True, strides="far"),
+    Up(3, 3, 24, FP16, FP16, adds=True, strides="far"),
     UpBackward(3, 24, (5,), FP16, FP16, strides="far"),
+    UpBackward(3, 24, (128,), FP16, FP16, strides="far"),  # in two passes
     WeightGradient(3, 24, (16,), FP16, FP16, 0.5, strides="far"),
     InputGradient(3, 24, (16,), FP16, FP16, 0.5, adds=True, strides="far"),
 ]

@@ -212,13 +212,6 @@ def test_siblings_share_a_launch(monkeypatch):
         monkeypatch.setattr(targets, "target_of", lambda device: KNOWN["sm_90"])
 
 
-def test_repeats_bitwise():
-    grad_y, p, weight = randn(130, 260, BF16), torch.randn(130, 16), randn(260, 16, BF16)
-    asked = UpGradients(grad_y, p, weight, 0.5, True, BF16, True, "tanh")
-    (first,), (again,) = (up_backward_siblings([asked]) for _ in range(2))
-    assert all(map(torch.equal, first, again))
-
-
 @pytest.mark.parametrize(
     ("message", "call"),
     [
