@@ -151,8 +151,8 @@ def test_lambda_stays_between_0_and_1_under_a_large_learning_rate(saved, tmp_pat
     # without B, which would learn the task by itself and leave lambda alone
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "logit_bias" in name
-    options = {"max_steps": 150, "save_strategy": "no", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
-    trainer_for(model, tmp_path, logging_steps=150, **options).train()
+    options = {"max_steps": 30, "save_strategy": "no", "learning_rate": 0.5, "lr_scheduler_type": "constant"}
+    trainer_for(model, tmp_path, logging_steps=30, **options).train()
     values = lambda_values(model)
     assert all(0.0 < value < 1.0 for value in values.values())
     moved = [abs(module.logit_bias.item() - before[name]) for name, module in lambda_modules(model).items()]

@@ -77,8 +77,8 @@ def _llava_inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "labels": ids.clone()}
 
 
-def llama() -> nn.Module:
-    return tf.LlamaForCausalLM(tf.LlamaConfig(**_LLAMA))
+def llama(blocks: int = 3) -> nn.Module:
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**{**_LLAMA, "num_hidden_layers": blocks}))
 
 
 def llava() -> nn.Module:
