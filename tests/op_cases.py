@@ -143,6 +143,19 @@ def _trainable(arguments: dict[str, object]) -> list[str]:
     return [name for name, value in arguments.items() if getattr(value, "requires_grad", False)]
 
 
+def saved_storages(run):
+    """The storages that autograd holds after `run`, by saved-tensor hooks: {address: bytes}."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run()
+    return y, storages
+
+
 class Allocations(TorchDispatchMode):
     """Sees every storage that operations make, and knows which of them are still alive, whoever holds them."""
 

@@ -20,6 +20,7 @@ from op_cases import (
     make,
     name_of,
     operations,
+    saved_storages,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -307,19 +308,6 @@ def assert_passes_opcheck(run):
 
 
 # --- What is kept for the backward
-
-
-def saved_storages(run):
-    """The storages that autograd holds after `run`, by saved-tensor hooks: {address: bytes}."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = run()
-    return y, storages
 
 
 @pytest.mark.parametrize("on_base", [False, True])

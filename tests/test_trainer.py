@@ -15,11 +15,11 @@ from adapter_folders import (
     with_weights,
 )
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from trainers import losses, trainer_for
 
 pytestmark = pytest.mark.oldest
 
-STEPS, HALF = 6, 3
+STEPS, HALF = 6, 3  # of `trainer_for`
 
 
 @pytest.fixture(scope="module")
@@ -29,29 +29,10 @@ def saved(tmp_path_factory):
     return {kind: save_adapter(root / kind, root / "base", kind) for kind in KINDS}
 
 
-def examples(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(3, 50, (10, 6), generator=generator).tolist()
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def trainer_for(model, folder, **options):
-    defaults = {
-        "max_steps": STEPS, "save_steps": HALF, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-        "logging_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 0, "weight_decay": 0.1,
-    }  # fmt: skip
-    arguments = TrainingArguments(str(folder), **{**defaults, **options})
-    return Trainer(model=model, args=arguments, train_dataset=examples(), eval_dataset=examples(1))
-
-
 def start(case, kind, **options):
     model = get_peft_model(case.base(), sibo_config(kind, **options))
     make_up_weights(model)
     return model
-
-
-def losses(trainer):
-    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
 def adapter_tensors(model):
