@@ -74,7 +74,7 @@ def output_and_gradients(operation, arguments: dict[str, object], grad_y: torch.
     """What a call gives: y, and the gradient of each tensor that requires one."""
     y = operation(**arguments)
     results = {"y": y.detach()}
-    wanted = {name: value for name, value in arguments.items() if getattr(value, "requires_grad", False)}
+    wanted = trainable(arguments)
     if wanted:
         gradients = torch.autograd.grad(y, list(wanted.values()), grad_y.to(y.dtype))
         results |= dict(zip(wanted, gradients, strict=True))
@@ -109,7 +109,7 @@ def assert_as_good_as_the_definition(case: OpCase, device: str = "cpu", margin: 
     sizes = {name: float(truth.norm()) for name, truth in exact.items()}
     if case.mixes == "learnable":
         sizes["lambda_"] = _size_of_lambda_terms(definition, on_cpu, grad_y)
-    assert found.keys() == exact.keys() and {"y", *_trainable(arguments)} == set(found)
+    assert found.keys() == exact.keys() and {"y", *trainable(arguments)} == set(found)
     for name, truth in exact.items():
         assert found[name].dtype == by_definition[name].dtype, name
         assert found[name].shape == truth.shape, name
@@ -139,8 +139,9 @@ def to_cpu(arguments: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _trainable(arguments: dict[str, object]) -> list[str]:
-    return [name for name, value in arguments.items() if getattr(value, "requires_grad", False)]
+def trainable(arguments: dict[str, object]) -> dict[str, torch.Tensor]:
+    """The tensors that require grad, by name."""
+    return {name: value for name, value in arguments.items() if getattr(value, "requires_grad", False)}
 
 
 def saved_storages(run):

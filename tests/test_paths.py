@@ -353,18 +353,6 @@ def test_a_bias_on_lora_a_and_nested_inputs_run_by_modules():
         assert different(layer(torch.ones(2, 32)), before)
 
 
-def test_a_model_compiles_where_plain_pytorch_is_asked_for(monkeypatch):
-    """Small layers take NumPy's help in eager mode, which the compiler must not see."""
-    monkeypatch.setenv("SIBO_TRITON_BACKEND", "torch")
-    monkeypatch.setattr("sibo_triton.ops.small.ELEMENTS", 2**13)
-    base = base_model(partial(llama, 2))
-    model, inputs = build(base, default=sibo(0.4, lora_dropout=0.1)).train(), token_inputs()
-    torch.manual_seed(1)
-    expected = model(**inputs).loss
-    torch.manual_seed(1)
-    close(torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss, expected)
-
-
 def test_explain_tells_what_the_environment_forces(monkeypatch):
     model = build(default=sibo())
     monkeypatch.setenv("SIBO_TRITON_BACKEND", "reference")
