@@ -157,3 +157,39 @@ def with_config(source: Path, folder: Path, **changes: object) -> Path:
     shutil.copytree(source, folder)
     (folder / "adapter_config.json").write_text(json.dumps({**read_config(folder), **changes}))
     return folder
+
+
+def everything_about(model, input_ids):
+    """What a refusal must not change."""
+    tuner = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {
+        "modules": [(name, type(module)) for name, module in model.named_modules()],
+        "hooks": {
+            (name, kind): len(getattr(module, kind))
+            for name, module in model.named_modules()
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_backward_hooks")
+        },
+        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "training": [module.training for module in model.modules()],
+        "peft_config": [dict(getattr(m, "peft_config", {})) for m in (model, tuner, base) if m is not None],
+        "has peft_config": "peft_config" in vars(base),
+        "peft loaded": getattr(base, "_hf_peft_config_loaded", False),
+        "active": [
+            module.active_adapters for module in model.modules() if hasattr(module, "lora_A") or module is tuner
+        ],
+        "attributes": {name for name in vars(base) if name != "_hf_peft_config_loaded"},
+        "logits": logits_of(model, input_ids),
+    }
+
+
+def assert_unchanged(before, after):
+    for what, value in before.items():
+        if what == "tensors":
+            assert value.keys() == after[what].keys()
+            assert all(torch.equal(tensor, after[what][name]) for name, tensor in value.items())
+        elif what == "logits":
+            assert torch.equal(value, after[what])
+        else:
+            assert value == after[what], what

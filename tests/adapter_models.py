@@ -37,10 +37,10 @@ def plain(**options):
     return LoraConfig(**{"r": 4, "target_modules": TARGETS, **options})
 
 
-def build(**configs):
-    """A tiny Llama with an adapter for each keyword, all random; the first is active."""
+def build(base=None, **configs):
+    """A model (default: a tiny Llama) with an adapter for each keyword, all random; the first is active."""
     names = list(configs)
-    model = get_peft_model(base_model(), configs[names[0]], adapter_name=names[0])
+    model = get_peft_model(base_model() if base is None else base, configs[names[0]], adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, configs[name])
     randomise_adapters(model)

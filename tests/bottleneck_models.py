@@ -22,6 +22,10 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
 }
 
+SERIES_INPUT = {"placement": "series", "side": "input"}
+SERIES_OUTPUT = {"placement": "series", "side": "output", "target_modules": ["down_proj", "o_proj"]}
+PARALLEL = {"placement": "parallel"}
+
 
 def adapter(value=0.3, **options):
     """A config with weights that show: biases, a scaling that is not 1."""

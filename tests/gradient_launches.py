@@ -83,7 +83,7 @@ class UpBackward:
             u = ("u", grad_y, tensors[f"b{i}"], FP32)
             grad_b = ("grad_b", grad_y.T, t, self.grad_dtype)
             for name, g, w, result_dtype in [of for of, wanted in zip((u, grad_b), self.wants, strict=True) if wanted]:
-                exact, terms = s * (g.double() @ w.double()), s * (g.double().abs() @ w.double().abs())
+                exact, terms = s * (g.double() @ w.double()), abs(s) * (g.double().abs() @ w.double().abs())
                 by_torch = (s * (g.to(dtype) @ w.to(dtype)).float()).to(result_dtype)
                 if name == "u":
                     exact, terms, by_torch = exact * slope, terms * (slope.abs() + 0.1), by_torch * slope.float()
@@ -162,6 +162,8 @@ class InputGradient:
     lambda_is_tensor: bool = False
     strides: str = "contiguous"  # of what it adds to
     last_is_plain: bool = False
+    wants_dx: bool = True
+    dh_dtype: torch.dtype | None = None  # of x if None
 
     def inputs(self, device: str) -> Inputs:
         tensors = inputs_of_gradients(self, device)
@@ -172,11 +174,11 @@ class InputGradient:
     def launch(self, tensors: Inputs) -> dict[str, Tensor]:
         dx, dh = down_input_gradient(
             siblings_of(self, tensors, None),
-            dtype=self.x_dtype,
+            dtype=self.x_dtype if self.wants_dx else None,
             base=tensors.get("base"),
-            residual_dtype=self.x_dtype if self.wants_dh else None,
+            residual_dtype=(self.dh_dtype or self.x_dtype) if self.wants_dh else None,
         )
-        return {"dx": dx} | ({"dh": dh} if self.wants_dh else {})
+        return {name: of for name, of in (("dx", dx), ("dh", dh)) if of is not None}
 
     def expected(self, tensors: Inputs) -> dict[str, Expected]:
         base = tensors["base"] if self.adds else torch.zeros((), device=tensors["u0"].device)
@@ -192,10 +194,15 @@ class InputGradient:
             dh, dh_terms = dh + lambda_ * product, dh_terms + lambda_ * terms
             dx_by_torch, dh_by_torch = dx_by_torch + (1 - lambda_) * by_torch, dh_by_torch + lambda_ * by_torch
         operands = 0.0 if self.a_dtype == FP32 else ROUNDING[self.a_dtype]
-        rest = operands, self.a_dtype == FP32 != self.x_dtype, sum(self.ranks)
-        named = {"dx": Expected(dx, dx_terms, dx_by_torch.to(self.x_dtype), *rest)}
+        dh_dtype = self.dh_dtype or self.x_dtype
+        results = {self.x_dtype} if self.wants_dx else set()
+        results |= {dh_dtype} if self.wants_dh else set()
+        rest = operands, self.a_dtype == FP32 and results != {FP32}, sum(self.ranks)
+        named = {}
+        if self.wants_dx:
+            named["dx"] = Expected(dx, dx_terms, dx_by_torch.to(self.x_dtype), *rest)
         if self.wants_dh:
-            named["dh"] = Expected(dh, dh_terms, dh_by_torch.to(self.x_dtype), *rest)
+            named["dh"] = Expected(dh, dh_terms, dh_by_torch.to(dh_dtype), *rest)
         return named
 
 

@@ -169,10 +169,13 @@ class Activated:
     p: float = 0.0
     has_bias: bool = True
     difference: bool = False
+    lambda_is_tensor: bool = False
+    h0_dtype: torch.dtype | None = None
 
     @property
     def down(self) -> Down:
-        return Down(self.m, self.k, self.ranks, self.x_dtype, self.a_dtype, self.lambda_, self.p, self.difference)
+        rest = self.lambda_, self.p, self.difference, self.lambda_is_tensor, self.h0_dtype
+        return Down(self.m, self.k, self.ranks, self.x_dtype, self.a_dtype, *rest)
 
     def inputs(self, device: str) -> Inputs:
         tensors = self.down.inputs(device)
@@ -219,34 +222,38 @@ class Up:
     has_bias: bool = False
     scaling: float = 0.7
     scaling_is_tensor: bool = False
-    strides: str = "contiguous"  # of B, unless "far", and of the base output
+    strides: str = "contiguous"  # of B and of the base output
+    has_base_bias: bool = False  # of a fresh y
 
     def inputs(self, device: str) -> Inputs:
-        far = self.strides == "far"
         tensors = {
             "t": matrix("t", self.m, self.rank, rank_dtype(self.y_dtype, self.b_dtype), device),
-            "b": matrix("b", self.n, self.rank, self.b_dtype, device, "contiguous" if far else self.strides),
+            "b": matrix("b", self.n, self.rank, self.b_dtype, device, self.strides),
             "scaling": torch.full((1,), self.scaling, device=device),
         }
         if self.has_bias:
             tensors["bias"] = matrix("bias", 1, self.n, self.b_dtype, device)[0]
         if self.adds:
             tensors["base"] = matrix("base", self.m, self.n, self.y_dtype, device, self.strides)
+        elif self.has_base_bias:
+            tensors["base_bias"] = matrix("base_bias", 1, self.n, self.y_dtype, device)[0]
         return tensors
 
     def launch(self, tensors: Inputs) -> dict[str, Tensor]:
         scaling = tensors["scaling"] if self.scaling_is_tensor else self.scaling
         bias = tensors.get("bias")
         if not self.adds:
-            return {"y": up_module.up(tensors["t"], tensors["b"], scaling, self.y_dtype, bias)}
+            base_bias = tensors.get("base_bias")
+            return {"y": up_module.up(tensors["t"], tensors["b"], scaling, self.y_dtype, bias, base_bias)}
         return {"y": up_module.add_up(tensors["base"], tensors["t"], tensors["b"], scaling, bias)}
 
     def expected(self, tensors: Inputs) -> dict[str, Expected]:
         t, lora_b = tensors["t"], tensors["b"]
-        bias, base = tensors.get("bias", t.new_zeros(())), tensors.get("base", t.new_zeros(()))
+        zero = t.new_zeros(())
+        bias, base = tensors.get("bias", zero), tensors.get("base", tensors.get("base_bias", zero))
         s = float(tensors["scaling"])
         exact = base.double() + s * (t.double() @ lora_b.double().T + bias.double())
-        terms = base.double().abs() + s * (t.double().abs() @ lora_b.double().abs().T + bias.double().abs())
+        terms = base.double().abs() + abs(s) * (t.double().abs() @ lora_b.double().abs().T + bias.double().abs())
         low_rank = t.to(lora_b.dtype) @ lora_b.T + bias.to(lora_b.dtype)
         by_torch = (base.float() + s * low_rank).to(self.y_dtype)
         operands = 0.0 if lora_b.dtype == FP32 else ROUNDING[lora_b.dtype]
@@ -314,7 +321,8 @@ class LowRank:
             by_torch = (s * (t.by_torch.to(b.dtype) @ b.T + bias) + base).to(self.x_dtype)
             operands = t.operands + (0.0 if b.dtype == FP32 else ROUNDING[b.dtype])  # t is rounded to B's dtype
             in_parts = t.in_parts or b.dtype == FP32 != self.x_dtype
-            named[f"y{i}"] = Expected(exact, terms, by_torch, operands, in_parts, self.k + self.ranks[i])
+            rounded_to = None if b.dtype == FP32 else b.dtype
+            named[f"y{i}"] = Expected(exact, terms, by_torch, operands, in_parts, self.k + self.ranks[i], rounded_to)
         return named
 
 

@@ -74,7 +74,7 @@ def output_and_gradients(operation, arguments: dict[str, object], grad_y: torch.
     """What a call gives: y, and the gradient of each tensor that requires one."""
     y = operation(**arguments)
     results = {"y": y.detach()}
-    wanted = {name: value for name, value in arguments.items() if getattr(value, "requires_grad", False)}
+    wanted = trainable(arguments)
     if wanted:
         gradients = torch.autograd.grad(y, list(wanted.values()), grad_y.to(y.dtype))
         results |= dict(zip(wanted, gradients, strict=True))
@@ -106,24 +106,40 @@ def assert_as_good_as_the_definition(case: OpCase, device: str = "cpu", margin: 
     on_cpu = to_cpu(arguments)
     by_definition = output_and_gradients(definition, on_cpu, grad_y)
     exact = output_and_gradients(definition, in_dtype(on_cpu, FP64), grad_y)
-    sizes = {name: float(truth.norm()) for name, truth in exact.items()}
-    if case.mixes == "learnable":
-        sizes["lambda_"] = _size_of_lambda_terms(definition, on_cpu, grad_y)
-    assert found.keys() == exact.keys() and {"y", *_trainable(arguments)} == set(found)
+    sizes = {"lambda_": size_of_lambda_terms(definition, on_cpu, grad_y)} if case.mixes == "learnable" else {}
+    assert {"y", *trainable(arguments)} == set(found)
+    assert_as_good(found, by_definition, exact, case.dtype, margin, sizes)
+
+
+def assert_as_good(
+    found: dict[str, torch.Tensor],
+    by_definition: dict[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    margin: float | None = None,
+    sizes: dict[str, float] | None = None,
+) -> None:
+    """Each result, norm-wise: no further from float64's than the definition's in the same dtypes, and a margin.
+
+    Args:
+        dtype: of the activations.
+        margin: of a result's size. Default: of the CPU.
+        sizes: of a result that is a sum over everything, the norm of its terms, which may cancel to anything.
+    """
+    margin = {FP64: 1e-12, FP32: 3e-6}.get(dtype, 1e-4) if margin is None else margin
+    assert found.keys() == exact.keys()
     for name, truth in exact.items():
         assert found[name].dtype == by_definition[name].dtype, name
         assert found[name].shape == truth.shape, name
-        size = sizes[name]
+        size = (sizes or {}).get(name, float(truth.norm()))
         error, allowed = (float((each[name].cpu().double() - truth).norm()) for each in (found, by_definition))
-        if margin is None:
-            margin = {FP64: 1e-12, FP32: 3e-6}.get(case.dtype, 1e-4)
         assert math.isfinite(error), name
         # One number has no errors that average out: that of one rounding to 16 bits of its terms.
-        factor = 40 if name == "lambda_" and case.dtype.itemsize == 2 else 1
+        factor = 40 if truth.numel() == 1 and dtype.itemsize == 2 else 1
         assert error <= 1.2 * allowed + factor * margin * size + 1e-30, (name, error, allowed, size)
 
 
-def _size_of_lambda_terms(definition, arguments: dict[str, object], grad_y: torch.Tensor) -> float:
+def size_of_lambda_terms(definition, arguments: dict[str, object], grad_y: torch.Tensor) -> float:
     """The norm of dx~ (h0 - x), elementwise: its sum, the gradient of lambda, may cancel to anything."""
     wide = in_dtype(arguments, FP64)
     wide["initial_residual"].requires_grad_()
@@ -139,8 +155,22 @@ def to_cpu(arguments: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _trainable(arguments: dict[str, object]) -> list[str]:
-    return [name for name, value in arguments.items() if getattr(value, "requires_grad", False)]
+def trainable(arguments: dict[str, object]) -> dict[str, torch.Tensor]:
+    """The tensors that require grad, by name."""
+    return {name: value for name, value in arguments.items() if getattr(value, "requires_grad", False)}
+
+
+def saved_storages(run):
+    """The storages that autograd holds after `run`, by saved-tensor hooks: {address: bytes}."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run()
+    return y, storages
 
 
 class Allocations(TorchDispatchMode):

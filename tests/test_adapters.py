@@ -14,7 +14,6 @@ from adapter_models import (
     sibo,
     without_mixing,
 )
-from peft import get_peft_model
 from tiny_models import randomise_adapters, token_inputs
 
 from sibo_triton import explain
@@ -78,22 +77,6 @@ def test_learnable_lambdas_of_adapters_and_modules_are_their_own():
     assert different(output(model, inputs), before)
     values = {(row.adapter, round(row.lambda_, 6)) for row in explain(model) if row.mixes}
     assert ("other", 0.3) in values and ("one", 0.3) not in values and len(values) == 10  # each of nine moved by itself
-
-
-def test_disable_adapter_gives_the_base_model_and_enabling_brings_it_back():
-    base, inputs = base_model(), token_inputs()
-    expected = output(base, inputs)
-    model = get_peft_model(base, sibo())
-    randomise_adapters(model)
-    mixed = output(model, inputs)
-    assert different(mixed, expected)
-    with model.disable_adapter():
-        assert torch.equal(output(model, inputs), expected)
-    assert torch.equal(output(model, inputs), mixed)
-    model.base_model.disable_adapter_layers()
-    assert torch.equal(output(model, inputs), expected)
-    model.base_model.enable_adapter_layers()
-    assert torch.equal(output(model, inputs), mixed)
 
 
 # --- Deleting, unloading
@@ -163,20 +146,3 @@ def test_transformers_delete_adapter_takes_the_hooks_off():
     model.delete_adapter("one")
     assert hooks_on(model) == []
     assert torch.equal(output(model, inputs), expected)
-
-
-def test_unload_gives_back_the_base_model():
-    base, inputs = base_model(), token_inputs()
-    expected, modules = output(base, inputs), [(name, id(module)) for name, module in base.named_modules()]
-    model = get_peft_model(base, sibo())
-    model.add_adapter("embedding", sibo(sibo_source="embedding"))
-    randomise_adapters(model)
-    assert different(output(model, inputs), expected)
-    unloaded = model.unload()
-    assert unloaded is base
-    assert [(name, id(module)) for name, module in unloaded.named_modules()] == modules
-    assert hooks_on(unloaded) == []
-    assert torch.equal(output(unloaded, inputs), expected)
-    again = get_peft_model(unloaded, sibo(0.5))
-    randomise_adapters(again)
-    close(output(again, inputs), output(oracle_of(again, default=sibo(0.5)), inputs))

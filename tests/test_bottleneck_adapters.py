@@ -5,10 +5,19 @@ import copy
 import pytest
 import torch
 from adapter_models import base_model, close, different, hooks_on, output, residual_hooks_on
-from bottleneck_models import LLAMA_DEFAULT, Oracle, adapter, adapter_gradients, build, layers_of, randomise
+from bottleneck_models import (
+    LLAMA_DEFAULT,
+    PARALLEL,
+    SERIES_INPUT,
+    Oracle,
+    adapter,
+    adapter_gradients,
+    build,
+    layers_of,
+    randomise,
+)
 from peft import LoraConfig, get_peft_model
 from refusals import assert_as_it_was, fingerprint
-from test_bottleneck_equations import PARALLEL, SERIES_INPUT
 from tiny_models import ARCHITECTURES, token_inputs
 from torch import nn
 
@@ -134,21 +143,6 @@ def test_what_a_mixed_batch_refuses():
 # --- Switching on and off
 
 
-def test_disable_adapter_gives_the_base_model_and_enabling_brings_it_back():
-    base, inputs = base_model(), token_inputs()
-    expected = output(base, inputs)
-    model = randomise(get_peft_model(base, adapter()))
-    mixed = output(model, inputs)
-    assert different(mixed, expected)
-    with model.disable_adapter():
-        assert torch.equal(output(model, inputs), expected)
-    assert torch.equal(output(model, inputs), mixed)
-    model.base_model.disable_adapter_layers()
-    assert torch.equal(output(model, inputs), expected)
-    model.base_model.enable_adapter_layers()
-    assert torch.equal(output(model, inputs), mixed)
-
-
 def test_set_adapter_moves_what_is_trainable():
     options = {"sibo_learnable": True, "scaling": "learnable"}
     model = build(one=adapter(**options), other=adapter(**options), fixed=adapter())
@@ -220,21 +214,6 @@ def test_transformers_add_and_delete_adapter():
     model.delete_adapter("two")
     assert hooks_on(model) == []
     assert torch.equal(output(model, inputs), expected)
-
-
-def test_unload_gives_back_the_base_model():
-    base, inputs = base_model(), token_inputs()
-    expected, modules = output(base, inputs), [(name, id(module)) for name, module in base.named_modules()]
-    model = get_peft_model(base, adapter())
-    model.add_adapter("embedding", adapter(sibo_source="embedding"))
-    randomise(model)
-    assert different(output(model, inputs), expected)
-    unloaded = model.unload()
-    assert unloaded is base and hooks_on(unloaded) == []
-    assert [(name, id(module)) for name, module in unloaded.named_modules()] == modules
-    assert torch.equal(output(unloaded, inputs), expected)
-    again = build(unloaded, default=adapter(0.5))
-    close(output(again, inputs), output(Oracle(again, {"default": adapter(0.5)}), inputs))
 
 
 @pytest.mark.parametrize("value", [0.3, 0.0])

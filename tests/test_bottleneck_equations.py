@@ -6,6 +6,9 @@ from adapter_models import base_model, close, different, output, residual_hooks_
 from bottleneck_models import (
     ACTIVATIONS,
     LLAMA_DEFAULT,
+    PARALLEL,
+    SERIES_INPUT,
+    SERIES_OUTPUT,
     Oracle,
     adapter,
     adapter_gradients,
@@ -19,9 +22,6 @@ from sibo_triton import explain
 
 pytestmark = pytest.mark.oldest
 
-SERIES_INPUT = {"placement": "series", "side": "input"}
-SERIES_OUTPUT = {"placement": "series", "side": "output", "target_modules": ["down_proj", "o_proj"]}
-PARALLEL = {"placement": "parallel"}
 EQUATIONS = {"series, input": SERIES_INPUT, "series, output": SERIES_OUTPUT, "parallel": PARALLEL}
 
 

@@ -1,17 +1,18 @@
 """Training bottleneck adapters: checkpointing of every kind, Trainer, torch.compile, what is kept for the backward."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
 from adapter_models import base_model, close, different, output
 from bottleneck_models import Oracle, adapter, adapter_gradients, build, layers_of, randomise
-from op_cases import Allocations
+from checkpoint_kinds import KINDS, assert_same, checkpoint, gradients_of
+from op_cases import Allocations, saved_storages
 from peft import PeftModel, get_peft_model
-from test_checkpointing import KINDS, _assert_same, _gradients, _on
-from test_ops import saved_storages
-from tiny_models import ARCHITECTURES, VOCAB, llama, token_inputs
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from tiny_models import ARCHITECTURES, VOCAB, llama, llama_with, token_inputs
+from trainers import losses, trainer_for
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sibo_triton import SiboAdapterConfig
 
@@ -25,10 +26,12 @@ EQUATIONS = {
 }
 
 
-def model_for(seed=3, **options):
+def model_for(seed=3, blocks=3, **options):
     torch.manual_seed(seed)
     defaults = {"sibo_learnable": True, "scaling": "learnable", "task_type": "CAUSAL_LM"}
-    return randomise(get_peft_model(base_model(), adapter(0.4, **{**defaults, **options}))).train()
+    return randomise(
+        get_peft_model(base_model(partial(llama, blocks)), adapter(0.4, **{**defaults, **options}))
+    ).train()
 
 
 def batches():
@@ -48,16 +51,16 @@ def test_checkpointing_gives_the_gradients_of_none_with_two_forwards_before_a_ba
     for checkpointed in (False, True):
         model = model_for(**EQUATIONS[equation])
         if checkpointed:
-            _on(model, KINDS[kind])
+            checkpoint(model, KINDS[kind])
         first, second = batches()
         losses = [model(**first).loss, model(**second).loss]
         (losses[0] + 2 * losses[1]).backward()
-        gradients.append(_gradients(model))
+        gradients.append(gradients_of(model))
     assert gradients[0] and all(".sibo_adapter_" in name for name in gradients[0])
-    _assert_same(gradients[1], gradients[0])
+    assert_same(gradients[1], gradients[0])
     other = model_for(**EQUATIONS[equation])
     other(**batches()[1]).loss.backward()
-    assert any(different(gradients[0][name], gradient) for name, gradient in _gradients(other).items())
+    assert any(different(gradients[0][name], gradient) for name, gradient in gradients_of(other).items())
 
 
 @oldest
@@ -67,11 +70,11 @@ def test_checkpointing_draws_the_dropout_mask_again(kind):
     for checkpointed in (False, True):
         model = model_for(adapter_dropout=0.4)
         if checkpointed:
-            _on(model, KINDS[kind])
+            checkpoint(model, KINDS[kind])
         torch.manual_seed(9)
         model(**batches()[0]).loss.backward()
-        gradients.append(_gradients(model))
-    _assert_same(gradients[1], gradients[0])
+        gradients.append(gradients_of(model))
+    assert_same(gradients[1], gradients[0])
 
 
 @oldest
@@ -137,7 +140,7 @@ def test_autocast_trains_in_its_dtype():
 
 def test_torch_compile_computes_the_same():
     torch._dynamo.reset()
-    model, inputs = model_for(), batches()[0]
+    model, inputs = model_for(blocks=2), batches()[0]
     expected = output(model, inputs)
     gradients = adapter_gradients(model, inputs)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -208,24 +211,6 @@ def test_nothing_more_than_the_frozen_model_holds_outlives_the_backward():
 # --- Trainer
 
 
-def examples(seed=0):
-    rows = torch.randint(3, 50, (10, 6), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def trainer_for(model, folder, **options):
-    defaults = {
-        "max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 10, "learning_rate": 2e-2, "logging_steps": 1,
-        "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 0, "weight_decay": 0.1,
-    }  # fmt: skip
-    arguments = TrainingArguments(str(folder), **{**defaults, **options})
-    return Trainer(model=model, args=arguments, train_dataset=examples())
-
-
-def losses(trainer):
-    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-
-
 @oldest
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("options", [{}, {"placement": "parallel", "sibo_lambda": 0.0}], ids=["sibo", "plain"])
@@ -238,29 +223,23 @@ def test_training_reduces_the_loss_and_resumes_where_it_stopped(options, checkpo
         chosen["sibo_learnable"] = chosen["sibo_learnable"] and value > 0
         return get_peft_model(base_model(), SiboAdapterConfig(bottleneck_size=8, sibo_lambda=value, **chosen))
 
-    whole = trainer_for(start(), tmp_path, gradient_checkpointing=checkpointing)
+    run = {"max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 10, "learning_rate": 2e-2}
+    run["gradient_checkpointing"] = checkpointing
+    whole = trainer_for(start(), tmp_path, **run)
     before = {name: p.detach().clone() for name, p in whole.model.named_parameters() if p.requires_grad}
     whole.train()
     found = losses(whole)
     assert found[8] < 0.9 * found[1]
     after = dict(whole.model.named_parameters())
     assert all(not torch.equal(after[name], tensor) for name, tensor in before.items()), "everything trains"
-    resumed = trainer_for(start(), tmp_path / "resumed", gradient_checkpointing=checkpointing)
+    resumed = trainer_for(start(), tmp_path / "resumed", **run)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert {step: loss for step, loss in found.items() if step > 4} == {
         step: loss for step, loss in losses(resumed).items() if step > 4
     }
-    loaded = PeftModel.from_pretrained(llama_like(whole.model), tmp_path / "checkpoint-8").eval()
+    loaded = PeftModel.from_pretrained(llama_with(whole.model), tmp_path / "checkpoint-8").eval()
     inputs = token_inputs()
     close(output(loaded, inputs), output(whole.model.eval(), inputs))
-
-
-def llama_like(model):
-    """A base model with the frozen weights of `model`."""
-    base = llama()
-    state = {name.removeprefix("base_model.model."): tensor for name, tensor in model.state_dict().items()}
-    base.load_state_dict({n.replace(".base_layer", ""): t for n, t in state.items() if ".sibo_adapter_" not in n})
-    return base
 
 
 @oldest

@@ -5,10 +5,19 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
+from checkpoint_kinds import (
+    KINDS,
+    Enable,
+    assert_same,
+    checkpoint,
+    gradients_of,
+    non_reentrant,
+    nothing,
+    reentrant,
+)
 from oracle import oracle_like
 from peft import get_peft_model
 from tiny_models import ARCHITECTURES, llama, randomise_adapters
@@ -18,59 +27,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sibo_triton import SiboLoraConfig
 
 pytestmark = pytest.mark.oldest
-
-Enable = Callable[[nn.Module], None]
-
-
-def _nothing(model: nn.Module) -> None:
-    pass
-
-
-def _reentrant(model: nn.Module) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()
-
-
-def _non_reentrant(model: nn.Module) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _non_reentrant_with_input_gradients(model: nn.Module) -> None:
-    _non_reentrant(model)
-    model.enable_input_require_grads()
-
-
-def _wrapper(model: nn.Module, kind: CheckpointImpl = CheckpointImpl.NO_REENTRANT) -> None:
-    apply_activation_checkpointing(
-        model,
-        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=kind),
-        check_fn=lambda module: isinstance(module, GradientCheckpointingLayer),
-    )
-
-
-def _reentrant_wrapper(model: nn.Module) -> None:
-    model.enable_input_require_grads()
-    _wrapper(model, CheckpointImpl.REENTRANT)
-
-
-def _on(model: nn.Module, enable: Enable) -> Enable:
-    """Enable checkpointing: the wrappers are for the base model, the rest for whichever model the user has."""
-    return enable(model.get_base_model() if enable in (_wrapper, _reentrant_wrapper) else model)
-
-
-KINDS = {
-    "reentrant": _reentrant,
-    "non_reentrant": _non_reentrant,
-    "non_reentrant_with_input_gradients": _non_reentrant_with_input_gradients,
-    "checkpoint_wrapper": _wrapper,
-    "reentrant_checkpoint_wrapper": _reentrant_wrapper,
-}
-
 
 TRAINABLE_EMBEDDINGS = [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": list(range(50))}]
 
@@ -91,22 +51,10 @@ def _batches(architecture: str = "llama") -> tuple[dict, dict]:
     return {**ARCHITECTURES[architecture].inputs(), **more}, {**ARCHITECTURES[architecture].inputs(), **more}
 
 
-def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    # a wrapper puts its name into the parameters'
-    named = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in model.named_parameters()}
-    return {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
-
-
-def _assert_same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert gradients.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
-
-
 def _interleaved(enable: Enable, architecture: str = "llama", between: str | None = None, **config: object) -> dict:
     """Forward A, forward B, backward A, backward B."""
     model = _model(architecture, **config)
-    _on(model, enable)
+    checkpoint(model, enable)
     first, second = _batches(architecture)
     loss_a = model(**first).loss
     if between == "disable_adapter":
@@ -118,7 +66,7 @@ def _interleaved(enable: Enable, architecture: str = "llama", between: str | Non
     loss_a.backward()
     # weights that differ, so that exchanging the two would show
     (3 * loss_b).backward()
-    return _gradients(model)
+    return gradients_of(model)
 
 
 def _one_after_the_other(architecture: str = "llama", **config: object) -> dict:
@@ -127,26 +75,26 @@ def _one_after_the_other(architecture: str = "llama", **config: object) -> dict:
     first, second = _batches(architecture)
     model(**first).loss.backward()
     (3 * model(**second).loss).backward()
-    return _gradients(model)
+    return gradients_of(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5", "bert"])
 def test_two_forwards_then_two_backwards(kind: str, architecture: str) -> None:
     expected = _one_after_the_other(architecture)
-    _assert_same(_interleaved(KINDS[kind], architecture), expected)
+    assert_same(_interleaved(KINDS[kind], architecture), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_a_pass_without_adapter_in_between(kind: str) -> None:
-    _assert_same(_interleaved(KINDS[kind], between="disable_adapter"), _one_after_the_other())
+    assert_same(_interleaved(KINDS[kind], between="disable_adapter"), _one_after_the_other())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_a_learnable_lambda(kind: str) -> None:
     expected = _one_after_the_other(sibo_learnable=True)
     assert any("lora_sibo_lambda" in name and value.abs().max() > 0 for name, value in expected.items())
-    _assert_same(_interleaved(KINDS[kind], sibo_learnable=True), expected)
+    assert_same(_interleaved(KINDS[kind], sibo_learnable=True), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +103,7 @@ def test_with_trainable_embeddings(kind: str, config: dict) -> None:
     expected = _one_after_the_other(**config)
     embedding = [name for name in expected if "embed_tokens" in name]
     assert embedding
-    _assert_same(_interleaved(KINDS[kind], **config), expected)
+    assert_same(_interleaved(KINDS[kind], **config), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,13 +117,13 @@ def test_with_two_sources_side_by_side(kind: str, source: str) -> None:
         torch.manual_seed(5)
         randomise_adapters(model)
         model.base_model.set_adapter(["default", "other"])
-        _on(model, enable)
+        checkpoint(model, enable)
         losses = [model(**batch).loss for batch in _batches()] if interleave else None
         for index, batch in enumerate(_batches()):
             ((1 + 2 * index) * (losses[index] if losses else model(**batch).loss)).backward()
-        return _gradients(model)
+        return gradients_of(model)
 
-    _assert_same(run(KINDS[kind], True), run(_nothing, False))
+    assert_same(run(KINDS[kind], True), run(nothing, False))
 
 
 def test_dropout_is_replayed() -> None:
@@ -184,25 +132,25 @@ def test_dropout_is_replayed() -> None:
         enable(model)
         torch.manual_seed(7)
         model(**_batches()[0]).loss.backward()
-        return _gradients(model)
+        return gradients_of(model)
 
-    _assert_same(run(_non_reentrant), run(_nothing))
+    assert_same(run(non_reentrant), run(nothing))
 
 
 def test_checkpointing_switched_on_after_a_forward_is_seen() -> None:
     model = _model()
     first, second = _batches()
     model(**first)
-    _non_reentrant(model)
+    non_reentrant(model)
     loss_a, loss_b = model(**first).loss, model(**second).loss
     loss_a.backward()
     (3 * loss_b).backward()
-    _assert_same(_gradients(model), _one_after_the_other())
+    assert_same(gradients_of(model), _one_after_the_other())
     model.gradient_checkpointing_disable()
     model.zero_grad()
     model(**first).loss.backward()
     (3 * model(**second).loss).backward()
-    _assert_same(_gradients(model), _one_after_the_other())
+    assert_same(gradients_of(model), _one_after_the_other())
 
 
 def test_a_loss_over_two_forwards() -> None:
@@ -215,10 +163,10 @@ def test_a_loss_over_two_forwards() -> None:
         with torch.no_grad(), model.disable_adapter():
             reference = model(**first).loss
         (model(**first).loss * model(**second).loss - reference).backward()
-        return _gradients(model)
+        return gradients_of(model)
 
-    for enable in (_reentrant, _non_reentrant):
-        _assert_same(run(enable), run(_nothing))
+    for enable in (reentrant, non_reentrant):
+        assert_same(run(enable), run(nothing))
 
 
 def test_a_part_of_a_block_under_a_wrapper_raises_instead_of_taking_another_h0() -> None:
@@ -237,7 +185,7 @@ def test_a_part_of_a_block_under_a_wrapper_raises_instead_of_taking_another_h0()
 @pytest.mark.parametrize("kind", ["none", *KINDS])
 def test_no_h0_outlives_its_step(kind: str, config: dict) -> None:
     model = _model(**config)
-    _on(model, KINDS.get(kind, _nothing))
+    checkpoint(model, KINDS.get(kind, nothing))
     held: list[weakref.ref] = []
     embedding = model.get_base_model().get_input_embeddings()
     embedding.register_forward_hook(lambda m, args, output: held.append(weakref.ref(output.untyped_storage())))
@@ -301,7 +249,7 @@ def _with_oracle(**config: object) -> tuple[nn.Module, nn.Module]:
     return model, oracle_like(llama, kwargs, model, 0.4, names)
 
 
-@pytest.mark.parametrize("enable", [_nothing, _reentrant, _non_reentrant])
+@pytest.mark.parametrize("enable", [nothing, reentrant, non_reentrant])
 def test_inputs_embeds_and_soft_prompts_get_the_exact_gradient(enable: Enable) -> None:
     model, oracle = _with_oracle()
     enable(model)
@@ -316,16 +264,16 @@ def test_inputs_embeds_and_soft_prompts_get_the_exact_gradient(enable: Enable) -
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("enable", [_nothing, _reentrant, _non_reentrant])
+@pytest.mark.parametrize("enable", [nothing, reentrant, non_reentrant])
 @pytest.mark.parametrize("config", TRAINABLE_EMBEDDINGS)
 def test_trainable_embeddings_get_the_exact_gradient(config: dict, enable: Enable) -> None:
     model, oracle = _with_oracle(**config)
     enable(model)
     for each in (model, oracle):
         each(**_batches()[0]).loss.backward()
-    expected = _gradients(oracle)
+    expected = gradients_of(oracle)
     assert any("embed_tokens" in name for name in expected)
-    _assert_same(_gradients(model), expected)
+    assert_same(gradients_of(model), expected)
 
 
 def test_functional_call_over_the_embedding_gets_the_exact_gradient() -> None:

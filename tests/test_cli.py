@@ -1,12 +1,13 @@
 """The command line: what it accepts, what it refuses and how, and that it is wired to what the other tests test."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
+import sibo_triton
 from sibo_triton import environment
 from sibo_triton.cli import app
 from sibo_triton.finetune.demo import task as demo_task
@@ -158,20 +159,24 @@ def test_an_interrupted_run_exits_as_shells_expect(arguments, tmp_path, monkeypa
     assert "Interrupted after step 0 of 2" in (tmp_path / "out/report.md").read_text()
 
 
-def test_a_missing_library_is_named_with_the_way_to_get_it(arguments):
-    """In a process of its own: here the library is already imported."""
-    code = "import sys; sys.modules['datasets'] = None; from sibo_triton.cli import main; main()"
-    command = [sys.executable, "-c", code, "finetune", *(part for pair in arguments.items() for part in pair)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
+def test_a_missing_library_is_named_with_the_way_to_get_it(arguments, monkeypatch):
+    """Where it is missing when our modules are imported: none of them may need it to be."""
+    monkeypatch.setattr(sibo_triton, "finetune", sibo_triton.finetune)  # so that it is put back
+    for name in [name for name in sys.modules if name.startswith("sibo_triton.finetune")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    result = finetune(arguments)
+    assert result.exit_code == 2, result.output
     assert result.stderr.strip() == "error: fine-tuning needs datasets: pip install 'sibo-triton[finetune]'."
 
 
-def test_the_module_runs_as_a_command():
-    result = subprocess.run([sys.executable, "-m", "sibo_triton", "--help"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "Usage: sibo-triton" in result.stdout
-    assert all(command in result.stdout for command in ("finetune", "demo", "env"))
+def test_the_module_runs_as_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sibo_triton", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("sibo_triton", run_name="__main__")
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and "Usage: sibo-triton" in shown
+    assert all(command in shown for command in ("finetune", "demo", "env"))
 
 
 def test_env_prints_the_environment():

@@ -15,6 +15,8 @@ from accelerate.utils import fsdp_utils
 from adapter_folders import (
     KINDS,
     TARGETS,
+    assert_unchanged,
+    everything_about,
     lambda_values,
     logits_of,
     make_up_weights,
@@ -26,7 +28,6 @@ from adapter_folders import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from test_refused_folders import assert_unchanged, everything_about
 from tiny_models import ARCHITECTURES, VOCAB, WIDTH
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

@@ -189,14 +189,12 @@ for module in MODULES:
 """
 
 
-@pytest.mark.parametrize("installed", ["none", pytest.param("regular", marks=pytest.mark.oldest)])
-def test_transformers_and_ours_import_beside_their_kernels(installed, stand_in, wheel, tmp_path):
+@pytest.mark.oldest
+def test_transformers_and_ours_import_beside_their_kernels(stand_in, wheel, tmp_path):
+    """Both installed; how a checkout's names are found is asked above."""
     folder = tmp_path / "site-packages"
     shutil.copytree(stand_in, folder)
-    if installed == "regular":
-        zipfile.ZipFile(wheel).extractall(folder)
-    cwd = ROOT if installed == "none" else tmp_path
+    zipfile.ZipFile(wheel).extractall(folder)
     dependencies = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    output = run_python(f"MODULES = {MODULES!r}\n{USE_BOTH}", folder, cwd, dependencies=sorted(dependencies))
-    kernels = ROOT / "kernels" if installed == "none" else folder / "sibo_triton/kernels"
-    assert output.split() == [str(kernels / f"{module}.py") for module in MODULES]
+    output = run_python(f"MODULES = {MODULES!r}\n{USE_BOTH}", folder, tmp_path, dependencies=sorted(dependencies))
+    assert output.split() == [str(folder / f"sibo_triton/kernels/{module}.py") for module in MODULES]

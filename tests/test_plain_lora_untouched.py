@@ -106,6 +106,8 @@ def test_lambda_0_trains_saves_and_runs_as_plain_lora_byte_for_byte(tmp_path):
     for ours, theirs in zip(sibo.modules(), lora.modules(), strict=True):
         assert type(ours) is type(theirs) and sorted(vars(ours)) == sorted(vars(theirs))
         assert len(ours._forward_hooks) == len(ours._forward_pre_hooks) == 0
+        assert len(ours._load_state_dict_pre_hooks) == len(theirs._load_state_dict_pre_hooks)
+        assert not getattr(ours, "lora_variant", None)
     assert not any(row.mixes for row in explain(sibo))
 
 

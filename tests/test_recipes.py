@@ -1,8 +1,8 @@
 """The recipes: where they are found, what they say, that each trains; the prompt and the labels that they make."""
 
+import importlib.util
 import json
 import re
-import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -280,17 +280,17 @@ def test_the_commands_take_a_recipe(bases, tmp_path):
     assert all(name in listed.stdout for name in SETTINGS)
 
 
-def test_the_wheel_holds_the_recipes_and_finds_them(wheel, tmp_path):
+def test_the_wheel_holds_the_recipes_and_finds_them(wheel, tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     for path in (ROOT / "examples/recipes").glob("*.toml"):
         assert (tmp_path / "sibo_triton/recipes" / path.name).read_bytes() == path.read_bytes()
-    code = "from sibo_triton.finetune import recipes as r; print(r.__file__, *map(r.load_recipe, r.recipe_names()))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert run.stdout.startswith(str(tmp_path / "sibo_triton/finetune/recipes.py")), run.stderr
-    assert run.stdout.count("Recipe(name=") == len(SETTINGS)
+    spec = importlib.util.spec_from_file_location("of_the_wheel", tmp_path / "sibo_triton/finetune/recipes.py")
+    recipes = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "of_the_wheel", recipes)
+    spec.loader.exec_module(recipes)
+    assert recipes.recipe_folder().is_relative_to(tmp_path)
+    assert [recipes.load_recipe(name).name for name in recipes.recipe_names()] == sorted(SETTINGS)
 
 
 def test_a_fresh_adapter_of_the_authors_start_is_not_the_base_model(bases, tmp_path):

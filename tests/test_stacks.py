@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import warnings
 
 import pytest
 import torch
 import transformers as tf
 from oracle import mix_by_hooks
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
 from torch import nn
 
@@ -156,70 +155,6 @@ def test_replicas_of_data_parallel_under_checkpointing(reentrant: bool | None) -
     for name, parameter in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=2e-6)
-
-
-@pytest.mark.parametrize("second", ["sibo", "plain", "folder"])
-def test_injecting_again_under_the_same_name_replaces_the_adapter(second: str, tmp_path) -> None:
-    torch.manual_seed(0)
-    base = llama().eval()
-    old = get_peft_model(base, SiboLoraConfig(r=4, target_modules=["q_proj", "up_proj"], sibo_lambda=0.4))
-    randomise_adapters(old)
-    old.save_pretrained(tmp_path)
-    ids = torch.ones(1, 4, dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if second == "folder":
-            model = PeftModel.from_pretrained(base, tmp_path)
-            torch.testing.assert_close(model(ids).logits, old.eval()(ids).logits)
-            return
-        kind = SiboLoraConfig if second == "sibo" else LoraConfig
-        model = get_peft_model(base, kind(r=2, target_modules=["q_proj", "up_proj"])).eval()
-    assert {row.mixes for row in explain(model)} == {second == "sibo"}
-    for row in explain(model):
-        assert row.lambda_ == (pytest.approx(0.1) if second == "sibo" else None)
-    with model.disable_adapter():
-        expected = model(ids).logits
-    torch.testing.assert_close(model(ids).logits, expected)  # fresh: B is zero
-    hooks = sum(len(module._forward_pre_hooks) for module in base.modules())
-    assert (hooks > 0) == (second == "sibo")
-
-
-@pytest.mark.parametrize("first", ["sibo", "plain"])
-def test_a_refusal_under_an_existing_name_leaves_that_adapter(first: str, tmp_path) -> None:
-    torch.manual_seed(0)
-    base = llama().eval()
-    kind = SiboLoraConfig if first == "sibo" else LoraConfig
-    old = get_peft_model(base, kind(r=4, target_modules=["q_proj", "up_proj"])).eval()
-    randomise_adapters(old)
-    ids = torch.ones(1, 4, dtype=torch.long)
-    before, config = old(ids).logits, old.peft_config["default"]
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="o_proj"):
-        warnings.simplefilter("ignore")
-        get_peft_model(base, SiboLoraConfig(target_modules=["o_proj"], sibo_target_modules=["o_proj"]))
-    assert old.peft_config["default"] is config
-    assert torch.equal(old(ids).logits, before)
-    old.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(llama_with(base), tmp_path)(ids).logits, before)
-
-
-def llama_with(base: nn.Module) -> nn.Module:
-    """A bare model with the base weights of an adapted one."""
-    twin = llama().eval()
-    weights = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items()}
-    twin.load_state_dict({name: value for name, value in weights.items() if "lora_" not in name})
-    return twin
-
-
-def test_a_saved_config_as_a_template_is_searched_and_checked_like_a_new_one(tmp_path) -> None:
-    get_peft_model(llama(), SiboLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    config = PeftConfig.from_pretrained(tmp_path)
-    config.target_modules = {"q_proj", "k_proj", "o_proj"}
-    mixing = {row.module.rpartition(".")[2] for row in explain(get_peft_model(llama(), config)) if row.mixes}
-    assert mixing == {"q_proj", "k_proj"}
-    config = PeftConfig.from_pretrained(tmp_path)
-    config.target_modules, config.sibo_target_modules = {"o_proj"}, ["o_proj"]
-    with pytest.raises(ValueError, match="o_proj, which cannot mix"):
-        get_peft_model(llama(), config)
 
 
 def test_block_lists_are_found_without_the_head_that_was_around_the_model(tmp_path) -> None:

@@ -15,11 +15,11 @@ from adapter_folders import (
     with_weights,
 )
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from trainers import losses, trainer_for
 
 pytestmark = pytest.mark.oldest
 
-STEPS, HALF = 6, 3
+STEPS, HALF = 6, 3  # of `trainer_for`
 
 
 @pytest.fixture(scope="module")
@@ -29,29 +29,10 @@ def saved(tmp_path_factory):
     return {kind: save_adapter(root / kind, root / "base", kind) for kind in KINDS}
 
 
-def examples(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(3, 50, (10, 6), generator=generator).tolist()
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def trainer_for(model, folder, **options):
-    defaults = {
-        "max_steps": STEPS, "save_steps": HALF, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-        "logging_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 0, "weight_decay": 0.1,
-    }  # fmt: skip
-    arguments = TrainingArguments(str(folder), **{**defaults, **options})
-    return Trainer(model=model, args=arguments, train_dataset=examples(), eval_dataset=examples(1))
-
-
 def start(case, kind, **options):
     model = get_peft_model(case.base(), sibo_config(kind, **options))
     make_up_weights(model)
     return model
-
-
-def losses(trainer):
-    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
 def adapter_tensors(model):
@@ -151,8 +132,8 @@ def test_lambda_stays_between_0_and_1_under_a_large_learning_rate(saved, tmp_pat
     # without B, which would learn the task by itself and leave lambda alone
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "logit_bias" in name
-    options = {"max_steps": 150, "save_strategy": "no", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
-    trainer_for(model, tmp_path, logging_steps=150, **options).train()
+    options = {"max_steps": 30, "save_strategy": "no", "learning_rate": 0.5, "lr_scheduler_type": "constant"}
+    trainer_for(model, tmp_path, logging_steps=30, **options).train()
     values = lambda_values(model)
     assert all(0.0 < value < 1.0 for value in values.values())
     moved = [abs(module.logit_bias.item() - before[name]) for name, module in lambda_modules(model).items()]

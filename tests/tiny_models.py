@@ -77,8 +77,17 @@ def _llava_inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "labels": ids.clone()}
 
 
-def llama() -> nn.Module:
-    return tf.LlamaForCausalLM(tf.LlamaConfig(**_LLAMA))
+def llama(blocks: int = 3) -> nn.Module:
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**{**_LLAMA, "num_hidden_layers": blocks}))
+
+
+def llama_with(model: nn.Module) -> nn.Module:
+    """A bare model with the base weights of an adapted one."""
+    twin = llama().eval()
+    weights = {name.removeprefix("base_model.model."): value for name, value in model.state_dict().items()}
+    weights = {name.replace(".base_layer", ""): value for name, value in weights.items()}
+    twin.load_state_dict({name: weights[name] for name in twin.state_dict()})
+    return twin
 
 
 def llava() -> nn.Module:

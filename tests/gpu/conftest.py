@@ -7,7 +7,9 @@ So every line of them runs without a GPU too (`make test-interpreter`), but for 
 import os
 
 import pytest
-import torch
+from unwritten import empty_is_nan
+
+__all__ = ["empty_is_nan"]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -15,20 +17,6 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture
 def device() -> str:
     return "cpu" if INTERPRETING else "cuda"
-
-
-@pytest.fixture(autouse=True)
-def empty_is_nan(monkeypatch, request):
-    """What a kernel does not write shows; not where launches are replayed, of which such an operation is none."""
-    if request.node.get_closest_marker("as_allocated"):
-        return
-    empty = torch.empty
-
-    def empty_of_nan(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", empty_of_nan)
 
 
 KERNELS = {"found in the cache": 0, "compiled": 0}

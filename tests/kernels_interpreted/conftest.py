@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+from unwritten import empty_is_nan
+
+__all__ = ["empty_is_nan"]
 
 HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -17,18 +19,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(skip)
-
-
-@pytest.fixture(autouse=True)
-def empty_is_nan(monkeypatch):
-    """What a kernel does not write shows."""
-    empty = torch.empty
-
-    def empty_of_nan(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", empty_of_nan)
 
 
 @pytest.fixture(autouse=True)

@@ -167,13 +167,6 @@ def test_what_is_not_finite_stays_with_its_sibling(rates):
     assert torch.equal(~dx.isfinite(), (torch.arange(M) == 5)[:, None].expand_as(dx))
 
 
-def test_repeats_bitwise():
-    x, h0 = randn(200, K, BF16), randn(200, K, BF16)
-    own = siblings_of((16, 8, 16), (FP32,) * 3, (0.1, TENSOR, 0.3), (0.1, 0.2, 0.3), (BF16,) * 3, rows=200)
-    (first, *inputs), (again, *others) = (backend.down_backward_siblings(own, x, h0, BF16, BF16) for _ in range(2))
-    assert all(map(torch.equal, [*first, *inputs], [*again, *others]))
-
-
 def test_what_siblings_cannot_be_is_named():
     one = DownGradients(torch.zeros(4, 2), torch.zeros(2, 8), FP32)
     for other, message in (

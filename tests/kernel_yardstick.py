@@ -1,0 +1,44 @@
+"""How far from float64 the result of a launch may be: plain torch's error in the same dtypes, and a margin."""
+
+import torch
+from kernel_launches import BF16, FP16, ROUNDING, Expected, Inputs, Launch
+
+from sibo_triton.kernels.precision import INTERPRETED
+
+#: Of a product of float32 operands in bfloat16 parts: each operand to 2^-17, and 2^-16 for the low parts' own product.
+#: The interpreter truncates where a GPU rounds.
+IN_PARTS = 2e-4 if INTERPRETED else 2**-15
+IN_PARTS_TOGETHER = 4e-5 if INTERPRETED else 1e-5
+
+
+def assert_as_good_as_torch(result: torch.Tensor, expected: Expected, name: str) -> None:
+    assert (result.shape, result.dtype) == (expected.exact.shape, expected.by_torch.dtype), name
+    assert result.is_contiguous(), name
+    truncates = INTERPRETED and BF16 in (result.dtype, expected.rounded_to)
+    error, torch_error = (tensor.double() - expected.exact for tensor in (result, expected.by_torch))
+    # Every element: the rounding of operands and of what tensor cores add, 16 products at a time; then of the result.
+    # The interpreter's dots are float32 whatever is in memory.
+    operands = 0.0 if INTERPRETED and expected.rounded_to is None else expected.operands
+    product = operands + expected.in_parts * IN_PARTS + 2**-22 * (expected.length / 16 + 8)
+    rounding = ROUNDING[result.dtype] * (2 if truncates else 1)
+    tiny = 2**-24 if result.dtype == FP16 else 1e-30  # float16's smallest number, and nothing to speak of
+    allowed = 1.01 * (product * expected.terms + rounding * expected.exact.abs()) + tiny
+    assert (error.abs() <= allowed).all(), f"{name}: {float((error.abs() / allowed).max())} times what is allowed"
+    # All together no worse than torch, by more than a product in parts may be; of a few values, either may be lucky.
+    if result.numel() < 256 or expected.exact.bfloat16().unique().numel() < 200:
+        return
+    margin = 2.3 if truncates else 1.2
+    together = IN_PARTS_TOGETHER if expected.in_parts else 1e-6
+    assert error.norm() <= margin * torch_error.norm() + together * expected.terms.norm(), name
+
+
+def check(launch: Launch, device: str, tensors: Inputs | None = None) -> None:
+    """A launch against float64; `tensors`: what its inputs are, if not its own."""
+    tensors = launch.inputs(device) if tensors is None else tensors
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    results, expected = launch.launch(tensors), launch.expected(tensors)
+    assert results.keys() == expected.keys()
+    for name, result in results.items():
+        assert result.device.type == device
+        assert_as_good_as_torch(result, expected[name], name)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items()), "an input was written to"
