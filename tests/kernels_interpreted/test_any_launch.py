@@ -98,6 +98,15 @@ def test_up(m, n, rank, y, b, adds, has_biases, scaling, scaling_is_tensor, layo
     check_laid_out(launch, layouts, scalar, bias=biases[0], base_bias=biases[1])
 
 
+@any_launch(30, n=COLUMNS, has_bias=BOOL, scaling_is_tensor=BOOL, **DOWN)
+def test_low_rank(
+    m, k, n, ranks, dtypes, lambda_, p, lambda_is_tensor, layouts, scalar, splits, has_bias, scaling_is_tensor
+):
+    x, h0, a = dtypes
+    launch = LowRank(m, k, n, ranks, x, a, lambda_, p, has_bias, lambda_is_tensor, 1.5, scaling_is_tensor)
+    check_laid_out(launch, layouts | {"b": layouts["a"]}, scalar, splits, h0=h0)
+
+
 @any_launch(
     60, m=st.integers(0, 150), n=st.integers(0, 270), ranks=RANKS, g=DTYPE, b=DTYPE, wants=st.tuples(BOOL, BOOL),
     scaling=SCALING, scaling_is_tensor=BOOL, scalar=SCALAR, wants_sum=BOOL, grad=DTYPE, splits=SPLITS,

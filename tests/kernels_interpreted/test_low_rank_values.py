@@ -1,4 +1,4 @@
-"""The values of siblings' low-rank products for few rows against float64, and how many launches they take."""
+"""Siblings' low-rank products for few rows: how many launches they take; their values are in test_any_launch.py."""
 
 import sys
 from pathlib import Path
@@ -8,16 +8,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from inputs import BF16, FP16, FP32, ROUNDING, randn
+from inputs import BF16, FP16, FP32, randn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.launch_traffic import recorded_launches
-from sibo_triton import reference
 from sibo_triton.kernels import targets
 from sibo_triton.kernels.down import down_parts, down_siblings
 from sibo_triton.kernels.low_rank import low_rank_siblings
-from sibo_triton.kernels.siblings import DownProjection, UpProjection, rank_dtype
+from sibo_triton.kernels.siblings import DownProjection, UpProjection
 from sibo_triton.kernels.targets import KNOWN
 from sibo_triton.kernels.up import up
 
@@ -44,64 +43,18 @@ def group(x_dtype, a_dtypes, b_dtypes, ranks, widths, lambdas, rates, biases, k)
     return siblings, ups
 
 
-def assert_as_good_as_two_steps(ys, x, h0, siblings, ups, dtype):
-    """Against float64; the yardstick is each step in plain torch, t in float32 and rounded as the kernels round it."""
-    for y, sibling, one in zip(ys, siblings, ups, strict=True):
-        assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, (x.shape[0], one.lora_b.shape[0]), True)
-        if y.numel() == 0:
-            continue
-        lora_a, lambda_, p, seed, *_ = sibling
-        lora_b, s = one.lora_b, float(one.scaling)
-        bias, base = (y.new_zeros(()) if b is None else b for b in (one.lora_bias, one.base_bias))
-        wide = float(lambda_) if isinstance(lambda_, torch.Tensor) else lambda_
-        t = reference.down(x.double(), lora_a.double(), h0.double(), wide, p, seed)
-        t_terms = reference.down(x.double().abs(), lora_a.double().abs(), h0.double().abs(), wide, p, seed)
-        exact = s * (t @ lora_b.double().T + bias.double()) + base.double()
-        terms = abs(s) * (t_terms @ lora_b.double().abs().T + bias.double().abs()) + base.double().abs()
-        read = {x.dtype, lora_a.dtype} | ({h0.dtype} if sibling.mixes else set())
-        splits = len(read) > 1 or (lora_b.dtype == FP32 and dtype != FP32)
-        # One part of t is rounded to the 16 bits that x and A share; else the interpreter's dots are float32.
-        kept = rank_dtype(x.dtype, lora_a.dtype)
-        product = (3e-4 if splits else 2e-6) + (0 if kept == FP32 else ROUNDING[kept])
-        rounding = 1.01 * ROUNDING[dtype] * exact.abs() + (2**-24 if dtype == FP16 else 0)
-        assert ((y.double() - exact).abs() <= product * terms + rounding).all()
-        by_torch = (s * (t.to(kept).float() @ lora_b.float().T + bias.float()) + base.float()).to(dtype)
-        error, torch_error = (float((result.double() - exact).norm()) for result in (y, by_torch))
-        margin = 2.3 if dtype == BF16 else 1.2
-        assert error <= margin * torch_error + (6e-5 if splits else 5e-7) * float(terms.norm())
-
-
 NO_BIAS = [(2.0, False, False), (0.5, False, False), (torch.tensor([-0.7]), False, False)]
 BIASES = [(torch.tensor(0.7), True, True), (0.5, False, True), (1.5, True, False)]
 
 
-@pytest.mark.parametrize(
-    ("m", "k", "ranks", "widths", "dtypes", "lambdas", "rates", "biases"),
-    [
-        (1, 1000, (16, 16, 16), (260, 70, 64), (FP16, FP16, FP16), (0.1, torch.tensor([0.4]), 0.9), (0, 0, 0), NO_BIAS),
-        (5, 520, (3, 40, 16), (130, 33, 1), (BF16, BF16, BF16), (0.3, 0.2, 0.1), (0, 0, 0), BIASES),
-        (16, 512, (16, 8, 16), (130, 40, 40), (BF16, FP32, BF16), (0.3, 0.2, 0.1), (0, 0, 0), BIASES),
-        (2, 300, (16, 130, 5), (40, 140, 20), (FP32, FP32, FP32), (0.0, 0.0, 0.0), (0, 0, 0), BIASES),
-        (7, 400, (16, 8, 16), (130, 40, 40), (FP16, FP32, FP16), (0.3, 0.0, 0.1), (0.2, 0, 0.5), NO_BIAS),
-        (70, 130, (16, 8, 0), (130, 0, 40), (FP16, FP16, FP16), (0.3, 0.2, 0.1), (0, 0, 0), BIASES),
-        (0, 130, (16, 8, 4), (130, 10, 40), (FP16, FP16, FP16), (0.3, 0.2, 0.1), (0, 0, 0), BIASES),
-    ],
-)
-def test_values(m, k, ranks, widths, dtypes, lambdas, rates, biases):
-    torch.manual_seed(m)
-    x_dtype, adapter_dtype, dtype = dtypes
-    x, h0 = randn(m, k, x_dtype), randn(m, k, x_dtype)
-    siblings, ups = group(x_dtype, [adapter_dtype] * 3, [adapter_dtype] * 3, ranks, widths, lambdas, rates, biases, k)
-    ys = low_rank_siblings(x, siblings, ups, h0, dtype)
-    assert_as_good_as_two_steps(ys, x, h0, siblings, ups, dtype)
-    assert all(map(torch.equal, low_rank_siblings(x, siblings, ups, h0, dtype), ys)), "not the same bits again"
-
-
-def test_adapters_of_several_dtypes():
+def test_siblings_of_several_kinds():
+    """As each alone, with its own dtype, lambda and mask."""
     x, h0 = randn(3, 600, BF16), randn(3, 600, FP16)
     dtypes = (BF16, FP32, FP16)
-    siblings, ups = group(BF16, dtypes, dtypes, (16, 8, 5), (140, 30, 70), (0.3, 0.6, 0.0), (0, 0, 0), BIASES, 600)
-    assert_as_good_as_two_steps(low_rank_siblings(x, siblings, ups, h0, BF16), x, h0, siblings, ups, BF16)
+    siblings, ups = group(BF16, dtypes, dtypes, (16, 8, 5), (140, 30, 70), (0.3, 0.6, 0.0), (0.2, 0, 0.5), BIASES, 600)
+    for y, *one in zip(low_rank_siblings(x, siblings, ups, h0, BF16), siblings, ups, strict=True):
+        (alone,) = low_rank_siblings(x, *([of] for of in one), h0, BF16)
+        torch.testing.assert_close(y, alone, rtol=2**-6, atol=2**-4)
 
 
 @pytest.mark.parametrize("m", [1, 130])
