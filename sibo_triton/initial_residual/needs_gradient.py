@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import FunctionType, MethodType, ModuleType
 
 import torch
@@ -57,12 +57,15 @@ def any_requires_grad(values: object, depth: int = 6) -> bool:
         return values.requires_grad
     if depth == 0 or isinstance(values, _WITHOUT_TENSORS):
         return False
-    members: list[object] = []
+    members: Iterable[object]
     if isinstance(values, Mapping):
-        members += values.values()
+        members = values.values()
     elif isinstance(values, (list, tuple, set, frozenset)):
-        members += values
-    members += getattr(values, "__dict__", {}).values()  # dataclasses, namespaces, caches of keys and values
+        members = values
+    elif torch.compiler.is_compiling():  # Dynamo cannot read an object's dictionary
+        return False
+    else:  # dataclasses, namespaces, caches of keys and values
+        members = getattr(values, "__dict__", {}).values()
     return any(any_requires_grad(member, depth - 1) for member in members)
 
 

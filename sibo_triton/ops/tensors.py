@@ -10,6 +10,8 @@ from torch import Tensor
 
 def resolved(tensor: Tensor) -> Tensor:
     """Without torch's lazy negation (``z.conj().imag``), which kernels, reading memory, would not see."""
+    if torch.compiler.is_compiling():  # it is asked when the compiled code runs
+        return tensor
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
