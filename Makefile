@@ -23,7 +23,7 @@ empty :=
 expected = $(subst $(empty) $(empty),$(comma),$(strip $(shell sed -n '/^[a-z]/p' $(1))))
 # worksteal gives each process a run of neighbouring tests, which share fixtures, and evens out at the end.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
-INTERPRETED := tests/kernels_interpreted tests/gpu
+INTERPRETED := tests/kernels_interpreted tests/gpu tests/test_op_contract.py
 OLDEST_TESTS = $(shell grep -ls 'mark\.oldest' tests/test_*.py) # others take time to import
 NOT_INTERPRETED := tests --ignore=tests/kernels_interpreted
 

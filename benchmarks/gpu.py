@@ -46,8 +46,9 @@ class Stage:
 
 def stages(quick: bool) -> list[Stage]:
     flag = ("--quick",) if quick else ()
-    left_out = ("-k", "not many_tokens and not past_2_31 and not sanitizer") if quick else ()
-    tests = ("-m", "pytest", "-q" if quick else "-v", "-p", "no:cacheprovider", *left_out, *_in_parallel(), "tests/gpu")
+    left_out = ("-k", "not many_tokens and not past_2_31 and not sanitizer and not inductor") if quick else ()
+    files = ("tests/gpu", "tests/test_op_contract.py", *(() if quick else ("tests/test_device_map.py",)))
+    tests = ("-m", "pytest", "-q" if quick else "-v", "-p", "no:cacheprovider", *left_out, *_in_parallel(), *files)
     return [
         Stage("the tests' kernels", ("tests/gpu/prepare.py",), 50, needed=True),
         Stage("the benchmarks' kernels", ("-m", "benchmarks.precompile", *flag), 60),
