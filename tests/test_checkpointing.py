@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from collections import UserDict
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,3 +288,39 @@ def test_functional_call_over_the_embedding_gets_the_exact_gradient() -> None:
         torch.func.functional_call(base, weights, (), _batches()[0], tie_weights=False).loss.backward()
         gradients.append(table.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+class _Nested(nn.Module):
+    """Calls a language model with embeddings that lie somewhere in its own argument."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(self, batch: object) -> torch.Tensor:
+        while not isinstance(batch, torch.Tensor):
+            batch = batch[0] if isinstance(batch, list) else batch["e"] if isinstance(batch, Mapping) else batch.e
+        return self.language_model(inputs_embeds=batch).logits
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda e: e,
+        lambda e: {"e": {"e": e}},
+        lambda e: [[[e]]],
+        lambda e: UserDict(e=e),
+        lambda e: SimpleNamespace(e=[e]),
+    ],
+)
+def test_an_input_nested_in_the_arguments_gets_the_exact_gradient(nest: Callable) -> None:
+    options = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    model = get_peft_model(_Nested(llama()), SiboLoraConfig(**options, sibo_lambda=0.3))
+    randomise_adapters(model)
+    names = [name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
+    gradients = []
+    for each in (model, oracle_like(lambda: _Nested(llama()), options, model, 0.3, names)):
+        embedded = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        each(nest(embedded)).pow(2).mean().backward()
+        gradients.append(embedded.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)

@@ -22,7 +22,7 @@ from benchmarks.bottleneck_providers import (
     OursSiboAdapter,
 )
 from benchmarks.compiled_kept import added_kept_bytes
-from benchmarks.counting import Counts, counted, summed
+from benchmarks.counting import Counts, counted, summed, to_fake
 from benchmarks.definitions import weights_of
 from benchmarks.launch_traffic import Traffic
 from benchmarks.model_counts import Workload, frozen_model, operations_of, step_of
@@ -313,3 +313,20 @@ def test_a_step_of_generation_takes_two_launches_for_linears_that_share_x():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counted() as operations:
         lora_linear(x, **layers[0])
     assert [of.name for of in operations] == [*names, "aten.addmm_"]
+
+
+@pytest.mark.parametrize("setting", [LORA, Setting(fp32_adapters=True, dropout=0.05)])
+@pytest.mark.parametrize("provider", [providers.OursLora(), providers.OursSibo()])
+def test_a_step_of_generation_of_a_model(provider, setting):
+    """One row through a layer: two launches for q, k and v, for o, for gate and up, and for down; no operation else."""
+    names = []
+    for each in (providers.Provider(), provider):
+        model = each.wrap(frozen_model(SMALL.architecture.with_layers(1)), setting).eval()
+        with FakeTensorMode() as mode:
+            to_fake(model, mode)
+            with torch.no_grad(), counted() as operations:
+                model(input_ids=torch.zeros(1, 1, dtype=torch.int64))
+        names.append([of.name for of in operations])
+    frozen, ours = names
+    assert [name for name in ours if name.endswith("kernel")] == ["down_kernel", "up_siblings_kernel"] * 4
+    assert len(ours) == len(frozen) + 8
