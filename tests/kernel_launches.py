@@ -19,7 +19,7 @@ from torch import Tensor
 from sibo_triton import reference
 from sibo_triton.kernels import up as up_module
 from sibo_triton.kernels.down import down_activated_siblings, down_siblings
-from sibo_triton.kernels.low_rank import low_rank_siblings
+from sibo_triton.kernels.few_rows import low_rank_siblings
 from sibo_triton.kernels.siblings import DownProjection, UpProjection, rank_dtype
 from sibo_triton.kernels.targets import cdiv
 

@@ -14,7 +14,7 @@ from tiny_models import token_inputs
 from sibo_triton import explain
 from sibo_triton.bottleneck import layer as layer_file
 from sibo_triton.injection import siblings
-from sibo_triton.ops import plain_siblings
+from sibo_triton.ops import torch_backend
 
 PLACEMENTS = {"series": {}, "parallel": {"placement": "parallel"}}
 
@@ -24,9 +24,9 @@ def passes(monkeypatch):
     """How many adapters each pass over x served, forward and backward."""
     seen = []
     for name, place in (("down_activated_siblings", 1), ("down_backward_siblings", 0)):
-        original = getattr(plain_siblings, name)
+        original = getattr(torch_backend, name)
         count = lambda *args, original=original, place=place: seen.append(len(args[place])) or original(*args)  # noqa: E731
-        monkeypatch.setattr(plain_siblings, name, count)
+        monkeypatch.setattr(torch_backend, name, count)
     return seen
 
 

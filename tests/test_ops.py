@@ -133,7 +133,7 @@ def test_the_backend_is_chosen_in_one_place_and_said(monkeypatch):
 
 
 def test_on_a_gpu_without_the_kernels_the_reason_is_said_once(monkeypatch):
-    monkeypatch.setattr("sibo_triton.ops.low_rank.backend_for", lambda *_: Choice("torch", "triton is not there", True))
+    monkeypatch.setattr("sibo_triton.ops.dispatch._choose", lambda *_: Choice("torch", "triton is not there", True))
     with pytest.warns(UserWarning, match="plain PyTorch on this GPU .* because triton is not there") as record:
         for _ in range(3):
             lora_linear(**make(OpCase()))

@@ -23,7 +23,7 @@ from sibo_triton import SiboLoraConfig, accelerate, dropout, explain, reference,
 from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection.siblings import find_siblings, siblings_below
 from sibo_triton.lora.layer import lora_layers
-from sibo_triton.ops import plain_siblings
+from sibo_triton.ops import torch_backend
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 EXPECTED = {
@@ -38,7 +38,7 @@ EXPECTED = {
 def passes(monkeypatch):
     """How many layers each pass over x served, forward and backward; of the forward those of several only."""
     seen = {"down": [], "backward": []}
-    down, backward = plain_siblings.down_siblings, plain_siblings.down_backward_siblings
+    down, backward = torch_backend.down_siblings, torch_backend.down_backward_siblings
 
     def counted(name, original):
         def count(*args):
@@ -49,8 +49,8 @@ def passes(monkeypatch):
 
         return count
 
-    monkeypatch.setattr(plain_siblings, "down_siblings", counted("down", down))
-    monkeypatch.setattr(plain_siblings, "down_backward_siblings", counted("backward", backward))
+    monkeypatch.setattr(torch_backend, "down_siblings", counted("down", down))
+    monkeypatch.setattr(torch_backend, "down_backward_siblings", counted("backward", backward))
     return seen
 
 

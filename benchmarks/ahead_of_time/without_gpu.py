@@ -19,7 +19,7 @@ from triton.runtime import jit
 
 from sibo_triton.kernels import targets
 from sibo_triton.kernels.launching import forget_launches
-from sibo_triton.ops import low_rank
+from sibo_triton.ops import dispatch
 from sibo_triton.ops.dispatch import Choice
 
 
@@ -120,7 +120,7 @@ def launching_for(gpu: GPUTarget, launcher: Callable[..., None] = lambda *argume
 
 def kernels_chosen() -> AbstractContextManager[object]:
     """Inside, operations choose the kernels on every device. It may be entered several times."""
-    return mock.patch.object(low_rank, "backend_for", lambda *_: Choice("triton", "chosen without a GPU"))
+    return mock.patch.object(dispatch, "_choose", lambda *_: Choice("triton", "chosen without a GPU"))
 
 
 @contextmanager

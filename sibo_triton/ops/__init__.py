@@ -3,7 +3,8 @@
 from sibo_triton.ops.bottleneck import add_bottleneck, bottleneck_group, bottleneck_linear
 from sibo_triton.ops.dispatch import BACKEND_VARIABLE, Choice, backend_for
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.low_rank import add_lora, lora_linear, lora_linear_group, shares_passes
+from sibo_triton.ops.lora import add_lora, lora_linear, lora_linear_group
+from sibo_triton.ops.prepare import shares_passes
 from sibo_triton.ops.tensors import autocast_dtype
 
 __all__ = [

@@ -18,7 +18,7 @@ from sibo_triton import reference
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.low_rank import check_frozen, fused, group_of, shares_passes, with_backend
+from sibo_triton.ops.prepare import check_frozen, fused, group_of, shares_passes, with_backend
 from sibo_triton.reference import check_activation
 
 
@@ -115,7 +115,7 @@ def bottleneck_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group | 
             bias, of the adapter in series, ``add_bottleneck(x, x, ...)``.
 
     Returns:
-        As :func:`~sibo_triton.ops.low_rank.lora_linear_group`.
+        As :func:`~sibo_triton.ops.lora.lora_linear_group`.
     """
     if not shares_passes(x):
         return None

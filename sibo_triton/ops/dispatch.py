@@ -144,5 +144,5 @@ def _obstacle(device: torch.device) -> str | None:
 
 @cache
 def implementation(name: str) -> ModuleType:
-    """The module that holds the functions of backend "triton" or "torch": the same names and arguments in both."""
-    return importlib.import_module("sibo_triton.ops.kernels" if name == "triton" else "sibo_triton.ops.plain_siblings")
+    """The module with the functions of the backend "triton", or else "torch": the same names and arguments in both."""
+    return importlib.import_module(f"sibo_triton.ops.{'triton' if name == 'triton' else 'torch'}_backend")

@@ -19,9 +19,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..dropout import checked_seed, dropout_threshold
-from ..reference import check_shape
-from .tiles import KeepTiles, add_product, read_tiles, write_product
+from sibo_triton.dropout import checked_seed, dropout_threshold
+from sibo_triton.ops.tiles import KeepTiles, add_product, read_tiles, write_product
+from sibo_triton.reference import check_shape
 
 
 def down(

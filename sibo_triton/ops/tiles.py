@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dropout import ROUND_CONSTANTS, checked_seed, dropout_threshold, hash_keys, line_hash
+from sibo_triton.dropout import ROUND_CONSTANTS, checked_seed, dropout_threshold, hash_keys, line_hash
 
 #: Elements of a tile: on a CPU for each thread, so that a tile and what it takes to mask it stay in the cache. Smaller
 #: ones are no faster on one thread, and several meet more often: on a busy machine they then wait for one another.

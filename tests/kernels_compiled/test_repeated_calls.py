@@ -19,7 +19,7 @@ from sibo_triton import reference
 from sibo_triton.kernels import launching
 from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.up import up_kernel
-from sibo_triton.ops import autograd, low_rank, repeated
+from sibo_triton.ops import autograd, lora, repeated
 
 pytestmark = pytest.mark.skipif(
     not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
@@ -48,12 +48,12 @@ def expected_of(driver, step, tensors):
 def the_long_path_is_closed(backward=True):
     """Neither arguments are prepared nor gradients put together."""
     closed = mock.Mock(side_effect=AssertionError("the call is not known"))
-    with mock.patch.object(low_rank, "_prepared", closed):
+    with mock.patch.object(lora, "_prepared", closed):
         with mock.patch.object(repeated, "gradients", closed if backward else autograd.gradients):
             yield
 
 
-def step_of(arguments, of=MIXING, operation=low_rank.lora_linear):
+def step_of(arguments, of=MIXING, operation=lora.lora_linear):
     grad_y = torch.ones(*of.tokens, of.out_features, dtype=arguments["x"].dtype)
     return lambda: output_and_gradients(operation, arguments, grad_y)
 
@@ -89,7 +89,7 @@ def test_under_autocast_the_adapter_is_cast_in_each_call(tokens):
     of = replace(MIXING, tokens=tokens, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     arguments = make(of)
     step, tensors = step_of(arguments, of), tensors_of(arguments)
-    under_autocast = step_of(arguments, of, torch.autocast("cpu", torch.bfloat16)(low_rank.lora_linear))
+    under_autocast = step_of(arguments, of, torch.autocast("cpu", torch.bfloat16)(lora.lora_linear))
     with driver_with_nothing_known() as driver:
         expected = [expected_of(driver, each, tensors) for each in (step, under_autocast)]
         assert expected[0] != expected[1]
@@ -98,9 +98,7 @@ def test_under_autocast_the_adapter_is_cast_in_each_call(tokens):
         with the_long_path_is_closed():
             assert [driver.run(each, tensors) for each in (under_autocast, step)] == expected[::-1]
         if len(tokens) == 1:  # nothing wanted, few rows
-            alone = torch.no_grad()(
-                torch.autocast("cpu", torch.bfloat16)(lambda: {"y": low_rank.lora_linear(**arguments)})
-            )
+            alone = torch.no_grad()(torch.autocast("cpu", torch.bfloat16)(lambda: {"y": lora.lora_linear(**arguments)}))
             expected = expected_of(driver, alone, tensors)
             for _ in range(2):
                 assert driver.run(alone, tensors) == expected
@@ -138,7 +136,7 @@ def test_what_is_asked_for_may_change_from_call_to_call():
 
     def without_gradients():
         with torch.no_grad():
-            return {"y": low_rank.lora_linear(**arguments)}
+            return {"y": lora.lora_linear(**arguments)}
 
     with driver_with_nothing_known() as driver:
         expected, of_none = expected_of(driver, step, tensors), expected_of(driver, without_gradients, tensors)
@@ -186,11 +184,11 @@ def test_a_known_call_is_differentiated_once_and_watches_what_it_keeps():
     with driver_with_nothing_known() as driver:
         for _ in range(3):
             driver.run(step_of(arguments), tensors_of(arguments))
-        y = low_rank.lora_linear(**arguments)
+        y = lora.lora_linear(**arguments)
         (dx,) = torch.autograd.grad(y, arguments["x"], torch.ones_like(y), create_graph=True)
         with pytest.raises(RuntimeError, match="A SIBO-LoRA layer was differentiated twice"):
             dx.sum().backward()
-        y = low_rank.lora_linear(**arguments)
+        y = lora.lora_linear(**arguments)
         arguments["lora_b"].data, version = arguments["lora_b"].data, arguments["lora_b"]._version
         with torch.no_grad():
             arguments["lora_b"].mul_(2)
@@ -205,11 +203,11 @@ def test_errors_backends_and_autocast_are_those_of_the_long_way(monkeypatch):
         for _ in range(3):
             driver.run(step_of(arguments), tensors_of(arguments))
         with pytest.raises(ValueError, match="lambda_ is 1.3"):
-            low_rank.lora_linear(**arguments | {"lambda_": 1.3})
+            lora.lora_linear(**arguments | {"lambda_": 1.3})
         with pytest.raises(ValueError, match="weight has shape"):
-            low_rank.lora_linear(**arguments | {"weight": arguments["weight"][1:]})
+            lora.lora_linear(**arguments | {"weight": arguments["weight"][1:]})
         with torch.autocast("cpu", torch.bfloat16):  # of a known one y would be float32
-            assert low_rank.lora_linear(**arguments).dtype == torch.bfloat16
+            assert lora.lora_linear(**arguments).dtype == torch.bfloat16
         with monkeypatch.context() as patch:
             patch.setattr(launching, "_DIRECT", False)
             driver.run(step_of(arguments), tensors_of(arguments))
@@ -218,7 +216,7 @@ def test_errors_backends_and_autocast_are_those_of_the_long_way(monkeypatch):
         assert kept
     repeated.implementation("triton").calls._kept.update(kept)
     try:  # no driver stands in any more: the backend is chosen anew
-        torch.testing.assert_close(low_rank.lora_linear(**arguments), reference.lora_linear(**arguments))
+        torch.testing.assert_close(lora.lora_linear(**arguments), reference.lora_linear(**arguments))
     finally:
         forget_launches()
 
@@ -287,15 +285,15 @@ def test_numbers_and_names_are_those_of_the_long_way():
     arguments = make(MIXING)
     with driver_with_nothing_known():
         for _ in range(2):
-            low_rank.lora_linear(**arguments)
+            lora.lora_linear(**arguments)
         count = len(repeated.implementation("triton").calls._kept)
-        low_rank.lora_linear(**arguments | {"scaling": np.array(1.5)})
-        low_rank.lora_linear(**arguments | {"scaling": float("nan")})
+        lora.lora_linear(**arguments | {"scaling": np.array(1.5)})
+        lora.lora_linear(**arguments | {"scaling": float("nan")})
         assert len(repeated.implementation("triton").calls._kept) == count
         layers = [{name: of for name, of in layer.items() if name != "x"} for layer in make_group([MIXING] * 2)]
         for _ in range(2):
-            low_rank.lora_linear_group(arguments["x"], layers)
+            lora.lora_linear_group(arguments["x"], layers)
         with the_long_path_is_closed():
-            low_rank.lora_linear_group(arguments["x"], layers)
+            lora.lora_linear_group(arguments["x"], layers)
         with pytest.raises(TypeError, match="intial_residual"):
-            low_rank.lora_linear_group(arguments["x"], [layers[0], {**layers[1], "intial_residual": None}])
+            lora.lora_linear_group(arguments["x"], [layers[0], {**layers[1], "intial_residual": None}])

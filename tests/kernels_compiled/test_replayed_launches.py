@@ -24,7 +24,7 @@ from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.up import up_kernel
-from sibo_triton.ops import add_bottleneck, low_rank
+from sibo_triton.ops import add_bottleneck, lora
 from sibo_triton.ops.group import FEW_ROWS
 
 pytestmark = pytest.mark.skipif(
@@ -86,7 +86,7 @@ def test_bottleneck_adapter(case):
 def forward_of(arguments):
     def step():
         with torch.no_grad():
-            return {"y": low_rank.lora_linear(**arguments)}
+            return {"y": lora.lora_linear(**arguments)}
 
     return step
 
@@ -123,7 +123,7 @@ def test_a_layer_with_its_frozen_weight_is_not_taken_for_one_without(with_weight
     grad_y = torch.randn(70, 48)
 
     def step_of(arguments):
-        operation = low_rank.add_lora if "base" in arguments else low_rank.lora_linear
+        operation = lora.add_lora if "base" in arguments else lora.lora_linear
 
         def step():
             with torch.autocast("cpu", torch.bfloat16):

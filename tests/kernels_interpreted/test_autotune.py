@@ -14,7 +14,7 @@ from sibo_triton.kernels.autotune import neighbours
 from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
-from sibo_triton.kernels.low_rank import low_rank_siblings
+from sibo_triton.kernels.few_rows import low_rank_siblings
 from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
 from sibo_triton.kernels.targets import STAND_IN
 from sibo_triton.kernels.up import add_up, plan, up

@@ -19,7 +19,7 @@ from sibo_triton.kernels import (
     down,
     down_input_gradient,
     down_weight_gradient,
-    low_rank,
+    few_rows,
     partial_sums,
     targets,
     up,
@@ -59,7 +59,7 @@ def last_programs(monkeypatch):
     except MemoryError:
         pytest.skip("no 18 GiB of address space")
     monkeypatch.undo()  # so that torch.empty touches no memory
-    for module in (down, down_input_gradient, down_weight_gradient, low_rank, partial_sums, up, up_backward):
+    for module in (down, down_input_gradient, down_weight_gradient, few_rows, partial_sums, up, up_backward):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, LastProgram(getattr(module, name)))
 
@@ -99,9 +99,9 @@ def test_up_of_siblings(monkeypatch):
     t = tall(3 * LONG, rank, FP32).view(3, LONG, rank)
     t[:2, -END:] = torch.randn(2, END, rank)
     assert t.stride(0) * 2 > 2**31
-    monkeypatch.setattr(low_rank, "down_parts", lambda *arguments: [t])
+    monkeypatch.setattr(few_rows, "down_parts", lambda *arguments: [t])
     lora_b = randn(520, rank, FP16)
-    (y,) = low_rank.low_rank_siblings(tall(LONG, 1, FP16), siblings, [UpProjection(lora_b, 0.5)], None, FP16)
+    (y,) = few_rows.low_rank_siblings(tall(LONG, 1, FP16), siblings, [UpProjection(lora_b, 0.5)], None, FP16)
     assert y.numel() > 2**31
     assert_end(y[-END:, -8:], 0.5 * t[:, -END:].double().sum(0) @ lora_b[-8:].double().T)
 

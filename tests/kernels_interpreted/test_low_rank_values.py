@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.launch_traffic import recorded_launches
 from sibo_triton.kernels import targets
 from sibo_triton.kernels.down import down_parts, down_siblings
-from sibo_triton.kernels.low_rank import low_rank_siblings
+from sibo_triton.kernels.few_rows import low_rank_siblings
 from sibo_triton.kernels.siblings import DownProjection, UpProjection
 from sibo_triton.kernels.targets import KNOWN
 from sibo_triton.kernels.up import up

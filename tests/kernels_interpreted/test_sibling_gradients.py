@@ -22,7 +22,7 @@ from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient, plan
 from sibo_triton.kernels.siblings import DownGradients
 from sibo_triton.kernels.targets import KNOWN
-from sibo_triton.ops import kernels as backend
+from sibo_triton.ops import triton_backend as backend
 
 M, K = 70, 136
 

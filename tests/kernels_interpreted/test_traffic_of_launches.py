@@ -26,7 +26,7 @@ from sibo_triton.kernels import targets
 from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
-from sibo_triton.kernels.low_rank import low_rank_siblings
+from sibo_triton.kernels.few_rows import low_rank_siblings
 from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
 from sibo_triton.kernels.up_backward import up_backward_siblings
 from sibo_triton.ops import add_lora, lora_linear, lora_linear_group

@@ -1,4 +1,4 @@
-"""Siblings in plain PyTorch: layers that share x and h0, as one matrix of stacked ranks where no mask tells them apart.
+"""The PyTorch backend: layers that share x and h0, as one matrix of stacked ranks where no mask tells them apart.
 
 Same functions and meanings as the launchers in ``kernels/``. With masks each sibling has its own passes, as each has
 its own mask.
@@ -11,11 +11,11 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection, rank_dtype
-from ..reference import ACTIVATIONS
-from . import plain
-from .activations import activation_gradient
-from .plain import add_up, up
+from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection, rank_dtype
+from sibo_triton.ops import plain
+from sibo_triton.ops.activations import activation_gradient
+from sibo_triton.ops.plain import add_up, up
+from sibo_triton.reference import ACTIVATIONS
 
 __all__ = [
     "add_up",
@@ -62,9 +62,9 @@ def _down_siblings(
         return [plain.down(x, s.lora_a, initial_residual, *s[1:5]) for s in siblings]
     ranks = [s.lora_a.shape[0] for s in siblings]
     lora_a = torch.cat([s.lora_a for s in siblings])
-    share = _common_share([s.lambda_ for s in siblings])
-    if share is not None and not any(s.difference for s in siblings):
-        return [(t, None) for t in plain.down(x, lora_a, initial_residual, share)[0].split(ranks, 1)]
+    common = _common_lambda([s.lambda_ for s in siblings])
+    if common is not None and not any(s.difference for s in siblings):
+        return [(t, None) for t in plain.down(x, lora_a, initial_residual, common)[0].split(ranks, 1)]
     t_x, d = plain.down(x, lora_a, initial_residual, difference=True)
     assert d is not None
     results: list[tuple[Tensor, Tensor | None]] = []
@@ -137,10 +137,10 @@ def down_backward_siblings(
     wants_input = first.lora_a is not None and (dx_dtype is not None or residual_dtype is not None)
     lora_a = torch.cat([s.lora_a for s in siblings if s.lora_a is not None]) if wants_input else None
     x = x if first.grad_dtype is not None else None
-    share = _common_share([s.lambda_ for s in siblings])
-    if share is not None:
+    common = _common_lambda([s.lambda_ for s in siblings])
+    if common is not None:
         rest = (0.0, None, first.adapter_dtype, dx_dtype, residual_dtype, base)
-        grad_a, dx, dh0 = plain.down_backward(u, lora_a, x, initial_residual, share, *rest)
+        grad_a, dx, dh0 = plain.down_backward(u, lora_a, x, initial_residual, common, *rest)
     else:  # the shares of x and h0 are factors of u's columns
         of_h = torch.cat([u.new_ones(r) * _scalar(s.lambda_, u.dtype) for r, s in zip(ranks, siblings, strict=True)])
         u_x, u_h, dtype = u * (1 - of_h), u * of_h, first.adapter_dtype
@@ -188,7 +188,7 @@ def _stack(rates: list[float], dtypes: list[torch.dtype]) -> bool:
     return len(rates) > 1 and not any(rates) and len(set(dtypes)) == 1
 
 
-def _common_share(lambdas: list[float | Tensor]) -> float | None:
+def _common_lambda(lambdas: list[float | Tensor]) -> float | None:
     """The number lambda that all siblings have, or None."""
     first = lambdas[0]
     if isinstance(first, Tensor) or any(isinstance(other, Tensor) or other != first for other in lambdas):

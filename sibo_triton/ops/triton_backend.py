@@ -1,4 +1,4 @@
-"""The Triton backend: what ``ops/plain_siblings.py`` does in PyTorch, as launches of the kernels."""
+"""The Triton backend: what ``ops/torch_backend.py`` does in PyTorch, as launches of the kernels."""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -9,8 +9,8 @@ from sibo_triton.kernels import replay, targets
 from sibo_triton.kernels.down import down_activated_siblings, down_siblings
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+from sibo_triton.kernels.few_rows import low_rank_siblings
 from sibo_triton.kernels.launching import BoundedCache
-from sibo_triton.kernels.low_rank import low_rank_siblings
 from sibo_triton.kernels.precision import float32_is_exact
 from sibo_triton.kernels.siblings import DownGradients
 from sibo_triton.kernels.up import add_up, up

@@ -1,0 +1,87 @@
+"""What LoRA and bottleneck adapters have in common between their arguments and `products.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sibo_triton.ops import small
+from sibo_triton.ops.arguments import Inputs, Settings
+from sibo_triton.ops.autograd import outputs_with_gradients
+from sibo_triton.ops.dispatch import backend_for, warn_of_fallback
+from sibo_triton.ops.group import Group, group, has_few_rows
+from sibo_triton.ops.products import forward
+from sibo_triton.ops.tensors import autocast_dtype, resolved
+
+
+def check_frozen(x: Tensor, weight: Tensor, lora_b: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape != (lora_b.shape[0], x.shape[-1]):
+        raise ValueError(f"weight has shape {list(weight.shape)}, but [{lora_b.shape[0]}, {x.shape[-1]}] fits x and B")
+    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: the frozen linear needs one dtype (or autocast)")
+
+
+def with_backend(
+    frozen: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None],  # base, x, weight and bias of `Inputs`
+    adapter: tuple[Tensor, Tensor, Tensor | None, Tensor | None],  # lora_a, lora_b, lora_bias and down_bias
+    scaling: float | Tensor,
+    mixing: tuple[Tensor | None, float | Tensor, float, Tensor | None],  # h0, lambda, the rate of dropout and its seed
+    activation: str | None = None,
+) -> tuple[Settings, Inputs]:
+    """The settings, with the chosen backend, and the tensors of an adapter of either kind, from checked arguments."""
+    (base, x, weight, bias), (initial_residual, lambda_, dropout_p, seed) = frozen, mixing
+    base, x = None if base is None else resolved(base), resolved(x)
+    initial_residual = None if initial_residual is None else resolved(initial_residual)
+    adapter_dtype = adapter[0].dtype
+    autocast = None if torch.float64 in (x.dtype, adapter_dtype) else autocast_dtype(x.device.type)
+    adapter_dtype = adapter_dtype if autocast is None else autocast
+    added_to = x if weight is None and base is None else base if weight is None else weight
+    assert added_to is not None
+    dtype = added_to.dtype if weight is None or autocast is None else autocast
+    residual_dtype = None if initial_residual is None else initial_residual.dtype
+    choice = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
+    if choice.is_fallback:
+        warn_of_fallback(choice)
+    number, lambda_tensor = (0.0, lambda_) if isinstance(lambda_, Tensor) else (float(lambda_), None)
+    if lambda_tensor is None and number == 0:
+        initial_residual = None
+    s, scaling_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
+    dtypes = (dtype, x.dtype, residual_dtype, adapter_dtype)
+    settings = Settings(choice.name, s, number, dropout_p, *dtypes, activation)
+    inputs = Inputs(base, x, weight, bias, *adapter, initial_residual, lambda_tensor, scaling_tensor, seed)
+    return settings, inputs
+
+
+def fused(settings: Settings, inputs: Inputs) -> Tensor:
+    """y, ``[..., N]``, of an adapter of either kind, by the backend that was chosen."""
+    if torch.compiler.is_compiling():
+        from sibo_triton.ops.registered import low_rank  # registering takes time, and only compiled code needs it
+
+        return low_rank(settings, inputs)
+    outputs = outputs_with_gradients([settings], [inputs])
+    if outputs is not None:
+        return outputs[0]
+    if has_few_rows(settings, inputs):
+        return group([settings], [inputs]).output(0)
+    return forward([settings], [inputs], [False])[0][0]
+
+
+def group_of(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Group | None:
+    """Layers with adapters of either kind as a group; None where they differ in what a group has in common."""
+    if len({(setting.backend, setting.dtype, setting.activation) for setting in settings}) > 1:
+        return None
+    if len({layer.weight is None for layer in inputs}) > 1:  # some in series
+        return None
+    if len({id(layer.initial_residual) for layer in inputs if layer.initial_residual is not None}) > 1:
+        return None
+    return group(settings, inputs)
+
+
+def shares_passes(x: Tensor) -> bool:
+    """Whether layers that get this x may be one operation. Asked before their seeds are drawn."""
+    if torch.compiler.is_compiling():
+        return False
+    backend = backend_for(x.device, (x.dtype,)).name
+    return backend != "reference" and not (backend == "torch" and x.numel() <= small.ELEMENTS)
