@@ -12,7 +12,7 @@ from sibo_triton.finetune.demo.report import demo_table
 from sibo_triton.finetune.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "operations.md")
 
 
 def traffic_table(results: dict[str, Any]) -> str:
@@ -96,11 +96,11 @@ def _over_frozen(facts: dict[str, Any]) -> str:
     return "not run"
 
 
-def _layers(results: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """For each GPU a description of the measurement, with a link, and the rows of whole layers."""
+def _layers(results: Path, whole: bool = True) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """For each GPU a description of the measurement, with a link, and the rows of whole layers, or of their linears."""
     for file in sorted(results.glob("layer-*.json"), reverse=True):
         content = json.loads(file.read_text(encoding="utf-8"))
-        rows = [row for row in content["rows"] if row["part"] == "layer"]
+        rows = [row for row in content["rows"] if (row["part"] == "layer") == whole]
         if rows:
             link = f"[benchmarks/results/{file.name}](benchmarks/results/{file.name})"
             yield f"measured on {content['gpu']} ({link})", rows
@@ -117,7 +117,11 @@ def gpu_tables(results: Path) -> str:
         first = [row for row in rows if _is_first(row)]
         if first:
             parts.append(f"Time over the frozen layer, {where}:\n\n{layer_table(first, SHOWN)}")
-    return "\n\n".join(parts) or NOT_MEASURED
+    parts = parts or [NOT_MEASURED]
+    for benchmark, what in (("step", "Whole training steps"), ("decode", "Generation")):
+        if not any(results.glob(f"{benchmark}-*.json")):
+            parts.append(f"{what} on a GPU: not measured yet.")
+    return "\n\n".join(parts)
 
 
 def other_layers(results: Path) -> str:
@@ -129,6 +133,28 @@ def other_layers(results: Path) -> str:
             if selected:
                 parts.append(f"Time over the frozen layer, {where}:\n\n{layer_table(selected, shown)}")
     return "\n\n".join(parts) or NOT_MEASURED
+
+
+def linears_tables(results: Path) -> str:
+    """For each GPU a table of the linears of a layer that were timed by themselves, and of all together."""
+    parts = []
+    for where, rows in _layers(results, whole=False):
+        table, totals = [], {}
+        for row in rows:
+            times = {name: facts["ms"]["both"]["p50"] for name, facts in row["providers"].items() if "ms" in facts}
+            adapters = f"{row['adapters']}, dropout {row['dropout']:g}"
+            table.append((row["part"], adapters, *_linears_cells(times)))
+            total = totals.setdefault(adapters, dict.fromkeys(times, 0.0))
+            totals[adapters] = {name: total[name] + ms for name, ms in times.items() if name in total}
+        table += [("all", adapters, *_linears_cells(times)) for adapters, times in totals.items()]
+        head = ("linears", "adapters", f"{FLOOR}, ms", *SHOWN)
+        parts.append(f"Linears by themselves, time over the frozen ones, {where}:\n\n{markdown_table(head, table)}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _linears_cells(times: dict[str, float]) -> list[str]:
+    floor = times[FLOOR]
+    return [f"{floor:.2f}", *(f"{100 * (times[name] / floor - 1):+.1f} %" if name in times else "" for name in SHOWN)]
 
 
 #: Columns of the table of kernels, and the kernels that each sums up.
@@ -178,6 +204,30 @@ def tuning_table(results: Path) -> str:
     return markdown_table(("launcher, linears, adapters", "the plan's, us", "fastest, us", "with"), rows)
 
 
+def host_time_table(results: dict[str, Any]) -> str:
+    """Microseconds that a module adds to its frozen linear, and the ratios of the kernels' path to its peers."""
+    times: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}  # by linears and provider, by base and dropout
+    for row in results["rows"]:
+        column = row["base"] + (", dropout" if row["dropout"] else "")
+        cell = row["forward_backward_us"], row["forward_without_gradients_us"]
+        times.setdefault((row["linears"], row["provider"]), {})[column] = cell
+    columns = list(next(iter(times.values())))
+    table = [
+        (linears, provider, *(f"{both:.0f} ({alone:.0f})" for both, alone in cells.values()))
+        for (linears, provider), cells in times.items()
+    ]
+    for (linears, provider), cells in times.items():
+        if "kernels' path" in provider:
+            peer = "PEFT LoRA + eager mix" if "SIBO" in provider else "PEFT LoRA"
+            others = times[linears, peer]
+            ratios = [
+                f"{cells[column][0] / others[column][0]:.2f} ({cells[column][1] / others[column][1]:.2f})"
+                for column in columns
+            ]
+            table.append((linears, f"{provider} / {peer}", *ratios))
+    return markdown_table(("", "", *columns), table)
+
+
 #: The GPUs that `make compile-check` compiles for, by target.
 GPUS = {"sm_80": "A100", "sm_90": "H100, H200", "sm_100": "B200", "sm_120": "RTX 5090", "gfx942": "MI300X"}
 
@@ -201,11 +251,13 @@ TABLES = {
     "bottleneck": ("traffic.json", bottleneck_table),
     "models": ("traffic.json", models_table),
     "compiled": ("traffic.json", compiled_table),
+    "host-time": ("host-time.json", host_time_table),
 }
 #: Tables made from several files.
 OF_RESULTS = {
     "gpu": gpu_tables,
     "layers": other_layers,
+    "linears": linears_tables,
     "kernels": kernels_table,
     "tuning": tuning_table,
     "compile-check": compile_check_table,

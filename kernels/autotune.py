@@ -1,13 +1,10 @@
 """Choosing tiles by timing, on request. Without it every launch takes its plan's one configuration.
 
-| environment variable | default | meaning |
-|---|---|---|
-| `SIBO_TRITON_AUTOTUNE` | `0` | `1` times the plan's configuration and its neighbours, and keeps the fastest |
-
-It does so at the first launch of a kernel for a class of shapes (M by its power of two, other sizes as they are),
-dtypes and device. The variable is read once, at import. A choice holds for the process, so that results repeat bitwise
-within it; another process may choose otherwise, and sum in another order. Tuning makes the first steps slow and waits
-for the device; launches that a CUDA graph captures are not tuned.
+`SIBO_TRITON_AUTOTUNE=1` (``docs/operations.md``) times the plan's configuration and its neighbours, and keeps the
+fastest. It does so at the first launch of a kernel for a class of shapes (M by its power of two, other sizes as they
+are), dtypes and device. The variable is read once, at import. A choice holds for the process, so that results repeat
+bitwise within it; another process may choose otherwise, and sum in another order. Tuning makes the first steps slow and
+waits for the device; launches that a CUDA graph captures are not tuned.
 """
 
 import os

@@ -33,7 +33,15 @@ DISTRIBUTIONS = (
 )
 
 #: Environment variables that change what runs; printed only where set.
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH", "TRITON_INTERPRET")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "PYTHONPATH",
+    "SIBO_TRITON_AUTOTUNE",
+    "SIBO_TRITON_BACKEND",
+    "TRITON_INTERPRET",
+)
 
 NOT_INSTALLED = "not installed"
 

@@ -10,7 +10,7 @@ from oracle import mix_by_hooks
 from peft import LoraConfig, PeftModel
 from tiny_models import llama, randomise_adapters
 
-from sibo_triton import SiboLoraConfig
+from sibo_triton import SiboLoraConfig, accelerate, accelerate_all, explain
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -100,6 +100,33 @@ def test_sft_computes_what_the_oracle_computes(tokenizer, tmp_path: Path) -> Non
     sibo = losses(_config(sibo_lambda=0.4), None)
     assert sibo == pytest.approx(losses(_config(LoraConfig), 0.4), rel=1e-5)
     assert sibo != pytest.approx(losses(_config(LoraConfig), 0.0), rel=2e-4)
+
+
+@pytest.mark.parametrize("how", ["by accelerate", "by accelerate_all"])
+def test_accelerated_plain_lora_trains_as_stock_lora(tokenizer, tmp_path: Path, how: str) -> None:
+    data = datasets.Dataset.from_list([{"text": _sentence(index)} for index in range(8)])
+
+    def losses(accelerated: bool) -> list[float]:
+        accelerate_all(accelerated and how == "by accelerate_all")
+        try:
+            trainer = trl.SFTTrainer(
+                model=_model(),
+                args=_arguments(trl.SFTConfig, tmp_path, max_length=16),
+                train_dataset=data,
+                processing_class=tokenizer,
+                peft_config=_config(LoraConfig),
+            )
+        finally:
+            accelerate_all(False)
+        if accelerated and how == "by accelerate":
+            accelerate(trainer.model)
+        assert {row.runs for row in explain(trainer.model)} == {"fused" if accelerated else "PEFT"}
+        torch.manual_seed(1)
+        randomise_adapters(trainer.model)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-5)
 
 
 @pytest.mark.parametrize("learnable", [False, True])
