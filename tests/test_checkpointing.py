@@ -30,6 +30,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from transformers import SwinConfig, SwinForImageClassification
 
 from sibo_triton import SiboLoraConfig
 
@@ -324,3 +325,24 @@ def test_an_input_nested_in_the_arguments_gets_the_exact_gradient(nest: Callable
         each(nest(embedded)).pow(2).mean().backward()
         gradients.append(embedded.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("enable", [reentrant, non_reentrant])
+def test_checkpointed_blocks_within_checkpointed_blocks(enable: Enable) -> None:
+    """Swin's stages, which are the stack, hold blocks of their own; transformers checkpoints both."""
+    config = SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, drop_path_rate=0.0
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(
+        SwinForImageClassification(config), SiboLoraConfig(r=4, target_modules="all-linear", sibo_lambda=0.3)
+    )
+    randomise_adapters(model)
+    pixels = torch.randn(2, 3, 32, 32, requires_grad=True)  # or a reentrant checkpoint gives no gradients
+    inputs = {"pixel_values": pixels, "labels": torch.tensor([0, 1])}
+    model.train()(**inputs).loss.backward()
+    expected = gradients_of(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": enable is reentrant})
+    model(**inputs).loss.backward()
+    assert_same(gradients_of(model), expected)

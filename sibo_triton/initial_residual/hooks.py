@@ -66,16 +66,22 @@ class _ScopeEnter(_Hook):
         # at each forward: checkpointing may be enabled, and blocks may be wrapped, at any time
         for block in module.get_submodule(self.block_list).children():
             for wrapper in _with_inner_modules(block):
-                self._wrap_checkpointing(wrapper)
+                if self._wrap_checkpointing(wrapper):
+                    for below in wrapper.modules():  # its own blocks (Swin's stages), which recompute apart from it
+                        self._wrap_checkpointing(below)
         self._wrap_checkpointing(module.get_submodule(self.owner), owner=True)
 
-    def _wrap_checkpointing(self, module: nn.Module, owner: bool = False) -> None:
+    def _wrap_checkpointing(self, module: nn.Module, owner: bool = False) -> bool:
+        """Whether there is a function that checkpoints the module, and checkpoints are enabled."""
+        wrapped = False
         for name in _CHECKPOINT_ATTRIBUTES:
             function = wrapper = module.__dict__.get(name)
             while isinstance(wrapper, CheckpointWithInitialResidual) and wrapper.residual is not self.residual:
                 wrapper = wrapper.inner
             if function is not None and not isinstance(wrapper, CheckpointWithInitialResidual):
                 module.__dict__[name] = CheckpointWithInitialResidual(function, self.residual, owner)
+            wrapped |= function is not None
+        return wrapped and module.training and getattr(module, "gradient_checkpointing", True)
 
 
 class _ScopeExit(_Hook):
