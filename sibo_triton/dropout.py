@@ -55,11 +55,10 @@ def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
         TypeError: p is not a number, or the seed neither an int nor a tensor.
         ValueError: p is outside [0, 1), or the seed is missing, or a tensor that is not one int64 value.
     """
-    threshold = dropout_threshold(p)
-    if p == 0:
+    check_dropout(p, seed)
+    if p == 0 or seed is None:
         return x
-    if seed is None:
-        raise ValueError(f"dropout_p is {p}, but no seed was given: pass draw_seed(x.device), or dropout_p=0.0")
+    threshold = dropout_threshold(p)
     mask = dropout_mask(math.prod(x.shape[:-1]), x.shape[-1], p, seed, device=x.device).reshape(x.shape)
     # In this order autograd keeps only the mask, one byte per element.
     return x * mask / (1 - threshold / 2**16)
@@ -156,6 +155,17 @@ def dropout_threshold(p: float) -> int:
     if not 0 <= p < 1:  # also NaN
         raise ValueError(f"dropout_p is {p}: it must lie in [0, 1); 0.0 turns dropout off")
     return min(math.floor(p * 2**16 + 0.5), 2**16 - 1)
+
+
+def check_dropout(p: float, seed: int | Tensor | None) -> None:
+    """Raise unless p is a probability of dropping, in [0, 1), and comes with a seed where it is not 0.
+
+    Raises:
+        TypeError, ValueError: as :func:`dropout`; the seed is not looked at.
+    """
+    dropout_threshold(p)
+    if p != 0 and seed is None:
+        raise ValueError(f"dropout_p is {p}, but no seed was given: pass draw_seed(x.device), or dropout_p=0.0")
 
 
 def checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tensor:

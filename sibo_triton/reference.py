@@ -62,16 +62,10 @@ def mix(x: Tensor, initial_residual: Tensor | None, lambda_: float | Tensor) -> 
         ValueError: ``lambda_`` is NaN, outside [0, 1], or a tensor that is not one floating point value; h0 is missing
             or of another shape.
     """
-    lambda_ = _checked_lambda(lambda_)
+    lambda_ = checked_mixing(x, initial_residual, lambda_)
     if not isinstance(lambda_, Tensor) and lambda_ == 0:
         return x
-    if initial_residual is None:
-        raise ValueError(f"initial_residual is None, but lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing")
-    if initial_residual.shape != x.shape:
-        raise ValueError(
-            f"initial_residual has shape {list(initial_residual.shape)} and x {list(x.shape)}: h0 must belong to the "
-            "same tokens and have the same width as x; pass lambda_=0.0 where it cannot"
-        )
+    assert initial_residual is not None
     if not (x.is_floating_point() and initial_residual.is_floating_point()):
         raise TypeError(f"x is {x.dtype} and initial_residual {initial_residual.dtype}: both must be floating point")
     dtype = torch.promote_types(torch.promote_types(x.dtype, initial_residual.dtype), torch.float32)
@@ -336,6 +330,25 @@ def check_activation(activation: str) -> None:
     """Raise a ValueError for the name of no activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not known: choose one of {', '.join(sorted(ACTIVATIONS))}")
+
+
+def checked_mixing(x: Tensor, initial_residual: Tensor | None, lambda_: float | Tensor) -> float | Tensor:
+    """lambda, a float or a tensor, after the checks of :func:`mix`.
+
+    Raises:
+        TypeError, ValueError: as :func:`mix`, but for what is not floating point.
+    """
+    lambda_ = _checked_lambda(lambda_)
+    if not isinstance(lambda_, Tensor) and lambda_ == 0:
+        return lambda_
+    if initial_residual is None:
+        raise ValueError(f"initial_residual is None, but lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing")
+    if initial_residual.shape != x.shape:
+        raise ValueError(
+            f"initial_residual has shape {list(initial_residual.shape)} and x {list(x.shape)}: h0 must belong to the "
+            "same tokens and have the same width as x; pass lambda_=0.0 where it cannot"
+        )
+    return lambda_
 
 
 def _checked_lambda(lambda_: float | Tensor) -> float | Tensor:

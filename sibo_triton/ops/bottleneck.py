@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sibo_triton import reference
+from sibo_triton.dropout import check_dropout
 from sibo_triton.ops.arguments import Inputs, Settings
-from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.group import Group
 from sibo_triton.ops.prepare import check_frozen, fused, group_of, shares_passes, with_backend
-from sibo_triton.reference import check_activation
+from sibo_triton.reference import check_activation, checked_mixing
 
 
 def add_bottleneck(
@@ -163,8 +163,7 @@ def _prepared(
     initial_residual, lambda_, dropout_p, dropout_seed = mixing
     tokens, out_features = (base.shape[:-1], base.shape[-1]) if base is not None else (x.shape[:-1], len(up_weight))
     _check_shapes(tokens, out_features, x, down_weight, up_weight, down_bias, up_bias)
-    check_mixing(initial_residual, lambda_)
-    check_same_tokens(x, initial_residual)
+    checked_mixing(x, initial_residual, lambda_)
     check_dropout(dropout_p, dropout_seed)
     if isinstance(scaling, Tensor) and scaling.numel() != 1:
         raise ValueError(f"scaling has shape {list(scaling.shape)}: pass a number or one floating point value")

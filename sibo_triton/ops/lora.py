@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sibo_triton import reference
+from sibo_triton.dropout import check_dropout
 from sibo_triton.ops import repeated, small
 from sibo_triton.ops.arguments import Inputs, Settings
-from sibo_triton.ops.checks import check_dropout, check_mixing, check_same_tokens
 from sibo_triton.ops.dispatch import backend_for, implementation
 from sibo_triton.ops.group import Group
 from sibo_triton.ops.prepare import check_frozen, fused, group_of, shares_passes, with_backend
@@ -196,8 +196,8 @@ def _prepared(
     dropout_seed: Tensor | None,
     lora_bias: Tensor | None,
 ) -> Prepared:
-    _check_shapes(x, lora_a, lora_b, initial_residual, lora_bias)
-    check_mixing(initial_residual, lambda_)
+    _check_shapes(x, lora_a, lora_b, lora_bias)
+    reference.checked_mixing(x, initial_residual, lambda_)
     check_dropout(dropout_p, dropout_seed)
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling requires grad, and gets no gradient here: detach it, or use sibo_triton.reference")
@@ -218,15 +218,12 @@ def _low_rank(prepared: Prepared) -> Tensor:
     return fused(settings, inputs)
 
 
-def _check_shapes(
-    x: Tensor, lora_a: Tensor, lora_b: Tensor, initial_residual: Tensor | None, lora_bias: Tensor | None
-) -> None:
+def _check_shapes(x: Tensor, lora_a: Tensor, lora_b: Tensor, lora_bias: Tensor | None) -> None:
     if lora_a.dim() != 2 or lora_a.shape[1] != x.shape[-1]:
         raise ValueError(f"lora_a has shape {list(lora_a.shape)}, but [r, {x.shape[-1]}] fits x")
     if lora_b.dim() != 2 or lora_b.shape[1] != lora_a.shape[0]:
         raise ValueError(f"lora_b has shape {list(lora_b.shape)}, but [N, {lora_a.shape[0]}] fits lora_a")
     if lora_b.dtype != lora_a.dtype:
         raise ValueError(f"lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}: they need one dtype")
-    check_same_tokens(x, initial_residual)
     if lora_bias is not None and lora_bias.shape != lora_b.shape[:1]:
         raise ValueError(f"lora_bias has shape {list(lora_bias.shape)}, but [{lora_b.shape[0]}] fits lora_b")

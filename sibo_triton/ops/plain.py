@@ -19,9 +19,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sibo_triton.dropout import checked_seed, dropout_threshold
+from sibo_triton.dropout import check_dropout, checked_seed
 from sibo_triton.ops.tiles import KeepTiles, add_product, read_tiles, write_product
-from sibo_triton.reference import check_shape
+from sibo_triton.reference import check_shape, checked_mixing
 
 
 def down(
@@ -370,20 +370,15 @@ def _checked_residual(
     """h0 where it is to be read, else None."""
     if not (_mixes(lambda_) or difference):
         return None
-    if initial_residual is None:
-        wanted = (
-            "d is wanted: pass h0" if difference else f"lambda_ is {lambda_}: pass h0, or lambda_=0.0 for no mixing"
-        )
-        raise ValueError(f"initial_residual is None, but {wanted}")
-    check_shape("initial_residual", initial_residual, x.shape)
+    if difference and initial_residual is None:
+        raise ValueError("initial_residual is None, but d is wanted: pass h0")
+    checked_mixing(x, initial_residual, lambda_)
     return initial_residual
 
 
 def _mask(rows: int, cols: int, p: float, seed: Tensor | None, device: torch.device) -> KeepTiles | None:
     """The mask to draw, or None where p is 0."""
-    if p == 0:
+    check_dropout(p, seed)
+    if p == 0 or seed is None:
         return None
-    dropout_threshold(p)  # raises for what is no rate
-    if seed is None:
-        raise ValueError(f"dropout_p is {p}, but no seed was given: pass draw_seed(device), or dropout_p=0.0")
     return KeepTiles(rows, cols, p, checked_seed(seed, device))
