@@ -1,4 +1,4 @@
-"""A call that is known goes to its recorded launches in one step; one that is not like it goes the long way."""
+"""A call that is known goes to its recorded launches in one step; one that is not like it takes the long path."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -197,7 +197,21 @@ def test_a_known_call_is_differentiated_once_and_watches_what_it_keeps():
             y.sum().backward()
 
 
-def test_errors_backends_and_autocast_are_those_of_the_long_way(monkeypatch):
+@pytest.mark.parametrize("name", ["x", "initial_residual"])
+def test_a_tensor_that_is_negated_when_read_is_written_negated_first(name):
+    arguments = make(MIXING)
+    with driver_with_nothing_known() as driver:
+        for _ in range(3):
+            driver.run(step_of(arguments), tensors_of(arguments))
+        assert f"{name} 0" in str(driver.launches)
+        lazy = arguments | {name: torch._neg_view(-arguments[name].detach()).requires_grad_()}
+        assert lazy[name].stride() == arguments[name].stride()
+        for _ in range(3):
+            driver.run(step_of(lazy), tensors_of(lazy))
+            assert driver.launches and f"{name} 0" not in str(driver.launches)
+
+
+def test_errors_backends_and_autocast_are_those_of_the_long_path(monkeypatch):
     arguments = make(MIXING)
     with driver_with_nothing_known() as driver:
         for _ in range(3):
@@ -265,7 +279,7 @@ def test_what_is_kept_may_come_back_in_another_form(packed_first):
             assert forms(driver.run(each, tensors)) == expected[each]
 
 
-def test_a_call_that_goes_the_long_way_leaves_what_is_known():
+def test_a_call_that_goes_the_long_path_leaves_what_is_known():
     """Pointers that are not aligned have other binaries; and what never repeats is not looked at each time."""
     arguments = make(MIXING)
     x = arguments["x"].detach()
@@ -281,7 +295,7 @@ def test_a_call_that_goes_the_long_way_leaves_what_is_known():
             driver.run(step_of(learns), tensors_of(learns))
 
 
-def test_numbers_and_names_are_those_of_the_long_way():
+def test_numbers_and_names_are_those_of_the_long_path():
     arguments = make(MIXING)
     with driver_with_nothing_known():
         for _ in range(2):
