@@ -121,9 +121,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
 
 def _may_repeat(x: Tensor) -> bool:
     """Whether a call on x may take the short path of `repeated.py`."""
-    if torch.compiler.is_compiling() or backend_for(x.device, (x.dtype,)).name != "triton":
-        return False
-    return implementation("triton").repeats()
+    return backend_for(x.device, (x.dtype,)).name == "triton" and implementation("triton").repeats()
 
 
 #: In the order of `repeated.flattened`.
