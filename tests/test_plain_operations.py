@@ -338,6 +338,7 @@ def test_tensors_without_data(mode, dropout_p):
     [
         ("initial_residual is None, but lambda_ is 0.3", lambda a: plain.down(a.x, a.lora_a, None, 0.3)),
         ("initial_residual is None, but d is wanted", lambda a: plain.down(a.x, a.lora_a, difference=True)),
+        ("initial_residual has shape", lambda a: plain.down(a.x, a.lora_a, a.h0[:1], difference=True)),
         (r"initial_residual has shape \[1, 62\]", lambda a: plain.down(a.x, a.lora_a, a.h0[:1], 0.3)),
         (r"lora_a has shape \[5, 61\], but \[r, 62\]", lambda a: plain.down(a.x, a.lora_a[:, 1:])),
         ("dropout_p is 1.0", lambda a: plain.down(a.x, a.lora_a, dropout_p=1.0, dropout_seed=SEED)),

@@ -89,7 +89,8 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
 
     Returns:
         What gives each layer's y once, by its place; None where the layers must be called one by one: under
-        `torch.compile`, in a transform of `torch.func`, on very small x, and where the dtypes of y or h0 differ.
+        `torch.compile`, where the definition runs (in a transform of `torch.func`, forward-mode AD, `torch.jit.trace`),
+        on very small x, and where the dtypes of y or h0 differ.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`.

@@ -370,9 +370,11 @@ def _checked_residual(
     """h0 where it is to be read, else None."""
     if not (_mixes(lambda_) or difference):
         return None
-    if difference and initial_residual is None:
+    if initial_residual is None and difference:
         raise ValueError("initial_residual is None, but d is wanted: pass h0")
     checked_mixing(x, initial_residual, lambda_)
+    if initial_residual is not None:  # also of the number 0, where d is wanted
+        check_shape("initial_residual", initial_residual, x.shape)
     return initial_residual
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def resolved(tensor: Tensor) -> Tensor:
     """Without torch's lazy negation (``z.conj().imag``), which kernels, reading memory, would not see."""
-    if torch.compiler.is_compiling():  # it is asked when the compiled code runs
+    if torch.compiler.is_compiling():  # the operator asks when it runs; Inductor loses the negation, as of any operator
         return tensor
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
