@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.layer import groups_of
+from benchmarks.models import LLAMA_3_8B
 from benchmarks.results_file import FLOOR, MIB, RESULTS
 from sibo_triton.finetune.demo.report import demo_table
 from sibo_triton.finetune.report import markdown_table
@@ -136,25 +138,32 @@ def other_layers(results: Path) -> str:
 
 
 def linears_tables(results: Path) -> str:
-    """For each GPU a table of the linears of a layer that were timed by themselves, and of all together."""
+    """For each GPU a table of the groups of linears of README's layer, timed by themselves, and of all of them."""
     parts = []
+    groups = ["+".join(names) for names in groups_of(LLAMA_3_8B)]
     for where, rows in _layers(results, whole=False):
-        table, totals = [], {}
-        for row in rows:
-            times = {name: facts["ms"]["both"]["p50"] for name, facts in row["providers"].items() if "ms" in facts}
+        table, by_adapters = [], {}
+        for row in (row for row in rows if _is_first(row) and row["part"] in groups):
             adapters = f"{row['adapters']}, dropout {row['dropout']:g}"
-            table.append((row["part"], adapters, *_linears_cells(times)))
-            total = totals.setdefault(adapters, dict.fromkeys(times, 0.0))
-            totals[adapters] = {name: total[name] + ms for name, ms in times.items() if name in total}
-        table += [("all", adapters, *_linears_cells(times)) for adapters, times in totals.items()]
-        head = ("linears", "adapters", f"{FLOOR}, ms", *SHOWN)
-        parts.append(f"Linears by themselves, time over the frozen ones, {where}:\n\n{markdown_table(head, table)}")
+            cells = [_over_frozen(row["providers"].get(name, {})) for name in SHOWN]
+            table.append((row["part"], adapters, *cells))
+            by_adapters.setdefault(adapters, []).append(row["providers"])
+        table += [
+            ("all, by the sums of medians", adapters, *(_sum_over_frozen(timed, name) for name in SHOWN))
+            for adapters, timed in by_adapters.items()
+            if len(timed) == len(groups)
+        ]
+        if table:
+            head = ("linears", "adapters", *SHOWN)
+            parts.append(f"Linears by themselves, time over the frozen ones, {where}:\n\n{markdown_table(head, table)}")
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-def _linears_cells(times: dict[str, float]) -> list[str]:
-    floor = times[FLOOR]
-    return [f"{floor:.2f}", *(f"{100 * (times[name] / floor - 1):+.1f} %" if name in times else "" for name in SHOWN)]
+def _sum_over_frozen(timed: Sequence[dict[str, Any]], name: str) -> str:
+    if not all("ms" in providers.get(one, {}) for providers in timed for one in (name, FLOOR)):
+        return "not all"
+    ours, frozen = (sum(providers[one]["ms"]["both"]["p50"] for providers in timed) for one in (name, FLOOR))
+    return f"{100 * (ours / frozen - 1):+.1f} %"
 
 
 #: Columns of the table of kernels, and the kernels that each sums up.

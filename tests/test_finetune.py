@@ -186,11 +186,26 @@ def test_an_example_without_anything_to_predict_is_refused():
         tokenize_examples(Examples("f", ("text",), [("a",)], ["line 1"]), tokenizer, 8)
 
 
-def test_padding_is_masked_and_carries_no_loss():
-    batch = completion_collator(words("a"), "m")(
+def no_token_to_pad_with():
+    tokenizer = Tokenizer(models.WordLevel({"a": 7, "b": 8, "c": 9}))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def left_and_no_mask():
+    tokenizer = words("a")
+    tokenizer.padding_side, tokenizer.model_input_names = "left", ["input_ids"]
+    return tokenizer
+
+
+@pytest.mark.parametrize(("make", "pad"), [(lambda: words("a"), 0), (no_token_to_pad_with, 7), (left_and_no_mask, 0)])
+def test_padding_is_masked_and_carries_no_loss(make, pad):
+    tokenizer = make()
+    before = (tokenizer.pad_token, tokenizer.padding_side, list(tokenizer.model_input_names))
+    batch = completion_collator(tokenizer, "m")(
         [{"input_ids": [3, 4], "labels": [NO_LOSS, 4]}, {"input_ids": [3, 4, 5], "labels": [3, 4, 5]}]
     )
-    assert batch["input_ids"].tolist() == [[3, 4, 0], [3, 4, 5]]
+    assert (tokenizer.pad_token, tokenizer.padding_side, list(tokenizer.model_input_names)) == before
+    assert batch["input_ids"].tolist() == [[3, 4, pad], [3, 4, 5]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [[NO_LOSS, 4, NO_LOSS], [3, 4, 5]]
 

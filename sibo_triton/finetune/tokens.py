@@ -13,6 +13,7 @@ The tokenizer's end-of-text token ends every example, so that the model learns t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +121,10 @@ def ensure_pad_token(tokenizer: Any, model_name: str, fallback: str | None = Non
 
 def completion_collator(tokenizer: Any, model_name: str) -> DataCollatorForSeq2Seq:
     """Pads examples on the right into a batch: input_ids, attention_mask and labels, each int64 [batch, longest]."""
+    tokenizer = copy.deepcopy(tokenizer)
     # Any token will do: padding is masked and carries no loss.
-    ensure_pad_token(tokenizer, model_name, fallback=tokenizer.convert_ids_to_tokens(0))
+    ensure_pad_token(tokenizer, model_name, fallback=min(tokenizer.get_vocab(), key=tokenizer.get_vocab().get))
     tokenizer.padding_side = "right"
+    if "attention_mask" not in tokenizer.model_input_names:  # of which `pad` makes what it names
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS)

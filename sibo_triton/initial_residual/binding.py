@@ -118,7 +118,8 @@ class InitialResidual:
             if called is model:  # left behind by an interrupted forward
                 del calls[position:]
                 break
-        calls.append((model, not calls and any_requires_grad(inputs)))
+        # without gradients it is not asked for, unless the model enables them inside
+        calls.append((model, not calls and (not torch.is_grad_enabled() or any_requires_grad(inputs))))
 
     def leave_model(self, model: nn.Module) -> None:
         calls = self._state.calls

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import FunctionType, MethodType, ModuleType
 
 import torch
@@ -51,22 +51,42 @@ def _is_parameter(leaf: torch.Tensor, outermost: nn.Module) -> bool:
     return isinstance(leaf, nn.Parameter) or any(leaf is parameter for parameter in outermost.parameters())
 
 
-def any_requires_grad(values: object, depth: int = 6) -> bool:
-    """Whether a tensor among `values` requires grad: in containers and attributes of objects, nested up to `depth`."""
+def any_requires_grad(values: object) -> bool:
+    """Whether a tensor among `values` requires grad: in containers and in attributes of objects, however nested.
+
+    True also where there is too much to look at: h0's gradient is then computed, which is never wrong.
+    """
+    if torch.compiler.is_compiling():
+        return _any_in_containers(values)
+    pending, seen = [values], set()
+    for _ in range(_MOST):
+        if not pending:
+            return False
+        value = pending.pop()
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                return True
+        elif not isinstance(value, _WITHOUT_TENSORS) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Mapping):
+                pending += value.values()
+            elif isinstance(value, (list, tuple, set, frozenset)):
+                pending += value
+            else:  # dataclasses, namespaces, caches of keys and values
+                pending += getattr(value, "__dict__", {}).values()
+    return True
+
+
+def _any_in_containers(values: object, depth: int = 6) -> bool:
+    """The same in what Dynamo can trace."""
     if isinstance(values, torch.Tensor):
         return values.requires_grad
-    if depth == 0 or isinstance(values, _WITHOUT_TENSORS):
-        return False
-    members: Iterable[object]
     if isinstance(values, Mapping):
-        members = values.values()
-    elif isinstance(values, (list, tuple, set, frozenset)):
-        members = values
-    elif torch.compiler.is_compiling():  # Dynamo cannot read an object's dictionary
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
         return False
-    else:  # dataclasses, namespaces, caches of keys and values
-        members = getattr(values, "__dict__", {}).values()
-    return any(any_requires_grad(member, depth - 1) for member in members)
+    return depth > 0 and any(_any_in_containers(value, depth - 1) for value in values)
 
 
+_MOST = 1000  # values to look at: a forward's arguments are far fewer
 _WITHOUT_TENSORS = (str, bytes, int, float, type(None), type, nn.Module, ModuleType, FunctionType, MethodType)
