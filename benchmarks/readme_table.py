@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layer import groups_of
 from benchmarks.models import LLAMA_3_8B
 from benchmarks.results_file import FLOOR, MIB, RESULTS
 from sibo_triton.finetune.demo.report import demo_table
@@ -140,7 +139,7 @@ def other_layers(results: Path) -> str:
 def linears_tables(results: Path) -> str:
     """For each GPU a table of the groups of linears of README's layer, timed by themselves, and of all of them."""
     parts = []
-    groups = ["+".join(names) for names in groups_of(LLAMA_3_8B)]
+    groups = ["+".join(names) for names in LLAMA_3_8B.linears.groups]
     for where, rows in _layers(results, whole=False):
         table, by_adapters = [], {}
         for row in (row for row in rows if _is_first(row) and row["part"] in groups):

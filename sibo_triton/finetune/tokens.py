@@ -105,25 +105,26 @@ def without_end(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def ensure_pad_token(tokenizer: Any, model_name: str, fallback: str | None = None) -> None:
-    """Let the end-of-text token pad where the tokenizer has no padding token, and `fallback` where it has neither.
+def ensure_pad_token(tokenizer: Any, model_name: str) -> None:
+    """Let the end-of-text token pad where the tokenizer has no padding token.
 
     Raises:
-        InputError: it has neither, and there is no fallback.
+        InputError: it has neither.
     """
     if tokenizer.pad_token_id is not None:
         return
-    token = fallback if tokenizer.eos_token is None else tokenizer.eos_token
-    if token is None:
+    if tokenizer.eos_token is None:
         raise InputError(f"--model {model_name}: its tokenizer has neither a padding nor an end-of-text token.")
-    tokenizer.pad_token = token
+    tokenizer.pad_token = tokenizer.eos_token
 
 
 def completion_collator(tokenizer: Any, model_name: str) -> DataCollatorForSeq2Seq:
     """Pads examples on the right into a batch: input_ids, attention_mask and labels, each int64 [batch, longest]."""
     tokenizer = copy.deepcopy(tokenizer)
-    # Any token will do: padding is masked and carries no loss.
-    ensure_pad_token(tokenizer, model_name, fallback=min(tokenizer.get_vocab(), key=tokenizer.get_vocab().get))
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is None:
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.pad_token = min(vocabulary, key=vocabulary.get)  # any will do: padding is masked and carries no loss
+    ensure_pad_token(tokenizer, model_name)
     tokenizer.padding_side = "right"
     if "attention_mask" not in tokenizer.model_input_names:  # of which `pad` makes what it names
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
