@@ -149,37 +149,36 @@ class Tape:
         self._buffers = [(shape, torch.empty(shape, device="meta").stride(), dtype) for shape, dtype in buffers]
         self._pick_starts = tuple_getter([buffer for buffer, _ in addresses])
         self._offsets = tuple(offset for _, offset in addresses)
-        # One tuple holds all values, so that one call picks the arguments of a launch: given addresses, those in
-        # allocated buffers, constants, and tuples of these.
+        # One tuple holds all values, so that one call picks all that a launch passes to the driver: given addresses,
+        # those in allocated buffers, the stream, constants, and tuples of these.
         place_of = {number: place for place, number in enumerate(given)}
         place_of |= {len(alignment) + i: len(given) + i for i in range(len(addresses))}
-        constants: list[Any] = []
-        first = len(place_of)
+        stream = len(place_of)
+        constants: dict[int, Any] = {}  # by identity: None, True and small numbers occur often
+        place_of_constant: dict[int, int] = {}
+
+        def constant(value: Any) -> int:
+            constants[id(value)] = value
+            return place_of_constant.setdefault(id(value), stream + len(constants))
 
         def place(value: Any) -> int:
-            if type(value) is int:
-                return place_of[value]
-            constants.append(value)
-            return first + len(constants) - 1
+            return place_of[value] if type(value) is int else constant(value)
 
-        tuples = []  # by the launch and the argument, those with an address
-        placed = []
-        for i, (*_, arguments) in enumerate(launches):
-            placed.append([])
-            for j, of in enumerate(arguments):
-                if type(of) is tuple and any(type(one) is int for one in of):
-                    tuples.append((i, j, [place(one) for one in of]))
-                    placed[i].append(-1)
-                else:
-                    placed[i].append(place(of))
-        for number, (i, j, _) in enumerate(tuples):
-            placed[i][j] = first + len(constants) + number
-        self._constants = tuple(constants)
-        self._pick_tuples = [tuple_getter(of) for *_, of in tuples]
-        self._launches = [
-            (run, programs, (function, metadata, None, None, None), tuple_getter(of), rest)
-            for (_, (run, programs, function, metadata, rest), _), of in zip(launches, placed, strict=True)
-        ]
+        tuples: list[list[int]] = []  # those with an address; they come last, the first at the very end
+
+        def place_or_tuple(value: Any) -> int:
+            if type(value) is tuple and any(type(one) is int for one in value):
+                tuples.append([place(one) for one in value])
+                return -len(tuples)
+            return place(value)
+
+        passed = []
+        for (run, programs, function, metadata, rest), arguments in ((direct, of) for _, direct, of in launches):
+            head = [*map(constant, programs), stream, *map(constant, (function, metadata, None, None, None))]
+            passed.append((run, [*head, *map(place_or_tuple, arguments), *map(constant, rest)]))
+        self._constants = tuple(constants.values())
+        self._pick_tuples = [tuple_getter(of) for of in reversed(tuples)]
+        self._launches = [(run, tuple_getter(places)) for run, places in passed]
         self._hooks = [launch.hooks for launch, *_ in launches]
         self._alive = [launch for launch, *_ in launches]  # they keep the binaries, which Triton may unload otherwise
         self._pick_outputs = tuple_getter([len(buffers) if of is None else of[0] for of in outputs])
@@ -198,11 +197,12 @@ class Tape:
             return None
         buffers = list(starmap(self._allocate, self._buffers))
         starts = tuple(map(_data_ptr, buffers))
-        placed = (*given, *map(add, self._pick_starts(starts), self._offsets), *self._constants)
-        placed += tuple([pick(placed) for pick in self._pick_tuples])
         stream = driver.get_current_stream(device)
-        for run, programs, head, pick, rest in self._launches:
-            run(*programs, stream, *head, *pick(placed), *rest)
+        placed = (*given, *map(add, self._pick_starts(starts), self._offsets), stream, *self._constants)
+        if self._pick_tuples:
+            placed += tuple([pick(placed) for pick in self._pick_tuples])
+        for run, pick in self._launches:
+            run(*pick(placed))
         outputs = list(self._pick_outputs((*buffers, None)))
         for i, view in self._views:
             outputs[i] = outputs[i].as_strided(*view)

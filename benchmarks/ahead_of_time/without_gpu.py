@@ -9,6 +9,7 @@ Triton's cache are those that a launch on such a GPU looks for.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from unittest import mock
 
@@ -120,7 +121,8 @@ def launching_for(gpu: GPUTarget, launcher: Callable[..., None] = lambda *argume
 
 def kernels_chosen() -> AbstractContextManager[object]:
     """Inside, operations choose the kernels on every device. It may be entered several times."""
-    return mock.patch.object(dispatch, "_choose", lambda *_: Choice("triton", "chosen without a GPU"))
+    choose = cache(lambda *_: Choice("triton", "chosen without a GPU"))  # cached as what it replaces
+    return mock.patch.object(dispatch, "_choose", choose)
 
 
 @contextmanager

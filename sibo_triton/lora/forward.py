@@ -42,11 +42,11 @@ class FusedLinear(LoraLinear):
     @staticmethod
     def arguments_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
         """The arguments of `lora_linear` for each of these layers, which get the same x."""
-        arguments = []
-        for layer, of_adapter in zip(layers, _adapter_arguments(layers, adapter_name, x), strict=True):
+        all_arguments = _adapter_arguments(layers, adapter_name, x)
+        for layer, arguments in zip(layers, all_arguments, strict=True):
             base: Any = layer._modules["base_layer"]
-            arguments.append({"weight": parameter(base, "weight"), "bias": parameter(base, "bias"), **of_adapter})
-        return arguments
+            arguments["weight"], arguments["bias"] = parameter(base, "weight"), parameter(base, "bias")
+        return all_arguments
 
     @staticmethod
     def group_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> Group | None:
@@ -166,10 +166,6 @@ def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.
     modules = [adapter_modules(layer, adapter_name) for layer in layers]
     all_arguments = mixing_arguments(layers, adapter_name, x, [dropout for *_, dropout in modules], LORA_LAMBDA_NAME)
     for layer, (lora_a, lora_b, _), arguments in zip(layers, modules, all_arguments, strict=True):
-        arguments |= {
-            "lora_a": parameter(lora_a, "weight"),
-            "lora_b": parameter(lora_b, "weight"),
-            "lora_bias": parameter(lora_b, "bias"),
-            "scaling": layer.scaling[adapter_name],
-        }
+        arguments["lora_a"], arguments["lora_b"] = parameter(lora_a, "weight"), parameter(lora_b, "weight")
+        arguments["lora_bias"], arguments["scaling"] = parameter(lora_b, "bias"), layer.scaling[adapter_name]
     return all_arguments

@@ -93,6 +93,20 @@ def backend_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> Choice:
     return _choose(requested, device, tuple(dtypes))
 
 
+def kernels_compute(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :func:`backend_for` chooses the kernels, unless a `torch.func` transform or `torch.jit.trace` is active.
+
+    A known call (`repeated.py`) need not look for these: under them no tensor fits its guards.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`backend_for`.
+    """
+    requested = requested_backend()
+    if requested in ("reference", "torch") or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    return _choose(requested, device, (dtype,)).name == "triton"
+
+
 @cache
 def _choose(requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Choice:
     obstacle = _obstacle(device) or _dtype_obstacle(dtypes)

@@ -18,7 +18,7 @@ from sibo_triton import reference
 from sibo_triton.dropout import check_dropout
 from sibo_triton.ops import repeated, small
 from sibo_triton.ops.arguments import Inputs, Settings
-from sibo_triton.ops.dispatch import backend_for, implementation
+from sibo_triton.ops.dispatch import implementation, kernels_compute
 from sibo_triton.ops.group import Group
 from sibo_triton.ops.prepare import check_frozen, fused, group_of, shares_passes, with_backend
 
@@ -61,12 +61,12 @@ def lora_linear(
         TypeError, ValueError: as the definition; ValueError also for dtypes that do not meet.
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
-    key = call = None
+    form = call = None
     if _may_repeat(x):
         layer = (weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, dropout_seed, dropout_p)
         tensors, numbers = repeated.flattened(x, initial_residual, [layer])
-        key = repeated.key_of(tensors, numbers)
-        call = repeated.known(key)
+        form = repeated.form_of(tensors, numbers)
+        call = repeated.known(form, tensors)
         outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
             return outputs[0]
@@ -74,8 +74,8 @@ def lora_linear(
     adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
     prepared = _prepared(None, x, weight, bias, *adapter)
     y = _low_rank(prepared)
-    if key is not None and call is None:
-        repeated.remember(key, tensors, [prepared.settings], [prepared.inputs])
+    if form is not None and call is None:
+        repeated.remember(form, tensors, [prepared.settings], [prepared.inputs])
     return y
 
 
@@ -95,34 +95,34 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`.
     """
-    if not shares_passes(x):
-        return None
     layers = [{**_DEFAULTS, **layer} for layer in layers]
-    key = call = None
+    form = call = None
     residuals = [layer["initial_residual"] for layer in layers]
     mixes = [h0 is not None for h0 in residuals]
     h0s = {id(h0): h0 for h0 in residuals if h0 is not None}
     if _may_repeat(x) and len(h0s) < 2 and all(layer.keys() == _NAMES for layer in layers):
         tensors, numbers = repeated.flattened(x, next(iter(h0s.values()), None), list(map(_OF_LAYER, layers)))
-        key = repeated.key_of(tensors, (*numbers, *mixes))
-        call = repeated.known(key)
+        form = repeated.form_of(tensors, (*numbers, *mixes))
+        call = repeated.known(form, tensors)
         outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
             return Group(outputs)
+    if not shares_passes(x):
+        return None
     prepared = []
     for layer in layers:
         check_frozen(x, layer["weight"], layer["lora_b"])
         prepared.append(_prepared(None, x, **layer))
     settings, inputs = [layer.settings for layer in prepared], [layer.inputs for layer in prepared]
     result = group_of(settings, inputs)
-    if result is not None and key is not None and call is None:
-        repeated.remember(key, tensors, settings, inputs)
+    if result is not None and form is not None and call is None:
+        repeated.remember(form, tensors, settings, inputs)
     return result
 
 
 def _may_repeat(x: Tensor) -> bool:
     """Whether a call on x may take the short path of `repeated.py`."""
-    return backend_for(x.device, (x.dtype,)).name == "triton" and implementation("triton").repeats()
+    return kernels_compute(x.device, x.dtype) and implementation("triton").repeats()
 
 
 #: In the order of `repeated.flattened`.

@@ -12,20 +12,23 @@ it, goes there.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sibo_triton.kernels.tuple_getter import tuple_getter
-from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import KEPT_PER_LAYER, Node, applied, gradients, is_batched, kept_of, node_of, saved_of
 from sibo_triton.ops.dispatch import implementation
 from sibo_triton.ops.group import few_rows_request, has_few_rows
 from sibo_triton.ops.products import PER_LAYER, Down, backward_request, forward_request
 from sibo_triton.ops.tensors import as_matrix, autocast_dtype, without_autocast
+
+try:  # a private class of torch; where there is none, no call is remembered
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards: Any = None  # type: ignore[no-redef]
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 #: The tensors of a call, in this order: these two, and then those of each layer.
@@ -34,9 +37,8 @@ _OF_LAYER = tuple(name for name in Inputs._fields if name not in (*_SHARED, "bas
 #: The gradients that recorded launches return; others are computed from their results, by `products.py`.
 _GRADIENTS = {"x", "initial_residual", "lora_a", "lora_b"}
 
-_facts = attrgetter("dtype", "shape", "device", "requires_grad")
-_memory = attrgetter("dtype", "device")
-_strides = Tensor.stride
+#: What remembers a form keeps at most so many that differ in their tensors only, and of one call so many backwards.
+_KEPT = 16
 
 
 def flattened(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple]) -> tuple[tuple, tuple]:
@@ -62,24 +64,42 @@ def flattened(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple
     return tuple(tensors), tuple(numbers)
 
 
-def key_of(tensors: tuple, numbers: tuple) -> Hashable:
-    """All that a call depends on: numbers, the tensors' forms, and modes of torch. None: it cannot be remembered."""
+def form_of(tensors: tuple, numbers: tuple) -> Hashable:
+    """What a call depends on beside the forms of its tensors: numbers, and modes of torch. None: it has no form.
+
+    The types of the tensors and the shape of x are in it, so that few calls have the same.
+    """
     try:
         hash(numbers)
     except TypeError:  # an array with one element, which the long path converts
         return None
-    x, initial_residual = tensors[:2]
-    if x.is_neg() or initial_residual is not None and initial_residual.is_neg():
-        return None
-    autocast = autocast_dtype(x.device.type)
+    x = tensors[0]
+    autocast = autocast_dtype(x.device.type) if torch._C._is_any_autocast_enabled() else None
     modes = torch.is_grad_enabled(), autocast, implementation("triton").float32_is_exact()
-    present = [tensor for tensor in tensors if tensor is not None]
-    return numbers, modes, tuple(map(type, tensors)), *map(_facts, present), *map(_strides, present)
+    return numbers, modes, tuple(map(type, tensors)), x.shape
 
 
-def known(key: Hashable) -> Any:
+def known(form: Hashable, tensors: tuple) -> Any:
     """What is remembered for such a call, to be passed to :func:`outputs`; None: nothing yet."""
-    return implementation("triton").calls.get(key)
+    remembered = implementation("triton").calls.get(form, ())
+    return _first_that_fits(remembered, [tensor for tensor in tensors if tensor is not None])
+
+
+def _first_that_fits(remembered: tuple, tensors: Sequence[Tensor]) -> Any:
+    for guards, what in remembered:
+        if guards.check(*tensors):
+            return what
+    return None
+
+
+def _guards_of(tensors: Sequence[Tensor]) -> Any:
+    """Tells whether other tensors have the types, dtypes, devices, shapes, strides and flags of these.
+
+    The flags include `requires_grad`, and every state of torch that changes what an operation does with a tensor
+    (autocast, inference mode, lazy negation). Dynamo asks the same of a compiled function's arguments; it takes the
+    host a tenth of reading these from Python.
+    """
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
 def outputs(call: Any, tensors: tuple) -> Sequence[Tensor] | None:
@@ -96,34 +116,47 @@ def outputs(call: Any, tensors: tuple) -> Sequence[Tensor] | None:
 _LONG_PATH = object()
 
 
-def remember(key: Hashable, tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
+def remember(form: Hashable, tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> None:
     """Remember a call that was not known and has taken the long path, which has recorded its launches."""
-    if not all(number == number for number in key[0]):  # type: ignore[index]  # NaN: a key that is never found
+    if not all(number == number for number in form[0]):  # type: ignore[index]  # NaN: a form that is never found
         return
+    present = [tensor for tensor in tensors if tensor is not None]
+    plain = settings[0].backend == "triton" and _PLAIN.issuperset(map(type, tensors)) and TensorGuards is not None
+    if not plain or any(tensor.is_neg() for tensor in present):  # recorded launches read what the long path resolved
+        return
+    call = _call_for(tensors, settings, inputs)
+    if call is not None:
+        calls = implementation("triton").calls
+        calls.keep(form, _with(calls.get(form, ()), present, call))
+
+
+def _with(remembered: tuple, tensors: Sequence[Tensor], what: Any) -> tuple:
+    return (*remembered[1 - _KEPT :], (_guards_of(tensors), what))
+
+
+def _call_for(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Any:
+    """What to remember for such a call; None: nothing."""
     node = node_of(settings, inputs) if torch.is_grad_enabled() else None
     if node is not None and not node.places:
         node = None
     few_rows = node is None and has_few_rows(settings[0], inputs[0])
-    simple = _PLAIN.issuperset(map(type, tensors)) and all(map(_is_simple, settings, inputs))
+    simple = all(map(_is_simple, settings, inputs))
     if node is None:
         simple &= few_rows or len(inputs) == 1  # else each y is computed when it is taken
     else:
         simple &= {Inputs._fields[field] for _, field in node.places} <= _GRADIENTS
-    keep = implementation("triton").calls.keep
     if not simple:
-        keep(key, _LONG_PATH)
-        return
-    call: Any = _call_of(tensors, settings, inputs, few_rows) if _differ(tensors) else None
-    if call is not None and node is not None:
-        # Which of the tensors and of the launches' results are saved for the backward: objects stand for the results.
-        results = [object() for _ in range(PER_LAYER * len(inputs))]
-        downs = [Down(results[i], None, None) for i in range(0, len(results), PER_LAYER)]
-        kept = kept_of(node, inputs, downs)
-        keeps = _places([one for one in kept if one is not None], (*tensors, *results))
-        wants = _places([inputs[i][field] for i, field in node.places], tensors)
-        call = CallWithGradients(call, node, keeps, [one is not None for one in kept], wants)
-    if call is not None:
-        keep(key, call)
+        return _LONG_PATH
+    call = _call_of(tensors, settings, inputs, few_rows) if _differ(tensors) else None
+    if call is None or node is None:
+        return call
+    # Which of the tensors and of the launches' results are saved for the backward: objects stand for the results.
+    results = [object() for _ in range(PER_LAYER * len(inputs))]
+    downs = [Down(results[i], None, None) for i in range(0, len(results), PER_LAYER)]
+    kept = kept_of(node, inputs, downs)
+    keeps = _places([one for one in kept if one is not None], (*tensors, *results))
+    wants = _places([inputs[i][field] for i, field in node.places], tensors)
+    return CallWithGradients(call, node, keeps, [one is not None for one in kept], wants)
 
 
 def _is_simple(settings: Settings, inputs: Inputs) -> bool:
@@ -149,7 +182,7 @@ def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inpu
     ys = [i if few_rows else PER_LAYER * (i + 1) - 1 for i in range(count)]
     frozen = [(len(_SHARED) + len(_OF_LAYER) * i, y) for i, y in enumerate(ys)]
     casts = _casts_of(inputs, matrices)
-    return Call(_Read(tape, [x, *others], tensors, casts), frozen, settings[0].dtype)
+    return Call(_Read(tape, [x, *others], tensors, casts), frozen)
 
 
 def _casts_of(layers: Sequence[Any], matrices: Sequence[tuple]) -> list[tuple[Tensor, Tensor]]:
@@ -209,11 +242,10 @@ class Call:
         launches: its launches.
         frozen: of each layer: the index of its frozen weight among the tensors, and of its low-rank y among the
             launches' results.
-        dtype: of y.
     """
 
-    def __init__(self, launches: _Read, frozen: list[tuple[int, int]], dtype: torch.dtype) -> None:
-        self.launches, self._frozen, self._dtype = launches, frozen, dtype
+    def __init__(self, launches: _Read, frozen: list[tuple[int, int]]) -> None:
+        self.launches, self._frozen = launches, frozen
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
         """y of each layer; None where the launches do not fit these tensors."""
@@ -222,11 +254,14 @@ class Call:
         return None if results is None else self.with_frozen(tensors, results)
 
     def with_frozen(self, tensors: tuple, results: list[Any]) -> list[Tensor]:
-        """y of each layer: the frozen products accumulate onto the low-rank ones."""
+        """y of each layer: the frozen products accumulate onto the low-rank ones, as in `products.with_frozen`."""
         x = tensors[0]
-        matrix = as_matrix(x)
-        with_frozen, dtype = products.with_frozen, self._dtype
-        return [with_frozen(results[y], x, matrix, tensors[weight], dtype) for weight, y in self._frozen]
+        if x.dim() == 2:
+            return [results[y].addmm_(x, tensors[weight].t()) for weight, y in self._frozen]
+        *leading, in_features = x.shape
+        matrix = x.view(-1, in_features)
+        ys = [results[y].addmm_(matrix, tensors[weight].t()) for weight, y in self._frozen]
+        return [y.resize_(*leading, y.shape[1]) for y in ys]
 
 
 class CallWithGradients:
@@ -243,7 +278,7 @@ class CallWithGradients:
     def __init__(self, forward: Call, node: Node, keeps: list[int], is_kept: list[bool], wants: list[int]) -> None:
         self.node, self.forward, self.keeps = node, forward, tuple_getter(keeps)
         self._is_kept, self._wants = is_kept, tuple_getter(wants)
-        self._backwards: dict[Hashable, _Backward] = {}
+        self._backwards: dict[bool, tuple] = {True: (), False: ()}  # by whether products of float32 are exact
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
         """y of each layer; None where the launches do not fit these tensors."""
@@ -259,35 +294,32 @@ class CallWithGradients:
     def backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> Sequence[Tensor | None] | None:
         """The gradients; None where the launches are not known, or do not fit these tensors."""
         gs = [as_matrix(grad_y) for grad_y in grads_y]
-        known = self._backwards.get(self._key_of(kept, gs))
+        known = _first_that_fits(self._backwards[implementation("triton").float32_is_exact()], (*gs, *kept))
         return None if known is None else known(kept, gs, grads_y[0].shape[:-1])
 
     def remember_backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> None:
-        """Remember a backward that has taken the long path, which has recorded its launches."""
+        """Remember a backward that has taken the long path, which has recorded its launches.
+
+        The saved tensors may be others than the forward's: hooks on them may bring them back in another layout.
+        """
         node, gs = self.node, [as_matrix(grad_y) for grad_y in grads_y]
-        key_of_call = self._key_of(kept, gs)
-        if key_of_call in self._backwards or len(self._backwards) >= _KEPT or not _differ((*gs, *kept)):
+        tensors, exact = (*gs, *kept), implementation("triton").float32_is_exact()
+        if _first_that_fits(self._backwards[exact], tensors) is not None:  # its launches did not fit the addresses
+            return
+        if not _differ(tensors) or any(tensor.is_neg() for tensor in kept):
             return
         saved = saved_of(node, self.all_kept(kept))
         key, read, matrices = backward_request(node.settings, saved, gs, node.wants, node.in_series)
         tape = implementation("triton").tape_of(key, read)
         if tape is not None:
-            launches = _Read(tape, read, (*gs, *kept), _casts_of(saved, matrices))
-            self._backwards[key_of_call] = _Backward(node, launches, self._weights())
+            launches = _Read(tape, read, tensors, _casts_of(saved, matrices))
+            known = _Backward(node, launches, self._weights())
+            self._backwards[exact] = _with(self._backwards[exact], tensors, known)
 
     def _weights(self) -> list[int]:
         """The index of each layer's frozen weight among the saved tensors; not used where dx is not wanted."""
         starts = [len(_SHARED) + KEPT_PER_LAYER * i for i in range(len(self.node.settings))]
         return [sum(self._is_kept[:start]) for start in starts]
-
-    @staticmethod
-    def _key_of(kept: Sequence[Any], gs: list[Tensor]) -> Hashable:
-        """Saved tensors are part of the key: hooks on them may bring them back in another layout."""
-        forms = *map(_facts, gs), *map(_memory, kept), *map(_strides, (*gs, *kept))
-        return implementation("triton").float32_is_exact(), forms
-
-
-_KEPT = 64  # backwards remembered of one call, by the forms of dY and of the saved tensors
 
 
 class _Backward:

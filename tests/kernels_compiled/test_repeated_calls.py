@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -148,6 +149,66 @@ def test_what_is_asked_for_may_change_from_call_to_call():
             assert driver.run(step, tensors) == expected
             assert driver.run(without_gradients, tensors) == of_none
             arguments["x"].requires_grad_(False)
+
+
+def transposed(matrix):
+    return matrix.detach().t().contiguous().t().requires_grad_(matrix.requires_grad)
+
+
+VARIANTS = {
+    "dtype of h0": lambda of: {"initial_residual": of["initial_residual"].bfloat16()},
+    "dtype of all": lambda of: {name: of[name].bfloat16() for name in ("x", "weight", "bias", "lora_a", "lora_b")},
+    "strides of x": lambda of: {"x": torch.randn(2, 70, 96)[..., :48].requires_grad_()},
+    "strides of W0": lambda of: {"weight": transposed(of["weight"])},
+    "strides of A": lambda of: {"lora_a": transposed(of["lora_a"])},
+    "rank": lambda of: {name: torch.randn(shape) for name, shape in (("lora_a", (5, 48)), ("lora_b", (40, 5)))},
+    "no bias": lambda of: {"bias": None},
+    "another bias": lambda of: {"bias": None, "lora_bias": of["bias"].detach()},
+    "A frozen": lambda of: {"lora_a": of["lora_a"].detach()},
+    "B negated when read": lambda of: {"lora_b": torch._neg_view(-of["lora_b"].detach())},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_differs_in_one_property_is_another_call(name):
+    arguments = make(replace(MIXING, bias=True))
+    other = arguments | VARIANTS[name](arguments)
+    tensors = tensors_of(arguments, other)
+    steps = [step_of(arguments), step_of(other)]
+    with driver_with_nothing_known() as driver:
+        expected = [expected_of(driver, step, tensors) for step in steps]
+        assert expected[0] != expected[1]
+        for i in (0, 0, 1, 0, 1, 1, 0):
+            assert driver.run(steps[i], tensors) == expected[i]
+
+
+def by_vmap(call):
+    return torch.func.vmap(lambda _: call())(torch.zeros(1))[0]
+
+
+def by_tracing(call):
+    return torch.jit.trace(lambda _: call(), (torch.zeros(1),), check_trace=False)(torch.zeros(1))
+
+
+def in_forward_mode(call):
+    with forward_ad.dual_level():
+        return call()
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("context", [by_vmap, by_tracing, in_forward_mode])
+def test_where_only_the_definition_is_right_it_runs(context):
+    arguments = make(replace(MIXING, wants=()))
+    step, tensors = step_of(arguments), tensors_of(arguments)
+    with driver_with_nothing_known() as driver:
+        for _ in range(3):
+            driver.run(step, tensors)
+            assert driver.launches
+        count = len(driver.launches)
+        with mock.patch.object(torch.Tensor, "addmm_", side_effect=AssertionError("the operation runs")):
+            y = context(lambda: lora.lora_linear(**arguments))
+        assert len(driver.launches) == count
+    torch.testing.assert_close(y, reference.lora_linear(**arguments))
 
 
 def test_an_input_that_is_no_matrix_is_copied_each_time():
