@@ -25,6 +25,7 @@ from benchmarks.bottleneck_providers import EagerAdapter, EagerMixedAdapter
 from benchmarks.definitions import DEFINITIONS, Weights, weights_of
 from benchmarks.models import copy_of
 from benchmarks.providers import Peft, PeftMixed, Provider, kept_initial_residual
+from benchmarks.results_file import FLOOR
 from benchmarks.settings import AdapterSetting
 
 #: The norm of the error divided by that of the result, as a whole and for the worst row and column. In bfloat16 PEFT's
@@ -237,6 +238,25 @@ class SharedWeights:
     def verdict(self, provider: Provider, actual: Values, expected: Values) -> Verdict:
         """See :class:`Yardsticks`."""
         return self._yardsticks.verdict(provider, actual, expected)
+
+    def check(self, provider: Provider, model: nn.Module, values: Callable[[], Values], expected: Values) -> Verdict:
+        """Compare a provider's results with the definition's, and ask whether dropout changes them as a mask would.
+
+        With dropout a compiled model is only asked the latter: another rate would be another graph.
+
+        Args:
+            model: the provider's.
+            values: what it computes in training.
+            expected: the same by the definition, without dropout.
+        """
+        rate = self.setting.dropout
+        if rate and provider.compiles:
+            verdict = Verdict(0.0, "nothing: how much dropout changes the gradients")
+        else:
+            verdict = self.verdict(provider, without_dropout(model, values), expected)
+        if verdict.problem is None and rate and provider.name != FLOOR:
+            verdict = replace(verdict, problem=dropout_problem(values(), expected, rate))
+        return verdict
 
 
 def dropouts(model: nn.Module) -> list[nn.Dropout]:

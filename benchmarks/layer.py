@@ -194,19 +194,11 @@ class LayerComparison:
         return self.weights.expected(provider, values)
 
     def check(self, provider: Provider, step: LayerStep) -> Verdict:
-        expected, rate = self.expected(provider), self.setting.dropout
-        with_dx = not provider.compiles  # a hook, or another rate, would cause a recompilation
+        expected = self.expected(provider)
+        with_dx = not provider.compiles  # its hook would cause a recompilation
         if not with_dx:
             expected = {name: value for name, value in expected.items() if name != "gradient of the input"}
-        if rate == 0 or not provider.compiles:
-            actual = checks.without_dropout(step.model, lambda: self.values(step, with_dx))
-            verdict = self.weights.verdict(provider, actual, expected)
-        else:
-            verdict = Verdict(0.0, "nothing: how much dropout changes the gradients")
-        if verdict.problem is None and rate and provider.name != FLOOR:
-            problem = checks.dropout_problem(self.values(step, with_dx), expected, rate)
-            verdict = replace(verdict, problem=problem)
-        return verdict
+        return self.weights.check(provider, step.model, lambda: self.values(step, with_dx), expected)
 
     def more(self, provider: Provider, step: LayerStep) -> dict[str, Any]:
         if provider.compiles:

@@ -6,7 +6,8 @@ checkpointing, and a whole model of 0.5B on one short sequence, where launches d
 runs forward, loss and backward.
 
 Reported are tokens per second, and the peak memory of a step beyond weights and optimizer states. Before a provider is
-timed, its loss and gradients on a short sequence are compared with the definition's.
+timed, its loss and gradients are compared with the definition's: on a short sequence, or, where compiled models are
+timed too, on a batch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.layer import BF16, DEFAULTS, DTYPE
 from benchmarks.models import LLAMA_3_8B, QWEN2_5_0_5B, Architecture, frozen_model
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
-from benchmarks.results_file import FLOOR, parser_of
+from benchmarks.results_file import parser_of
 from benchmarks.settings import Setting
 from benchmarks.timing import Effort
 
@@ -107,6 +108,8 @@ class StepComparison:
         self.weights = checks.SharedWeights(frozen, replace(row.setting, linears=row.architecture.linears))
         vocabulary = row.architecture.vocabulary
         self.batches = [torch.randint(1, vocabulary, row.batch, device=device) for _ in range(BATCHES)]
+        # compiled models are compiled for one shape, so that only a whole batch checks what is timed
+        self.checked = self.batches[0] if row.compiles else self.batches[0][:1, :CHECKED_TOKENS]
 
     def build(self, provider: Provider) -> TrainingStep:
         model: Any = self.weights.model(provider)
@@ -116,24 +119,17 @@ class StepComparison:
         return TrainingStep(provider.name, model, self.batches)
 
     def values(self, model: nn.Module) -> Values:
-        """The loss on a short sequence, and its gradients."""
+        """The loss of a batch, and its gradients."""
         model.zero_grad(set_to_none=True)
-        ids = self.batches[0][:1, :CHECKED_TOKENS]
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=self.checked, labels=self.checked, use_cache=False).loss
         loss.backward()
         results = {"loss": loss.detach().reshape(1, 1), **checks.gradients_of(model)}
         model.zero_grad(set_to_none=True)
         return results
 
     def check(self, provider: Provider, step: TrainingStep) -> Verdict:
-        if provider.compiles:  # a short sequence would be another graph; the layer benchmark checks compiled models
-            return Verdict(0.0, "nothing: compiled for one shape")
-        expected, rate = self.weights.expected(provider, self.values), self.row.setting.dropout
-        actual = checks.without_dropout(step.model, lambda: self.values(step.model))
-        verdict = self.weights.verdict(provider, actual, expected)
-        if verdict.problem is None and rate and provider.name != FLOOR:
-            verdict = replace(verdict, problem=checks.dropout_problem(self.values(step.model), expected, rate))
-        return verdict
+        expected = self.weights.expected(provider, self.values)
+        return self.weights.check(provider, step.model, lambda: self.values(step.model), expected)
 
     def more(self, provider: Provider, step: TrainingStep) -> dict[str, Any]:
         return {}

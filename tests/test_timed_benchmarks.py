@@ -294,10 +294,12 @@ def test_timed_providers_begin_with_those_that_are_counted():
 def test_a_compiled_provider_is_checked_by_the_same_names(tmp_path, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(model, backend="eager", **options))
-    row = layer.LayerRow(tiny.LLAMA, 48, BOTH[0], QKV, compiles=True)
-    run(tmp_path / "layer.json", [row], (Provider(), peers.Compiled(Peft()), peers.Compiled(tiny.WrongScaling())))
-    facts = facts_of(tmp_path / "layer.json")
-    assert "ms" in facts["PEFT LoRA, compiled"] and "wrong" in facts["wrong scaling, compiled"]
+    compiled_peers = (peers.Compiled(Peft()), peers.Compiled(tiny.WrongScaling()))
+    rows = [layer.LayerRow(tiny.LLAMA, 48, BOTH[0], QKV, compiles=True), tiny.step_row(compiles=True)]
+    for i, row in enumerate(rows):
+        run(tmp_path / f"{i}.json", [row], (Provider(), *compiled_peers))
+        facts = facts_of(tmp_path / f"{i}.json")
+        assert "ms" in facts["PEFT LoRA, compiled"] and "wrong" in facts["wrong scaling, compiled"]
     row = layer.LayerRow(tiny.LLAMA, 48, ADAPTERS[0], GATE_UP, compiles=True)
     compiled_peers = [peers.Compiled(of) for of in (EagerMixedAdapter(), tiny.AdapterWithAnotherActivation())]
     run(tmp_path / "adapters.json", [row], (Provider(), EagerMixedAdapter(), *compiled_peers))

@@ -30,8 +30,8 @@ def layer_row(setting=layer.BF16, names=None, of=LLAMA, tokens=96) -> layer.Laye
     return layer.LayerRow(of, tokens, setting, names, vocabulary=128)
 
 
-def step_row(setting=layer.BF16, checkpointing=False) -> step.StepRow:
-    return step.StepRow(LLAMA, (2, 16), setting, checkpointing)
+def step_row(setting=layer.BF16, checkpointing=False, compiles=False) -> step.StepRow:
+    return step.StepRow(LLAMA, (2, 16), setting, checkpointing, compiles)
 
 
 def decode_row(batch=1) -> decode.DecodeRow:
