@@ -18,7 +18,10 @@ from triton.testing import do_bench_cudagraph
 from .precision import INTERPRETED
 
 VARIABLE = "SIBO_TRITON_AUTOTUNE"
-ENABLED = os.environ.get(VARIABLE, "0") == "1"
+_VALUE = os.environ.get(VARIABLE, "0")
+if _VALUE not in ("0", "1"):
+    raise ValueError(f"{VARIABLE}={_VALUE!r}: set it to 1, to time tile configurations, or to 0.")
+ENABLED = _VALUE == "1"
 
 #: Returns the time of a call, in a CUDA graph, as each trial also prepares its launch, which takes the host longer than
 #: the kernel the device; None where no time means anything.

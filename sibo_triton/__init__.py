@@ -9,7 +9,7 @@ from sibo_triton._version import __version__
 append_repository_root(__path__)
 
 from sibo_triton.bottleneck import SiboAdapterConfig  # noqa: E402
-from sibo_triton.explain import explain  # noqa: E402
+from sibo_triton.explain import Explanation, ModuleExplanation, explain  # noqa: E402
 from sibo_triton.lora import SiboLoraConfig  # noqa: E402
 from sibo_triton.lora.acceleration import accelerate, accelerate_all, restore  # noqa: E402
 from sibo_triton.registration import register  # noqa: E402
@@ -17,6 +17,8 @@ from sibo_triton.registration import register  # noqa: E402
 register()
 
 __all__ = [
+    "Explanation",
+    "ModuleExplanation",
     "SiboAdapterConfig",
     "SiboLoraConfig",
     "__version__",

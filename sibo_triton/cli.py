@@ -11,6 +11,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from sibo_triton._version import __version__
+
 # Exit codes: 2 as for typer's own usage errors; 130 as shells report Ctrl-C.
 _FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
@@ -30,6 +32,20 @@ def main() -> None:
     # PEFT reads an attribute that transformers 5.23 renamed; users can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     app(prog_name="sibo-triton")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
 
 
 @app.command()

@@ -54,6 +54,11 @@ def installed_version(distribution: str) -> str:
         return NOT_INSTALLED
 
 
+def tested_pairs() -> str:
+    """The pairs of versions that the tests run against, in words."""
+    return " or ".join(f"transformers {transformers} + peft {peft}" for transformers, peft in TESTED_PAIRS)
+
+
 def pair_verdict(transformers: str, peft: str) -> str:
     """One sentence: whether this version of transformers was tested with this version of peft.
 
@@ -65,8 +70,7 @@ def pair_verdict(transformers: str, peft: str) -> str:
         return "yes"
     if NOT_INSTALLED in (transformers, peft):
         return f"no: transformers {transformers}, peft {peft}"
-    tested = ", ".join(" + ".join(pair) for pair in TESTED_PAIRS)
-    return f"no: transformers {transformers} with peft {peft} was not tested; tested: {tested}"
+    return f"no: transformers {transformers} with peft {peft} was not tested; tested: {tested_pairs()}"
 
 
 def devices() -> list[str]:

@@ -91,7 +91,7 @@ def _inject_adapter(
     original: Callable, tuner: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
     sibo_lora.inject_adapter(original, tuner, model, adapter_name, *args, **kwargs)
-    acceleration.accelerate_if_all(model, adapter_name)
+    acceleration.accelerate_if_all(tuner, model, adapter_name)
     wrap_layer_classes(model)
 
 

@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from sibo_triton import SiboLoraConfig, accelerate, accelerate_all, explain, reference, restore
 from sibo_triton.lora.forward import FusedLinear
@@ -276,6 +277,35 @@ def test_what_cannot_be_accelerated_is_refused_by_name():
         accelerate(llama())
     with pytest.raises(ValueError, match="No LoRA adapter is named oter; there are default"):
         accelerate(plain_model(), ["oter"])
+    with pytest.raises(ValueError, match="No LoRA adapter is named oter; there are default"):
+        restore(plain_model(), "oter")
+    with pytest.raises(ValueError, match="adapter_names is empty"):
+        accelerate(plain_model(), [])
+
+
+def test_some_adapters_of_a_model():
+    model = plain_model()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    accelerate(model, "other")
+    assert set(layer.lora_variant) == {"other"}
+    accelerate(model, ["default"])
+    restore(model, "other")
+    assert set(layer.lora_variant) == {"default"} and type(layer) is FusedLinear
+    restore(model)
+    assert not layer.lora_variant and type(layer) is not FusedLinear
+
+
+def test_layers_that_run_alone_because_the_trial_run_failed_are_named():
+    class NeedsMore(LlamaForCausalLM):
+        def forward(self, input_ids, needed, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj"])
+    model = get_peft_model(NeedsMore(llama().config), config)
+    model.base_model.model.model.forward = None  # nor can the part that holds the blocks be run
+    with pytest.warns(UserWarning, match="Which layers get the same input was not found.*NeedsMore.*model.layers: "):
+        accelerate(model)
 
 
 def test_x_lora_is_refused(tmp_path):
@@ -287,6 +317,14 @@ def test_x_lora_is_refused(tmp_path):
     model = get_peft_model(base, config)
     with pytest.raises(ValueError, match="X-LoRA"):
         accelerate(model)
+    base = llama()
+    base.config.use_cache = False
+    accelerate_all()
+    try:
+        model = get_peft_model(base, config)
+    finally:
+        accelerate_all(False)
+    assert runs(model) == {"PEFT"}
 
 
 @pytest.mark.oldest

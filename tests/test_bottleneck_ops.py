@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from op_cases import BF16, FP32, FP64
 
 from sibo_triton import reference
-from sibo_triton.ops import add_bottleneck
+from sibo_triton.ops import add_bottleneck, bottleneck_group
 from sibo_triton.reference import ACTIVATIONS
 
 
@@ -109,10 +109,16 @@ def test_two_that_share_x_are_as_good_as_the_definition(in_series, dtype, adapte
         ("lambda_ is 1.5: it must lie in", {"lambda_": 1.5}),
         ("dropout_p is 1.0: it must lie in", {"dropout_p": 1.0}),
         ("dropout_p is 0.5, but no seed was given", {"dropout_p": 0.5, "dropout_seed": None}),
-        (r"scaling has shape \[2\]: pass a number or one", {"scaling": torch.ones(2)}),
+        (r"scaling is a torch.float32 tensor of shape \[2\]", {"scaling": torch.ones(2)}),
         ("activation='mish' is not known: choose one of gelu", {"activation": "mish"}),
     ],
 )
 def test_wrong_arguments_are_named(message, arguments):
     with pytest.raises(ValueError, match=message):
         add_bottleneck(**make(BottleneckCase()) | arguments)
+
+
+def test_a_layer_of_a_group_takes_no_other_names():
+    x, down, up = torch.randn(3, 5), torch.randn(2, 5), torch.randn(5, 2)
+    with pytest.raises(TypeError, match="bottleneck_group got an unexpected keyword argument 'lamda_'"):
+        bottleneck_group(x, [{"down_weight": down, "up_weight": up, "initial_residual": x, "lamda_": 0.3}])

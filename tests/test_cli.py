@@ -42,6 +42,10 @@ def finetune(arguments, *flags):
     return runner.invoke(app, ["finetune", *(part for pair in arguments.items() for part in pair), *flags])
 
 
+def test_the_version():
+    assert runner.invoke(app, ["--version"]).stdout.strip() == sibo_triton.__version__
+
+
 def test_finetune_makes_an_adapter_and_a_report(arguments, tmp_path):
     result = finetune(arguments | {"--target-modules": "q_proj,o_proj", "--sibo-lambda": "0.3"})
     assert result.exit_code == 0, result.output

@@ -274,8 +274,20 @@ def test_what_a_run_with_an_adapter_says(options):
     assert (result.modules, result.mixing_modules, result.trainable_parameters) == (4, 4, 4 * 2 * 4 * 16)
     assert set(result.lambdas) == {f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up")}
     report = (options.output / "report.md").read_text()
-    assert "| method | sibo-adapter, bottleneck 4, in series, dropout 0.05, lambda 0.1 |" in report
+    assert (
+        "| method | sibo-adapter, bottleneck 4, tanh, in series, initialised as zero, dropout 0.05, lambda 0.1 |"
+        in report
+    )
     assert "- target modules: the feed-forward linears that read the residual stream" in report
+
+
+def test_the_base_similarity_is_that_of_the_model_without_an_adapter(options):
+    adapter = {"method": "sibo-adapter", "rank": None, "bottleneck_size": 4, "max_steps": 1}
+    of_zero, of_bert = (
+        finetune(replace(options, **adapter, init_weights=init, output=options.output / str(init)), QUIET)
+        for init in (None, "bert")
+    )
+    assert of_bert.base_similarity == of_zero.base_similarity
 
 
 def test_what_a_run_says_and_writes(options):

@@ -132,11 +132,14 @@ def test_the_backend_is_chosen_in_one_place_and_said(monkeypatch):
         lora_linear(**make(OpCase()))
 
 
-def test_on_a_gpu_without_the_kernels_the_reason_is_said_once(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_without_the_kernels_the_reason_is_said_once(compiled, monkeypatch):
     monkeypatch.setattr("sibo_triton.ops.dispatch._choose", lambda *_: Choice("torch", "triton is not there", True))
+    monkeypatch.setattr(dispatch, "_said", set())
+    operation = torch.compile(lora_linear, backend="eager") if compiled else lora_linear
     with pytest.warns(UserWarning, match="plain PyTorch on this GPU .* because triton is not there") as record:
         for _ in range(3):
-            lora_linear(**make(OpCase()))
+            operation(**make(OpCase()))
     assert len(record) == 1
 
 
@@ -158,6 +161,9 @@ def test_what_stands_between_a_gpu_and_the_kernels(monkeypatch):
     dispatch._choose.cache_clear()
 
 
+TWO = torch.zeros(2, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
@@ -173,8 +179,16 @@ def test_what_stands_between_a_gpu_and_the_kernels(monkeypatch):
         (ValueError, "dropout_p is 0.5, but no seed was given", {"dropout_p": 0.5, "dropout_seed": None}),
         (ValueError, r"lora_bias has shape \[4\], but \[40\] fits lora_b", {"lora_bias": torch.zeros(4)}),
         (ValueError, "scaling requires grad", {"scaling": torch.ones(1, requires_grad=True)}),
+        (ValueError, r"scaling is a torch.float32 tensor of shape \[40\]", {"scaling": torch.ones(40)}),
+        (ValueError, r"bias has shape \[1\], but \[40\] fits weight", {"bias": torch.zeros(1)}),
+        (ValueError, "x is torch.float32 and bias torch.float64", {"bias": torch.zeros(40, dtype=FP64)}),
+        (ValueError, "lora_b is torch.float32 and lora_bias torch.float64", {"lora_bias": torch.zeros(40, dtype=FP64)}),
+        (TypeError, "dropout_seed is 3: pass a tensor", {"dropout_p": 0.5, "dropout_seed": 3}),
+        (ValueError, r"dropout_seed is a torch.int64 tensor of shape \[2\]", {"dropout_p": 0.5, "dropout_seed": TWO}),
     ],
 )
-def test_wrong_arguments_are_named(error, message, arguments):
+@pytest.mark.parametrize("elements", [-1, 2**20])
+def test_wrong_arguments_are_named(error, message, arguments, elements, monkeypatch):
+    monkeypatch.setattr(small, "ELEMENTS", elements)
     with pytest.raises(error, match=message):
         lora_linear(**make(OpCase()) | arguments)

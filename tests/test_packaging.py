@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from peft.tuners.lora import LoraModel
 
 from sibo_triton import __version__, environment
+from sibo_triton.lora.wrapping import wrap
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_FILES = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
@@ -150,7 +152,15 @@ def test_environment_report_names_every_version():
 def test_pair_verdict():
     assert all(environment.pair_verdict(*pair) == "yes" for pair in environment.TESTED_PAIRS)
     verdict = environment.pair_verdict("5.23.0", "0.19.1")
-    assert verdict.startswith("no: transformers 5.23.0 with peft 0.19.1") and "5.23.0 + 0.21.2" in verdict
+    assert (
+        verdict.startswith("no: transformers 5.23.0 with peft 0.19.1")
+        and "transformers 5.23.0 + peft 0.21.2" in verdict
+    )
+
+
+def test_a_peft_without_a_function_that_is_changed_is_named():
+    with pytest.raises(ImportError, match=r"LoraModel.no_such, which transformers .* with peft .* tested with: trans"):
+        wrap(LoraModel, "no_such", print)
 
 
 def test_environment_report_runs_where_the_package_cannot_be_imported():

@@ -320,7 +320,7 @@ def test_weights_stored_in_bfloat16_load_into_an_fp32_lambda(saved, kind, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_card_tells_lambda_and_the_import_line(saved, kind):
     text = (saved[kind].folder / "README.md").read_text()
-    assert "import sibo_triton" in text and "pip install sibo-triton" in text
+    assert "import sibo_triton" in text and "the library sibo-triton" in text
     assert "lambda: 0.3" in text if kind == "fixed" else "starting at 0.3" in text
     assert "initial residual: block_input" in text
 

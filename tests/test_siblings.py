@@ -304,6 +304,24 @@ def test_what_is_not_called_gets_no_gradient():
     assert attention.q_proj.lora_A["default"].weight.grad is not None
 
 
+def test_a_new_tensor_is_not_taken_for_one_that_was_read():
+    """What was read is kept as long as it is compared: a tensor made in its place could get its id."""
+    _, attention = attention_of()
+
+    def replace_by_one_at_its_place(self, x):
+        q = self.q_proj(x)
+        base = self.k_proj.base_layer
+        old, changed = weakref.ref(base.weight), 1.5 * base.weight.detach()
+        del base.weight
+        assert old() is not None
+        base.weight = torch.nn.Parameter(changed, False)
+        return q, self.k_proj(x), self.v_proj(x)
+
+    x = torch.randn(2, 5, attention.q_proj.in_features, dtype=FP64)
+    _, k, _ = call(attention, replace_by_one_at_its_place, x)
+    torch.testing.assert_close(k, alone(attention.k_proj, x))
+
+
 def test_with_another_adapter_active_a_layer_runs_alone(passes):
     model, attention = attention_of()
     model.add_adapter("other", SiboLoraConfig(r=2, target_modules="all-linear", sibo_target_modules=["gate_proj"]))

@@ -143,8 +143,9 @@ def _settings(result: FinetuneResult) -> str:
     size = (
         f"rank {o.lora_rank}, alpha {o.lora_alpha}"
         if o.is_lora
-        else f"bottleneck {o.bottleneck}, in {o.placement or 'series'}"
+        else f"bottleneck {o.bottleneck}, {o.activation or 'tanh'}, in {o.placement or 'series'}"
         + (" behind the module" if o.side == "output" else "")
+        + f", initialised as {o.init_weights or 'zero'}"
     )
     method = f"{o.method}, {size}, dropout {o.dropout}"
     if o.mixes:

@@ -260,7 +260,8 @@ def _measure_before(result: FinetuneResult, trainer: Trainer) -> None:
     batch = next(_batches(trainer, trainer.train_dataset, result.options.batch_size))
     model.train()
     result.saved_activation_bytes = saved_activation_bytes(model, lambda: model(**batch).loss)
-    result.base_similarity = _similarity(trainer)  # B is still 0: the frozen model's outputs
+    with model.disable_adapter():  # a fresh one may change the outputs: init_weights="bert"
+        result.base_similarity = _similarity(trainer)
 
 
 def _measure_after(result: FinetuneResult, trainer: Trainer) -> None:

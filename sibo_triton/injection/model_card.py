@@ -32,7 +32,7 @@ This is a {method.removesuffix(" adapter")} adapter (arXiv 2402.11896), {_KINDS[
 - lambda: {value}
 - initial residual: {source}
 
-It needs `pip install sibo-triton`, and one line before it is loaded:
+It needs the library sibo-triton, and one line before it is loaded:
 
 ```python
 import sibo_triton  # registers the adapter type with PEFT

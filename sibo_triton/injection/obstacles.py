@@ -33,7 +33,7 @@ def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
     ):
         return "has hooks"
     if "forward" in state and has_own_forward(module):
-        return "has a forward of its own (a device hook of accelerate, or a patch)"
+        return "has a forward of its own (a device hook of Hugging Face's accelerate, or a patch)"
     for tensor in state["_parameters"].values():
         if type(tensor) not in _PLAIN_PARAMETERS:
             name = next(name for name, other in state["_parameters"].items() if other is tensor)

@@ -15,6 +15,7 @@ of the hooks, around the parent's `forward` or a child, the recompute would not:
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -61,8 +62,8 @@ class _Run:
         self._key = self._key_of(x, adapter_name)
         self._x = x
         self._group = group
-        # by the child's name: its index in the group, and the versions of the tensors that were read
-        self.waiting = {name: (i, _versions(tensors)) for i, (name, tensors) in enumerate(read.items())}
+        # by the child's name: its index in the group, and the tensors that were read, with their versions
+        self.waiting = {name: (i, _with_versions(tensors)) for i, (name, tensors) in enumerate(read.items())}
 
     @staticmethod
     def _key_of(x: torch.Tensor, adapter_name: str) -> tuple:
@@ -70,11 +71,11 @@ class _Run:
 
     def take(self, name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output, once; None if something has changed since it was computed."""
-        place, versions = self.waiting.pop(name)
+        place, read = self.waiting.pop(name)
         adapter_name = self._key[1]
         if x is not self._x or self._key_of(x, adapter_name) != self._key:
             return None
-        if layer.only_active() != adapter_name or _versions(layer.tensors_read(adapter_name)) != versions:
+        if layer.only_active() != adapter_name or not _are_as_read(layer.tensors_read(adapter_name), read):
             return None
         return self._group.output(place)
 
@@ -84,8 +85,15 @@ def _autograd_mode() -> tuple[bool, Any]:
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def _versions(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
-    return [(id(tensor), tensor._version) for tensor in tensors]
+def _with_versions(tensors: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
+    return [(tensor, tensor._version) for tensor in tensors]
+
+
+def _are_as_read(tensors: list[torch.Tensor], read: list[tuple[torch.Tensor, int]]) -> bool:
+    """Whether these are the tensors that were read, unchanged. They are kept, so that no new one can have their id."""
+    if len(tensors) != len(read):
+        return False
+    return all([of is was and of._version == version for of, (was, version) in zip(tensors, read, strict=True)])  # noqa: C419 (a list is faster)
 
 
 def _have_versions(tensors: list[torch.Tensor]) -> bool:
@@ -182,13 +190,27 @@ class _CloseScope(_SiblingHook):
             pass
 
 
-def find_siblings(layers: Iterable[tuple[str, Any]], trial: TrialRun) -> dict[str, Names]:
-    """The children of one parent that got the same tensor in the trial run: parent's name -> its groups.
+def share_passes(model: nn.Module, layers: Iterable[tuple[str, Any]], trial: TrialRun, warn: bool) -> None:
+    """Let the adapted layers of a base model that got the same tensor in the trial run share their passes over it.
 
     Args:
+        model: its parents of siblings get hooks, in the place of an earlier adapter's.
         layers: the adapted layers of one PEFT method, each with its name from the model's root.
         trial: what the trial run saw.
+        warn: whether to warn of stacks that could not be run: their layers run alone.
     """
+    attach_siblings(model, find_siblings(layers, trial))
+    if warn and trial.problems:
+        reasons = "; ".join(f"{stack}: {problem}" for stack, problem in trial.problems.items())
+        warnings.warn(
+            f"Which layers get the same input was not found, so each reads it alone, which is right but slower: "
+            f"{type(model).__name__} could not be run on a tiny input ({reasons}).",
+            stacklevel=2,
+        )
+
+
+def find_siblings(layers: Iterable[tuple[str, Any]], trial: TrialRun) -> dict[str, Names]:
+    """The children of one parent that got the same tensor in the trial run: parent's name -> its groups."""
     by_input: dict[str, dict[tuple[int, ...], list[str]]] = {}  # parent -> the tensors of the calls -> children
     for name, layer in layers:
         inputs = trial.inputs.get(name)

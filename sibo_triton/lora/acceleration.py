@@ -8,27 +8,29 @@ with the same input) share passes over it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.xlora import XLoraModel
 from torch import nn
 
 from sibo_triton.initial_residual import find_block_stacks, trial_run
-from sibo_triton.injection.siblings import attach_siblings, detach_unused_siblings, find_siblings
+from sibo_triton.injection.siblings import detach_unused_siblings, share_passes
 from sibo_triton.injection.sites import MixingSite, Notices
 from sibo_triton.lora.forward import AcceleratedLora, SiboLoraVariant
 from sibo_triton.lora.install import add_site, forget, is_linear
 from sibo_triton.lora.layer import dispatches_variants, lora_layers
 from sibo_triton.lora.wrapping import wrap_layer_classes
 
+_Model = TypeVar("_Model", bound=nn.Module)
+
 _accelerates_all = False
 
 
-def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> nn.Module:
+def accelerate(model: _Model, adapter_names: str | Sequence[str] | None = None) -> _Model:
     """Run the plain LoRA adapters of a model by fused kernels: ``y = W0 x + b + s B A drop(x)``.
 
     That is SIBO's ``y = W0 x + b + s B A drop((1 - lambda) x + lambda h0)`` at lambda = 0, with x ``[..., K]``, W0
@@ -43,32 +45,28 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
 
     Args:
         model: a `PeftModel`, or a model with injected LoRA adapters. It is changed in place.
-        adapter_names: the adapters to accelerate. Default: all.
+        adapter_names: the adapter or adapters to accelerate. Default: all.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
-        ValueError: `model` has no LoRA layers or no adapter of a name in `adapter_names`, or is an X-LoRA model.
+        ValueError: `model` has no LoRA layers or no adapter of a name in `adapter_names`, or is an X-LoRA model;
+            `adapter_names` is empty.
     """
     root = _root_of(model, "accelerate")
     layers = dict(lora_layers(root))
-    present = {name for layer in layers.values() for name in _adapters_of(layer)}
-    if not present:
+    chosen = _chosen(layers, adapter_names)
+    if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no LoRA layers: call accelerate after get_peft_model, add_adapter or "
             "PeftModel.from_pretrained."
         )
-    unknown = sorted(set(adapter_names or ()) - present)
-    if unknown:
-        raise ValueError(f"No LoRA adapter is named {', '.join(unknown)}; there are {', '.join(sorted(present))}.")
     notices, changed = Notices(), False
     obstacles: dict[str, str] = {}  # each reason, and the first layer that has it
     for name, layer in layers.items():
-        for adapter_name in present if adapter_names is None else adapter_names:
-            if adapter_name not in _adapters_of(layer):
-                continue
+        for adapter_name in filter(chosen.__contains__, _adapters_of(layer)):
             obstacle = obstacle_to_acceleration(layer, adapter_name)
             if obstacle is None:
                 add_site(layer, adapter_name, MixingSite(name, None, "plain LoRA, accelerated", notices))
@@ -86,23 +84,27 @@ def accelerate(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: _Model, adapter_names: str | Sequence[str] | None = None) -> _Model:
     """Undo `accelerate`: plain adapters run by PEFT's own forward again, bit for bit, and no trace is left.
 
     Args:
         model: as for `accelerate`; changed in place. Adapters that were not accelerated are left as they are.
+        adapter_names: the adapter or adapters to restore. Default: all.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
-        ValueError: `model` is an X-LoRA model.
+        ValueError: `model` has no adapter of a name in `adapter_names`, or is an X-LoRA model; `adapter_names` is
+            empty.
     """
     root = _root_of(model, "restore")
-    for _, layer in lora_layers(root):
+    layers = dict(lora_layers(root))
+    chosen = _chosen(layers, adapter_names)
+    for layer in layers.values():
         for adapter_name, variant in list(layer.lora_variant.items()):
-            if isinstance(variant, AcceleratedLora):
+            if isinstance(variant, AcceleratedLora) and adapter_name in chosen:
                 forget(layer, adapter_name)
     detach_unused_siblings(root)
     return model
@@ -121,8 +123,10 @@ def accelerate_all(enabled: bool = True) -> None:
     _accelerates_all = bool(enabled)
 
 
-def accelerate_if_all(root: nn.Module, adapter_name: str) -> None:
+def accelerate_if_all(tuner: LoraModel, root: nn.Module, adapter_name: str) -> None:
     """Accelerate an adapter that was just injected into a base model, if `accelerate_all` asks for it."""
+    if any(config.peft_type == PeftType.XLORA for config in tuner.peft_config.values()):
+        return  # it calls the modules of its adapters itself
     if _accelerates_all and any(adapter_name in _adapters_of(layer) for _, layer in lora_layers(root)):
         accelerate(root, [adapter_name])
 
@@ -142,12 +146,27 @@ def obstacle_to_acceleration(layer: LoraLayer, adapter_name: str) -> str | None:
     return None
 
 
+def _chosen(layers: Mapping[str, LoraLayer], adapter_names: str | Sequence[str] | None) -> set[str]:
+    """The names of the adapters that are meant; without names, of all that the layers have."""
+    present = {name for layer in layers.values() for name in _adapters_of(layer)}
+    if adapter_names is None:
+        return present
+    chosen = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+    if not chosen:
+        raise ValueError("adapter_names is empty: name adapters, or leave it out, which means all.")
+    unknown = sorted(chosen - present)
+    if unknown:
+        there = f"there are {', '.join(sorted(present))}" if present else "the model has none"
+        raise ValueError(f"No LoRA adapter is named {', '.join(unknown)}; {there}.")
+    return chosen
+
+
 def _attach_siblings(root: nn.Module) -> None:
     try:
         stacks = find_block_stacks(root)
     except ValueError:  # not a transformer: every layer runs alone
         return
-    attach_siblings(root, find_siblings(lora_layers(root), trial_run(root, stacks)))
+    share_passes(root, lora_layers(root), trial_run(root, stacks), warn=True)
 
 
 def _root_of(model: nn.Module, function: str) -> nn.Module:

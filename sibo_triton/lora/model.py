@@ -14,7 +14,7 @@ from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection import mixing_modules
 from sibo_triton.injection.mixing_modules import Method, bind, decide, requested_modules
 from sibo_triton.injection.reversible import inject_reversibly, note_config
-from sibo_triton.injection.siblings import attach_siblings, find_siblings
+from sibo_triton.injection.siblings import share_passes
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.install import forget, install, is_linear, match_class
 from sibo_triton.lora.layer import dispatches_variants, lora_layers
@@ -71,7 +71,7 @@ def _inject_sibo(
     train = adapter_name in tuner.active_adapters and not config.inference_mode
     for name, layer in layers.items():
         install(layer, adapter_name, sites[name], config.sibo_lambda, config.sibo_learnable, train)
-    attach_siblings(model, find_siblings(lora_layers(model), trial))
+    share_passes(model, lora_layers(model), trial, warn=known)  # else `decide` has warned
 
 
 def remove_unused_hooks(model: nn.Module) -> None:

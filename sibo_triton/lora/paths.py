@@ -35,7 +35,7 @@ def path_of(layer: LoraLayer, adapter_name: str) -> tuple[PathName, str | None]:
         return "modules", obstacle
     # accelerate's hook runs the forward that the object had when the hook came
     if has_own_forward(layer, "_old_forward" if "_old_forward" in layer.__dict__ else "forward"):
-        return "adapter", "the layer has a forward of its own (a device hook of accelerate, or a patch)"
+        return "adapter", "the layer has a forward of its own (a device hook of Hugging Face's accelerate, or a patch)"
     obstacle = obstacle_to_fusing(layer)
     return ("fused", None) if obstacle is None else ("adapter", obstacle)
 

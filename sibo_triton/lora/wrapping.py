@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import peft
+import transformers
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from sibo_triton.environment import tested_pairs
 from sibo_triton.injection.sites import mixed_batch, sibo_adapters, site_of
 from sibo_triton.lora.forward import AcceleratedLora, refuse_merge
 from sibo_triton.lora.layer import lora_layers
@@ -20,8 +23,19 @@ _ORIGINAL = "_sibo_triton_wraps"  # attribute of a wrapper
 
 
 def wrap(owner: type | ModuleType, name: str, wrapper: Callable) -> None:
-    """Put `wrapper(original, *args, **kwargs)` in the place of a function of `owner`; a second time does nothing."""
-    attribute = inspect.getattr_static(owner, name)
+    """Put `wrapper(original, *args, **kwargs)` in the place of a function of `owner`; a second time does nothing.
+
+    Raises:
+        ImportError: this PEFT or transformers has no such function.
+    """
+    try:
+        attribute = inspect.getattr_static(owner, name)
+    except AttributeError:
+        installed = f"transformers {transformers.__version__} with peft {peft.__version__}"
+        raise ImportError(
+            f"sibo_triton changes {owner.__name__}.{name}, which {installed} does not have. Install versions that "
+            f"it is tested with: {tested_pairs()}."
+        ) from None
     is_classmethod = isinstance(attribute, classmethod)
     original = attribute.__func__ if is_classmethod else attribute
     if hasattr(original, _ORIGINAL):

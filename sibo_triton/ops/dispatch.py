@@ -127,7 +127,7 @@ def warn_of_fallback(choice: Choice) -> None:
     if choice.is_fallback and choice.reason not in _said:
         _said.add(choice.reason)
         warnings.warn(
-            f"SIBO-LoRA runs in plain PyTorch on this GPU and not on its Triton kernels, because {choice.reason}. It "
+            f"Adapters run in plain PyTorch on this GPU and not on the Triton kernels, because {choice.reason}. That "
             f"computes the same, slower; {BACKEND_VARIABLE}=torch says that this is wanted.",
             stacklevel=2,
         )

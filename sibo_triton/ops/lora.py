@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 
 from sibo_triton import reference
-from sibo_triton.dropout import check_dropout
 from sibo_triton.ops import repeated, small
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.dispatch import implementation, kernels_compute
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.prepare import check_frozen, fused, group_of, shares_passes, with_backend
+from sibo_triton.ops.prepare import (
+    check_frozen,
+    check_scaling_and_dropout,
+    fused,
+    group_of,
+    shares_passes,
+    with_backend,
+)
 
 
 def lora_linear(
@@ -70,7 +76,7 @@ def lora_linear(
         outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
             return outputs[0]
-    check_frozen(x, weight, lora_b)
+    check_frozen(x, weight, bias, lora_b)
     adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
     prepared = _prepared(None, x, weight, bias, *adapter)
     y = _low_rank(prepared)
@@ -111,7 +117,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
         return None
     prepared = []
     for layer in layers:
-        check_frozen(x, layer["weight"], layer["lora_b"])
+        check_frozen(x, layer["weight"], layer["bias"], layer["lora_b"])
         prepared.append(_prepared(None, x, **layer))
     settings, inputs = [layer.settings for layer in prepared], [layer.inputs for layer in prepared]
     result = group_of(settings, inputs)
@@ -197,7 +203,7 @@ def _prepared(
 ) -> Prepared:
     _check_shapes(x, lora_a, lora_b, lora_bias)
     reference.checked_mixing(x, initial_residual, lambda_)
-    check_dropout(dropout_p, dropout_seed)
+    check_scaling_and_dropout(scaling, dropout_p, dropout_seed)
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling requires grad, and gets no gradient here: detach it, or use sibo_triton.reference")
     mixing = initial_residual, lambda_, dropout_p, dropout_seed
@@ -226,3 +232,5 @@ def _check_shapes(x: Tensor, lora_a: Tensor, lora_b: Tensor, lora_bias: Tensor |
         raise ValueError(f"lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}: they need one dtype")
     if lora_bias is not None and lora_bias.shape != lora_b.shape[:1]:
         raise ValueError(f"lora_bias has shape {list(lora_bias.shape)}, but [{lora_b.shape[0]}] fits lora_b")
+    if lora_bias is not None and lora_bias.dtype != lora_b.dtype:
+        raise ValueError(f"lora_b is {lora_b.dtype} and lora_bias {lora_bias.dtype}: they need one dtype")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sibo_triton.dropout import check_dropout
 from sibo_triton.ops import small
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import outputs_with_gradients
@@ -16,11 +17,33 @@ from sibo_triton.ops.products import forward
 from sibo_triton.ops.tensors import autocast_dtype, resolved
 
 
-def check_frozen(x: Tensor, weight: Tensor, lora_b: Tensor) -> None:
+def check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor) -> None:
+    """Raise a ValueError unless x, the frozen linear and B fit together."""
     if weight.dim() != 2 or weight.shape != (lora_b.shape[0], x.shape[-1]):
         raise ValueError(f"weight has shape {list(weight.shape)}, but [{lora_b.shape[0]}, {x.shape[-1]}] fits x and B")
-    if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}, but [{weight.shape[0]}] fits weight")
+    if autocast_dtype(x.device.type) is not None:
+        return
+    if weight.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: the frozen linear needs one dtype (or autocast)")
+    if bias is not None and bias.dtype != x.dtype:
+        raise ValueError(f"x is {x.dtype} and bias {bias.dtype}: the frozen linear needs one dtype (or autocast)")
+
+
+def check_scaling_and_dropout(scaling: float | Tensor, dropout_p: float, dropout_seed: Tensor | None) -> None:
+    """Raise a TypeError or ValueError for what is no scaling, no rate of dropout, or no seed of one that is not 0."""
+    if isinstance(scaling, Tensor) and (scaling.numel() != 1 or not scaling.is_floating_point()):
+        description = f"a {scaling.dtype} tensor of shape {list(scaling.shape)}"
+        raise ValueError(f"scaling is {description}: pass a number, or one floating point value")
+    check_dropout(dropout_p, dropout_seed)
+    if dropout_p == 0:
+        return
+    if not isinstance(dropout_seed, Tensor):
+        raise TypeError(f"dropout_seed is {dropout_seed!r}: pass a tensor, as draw_seed(x.device) returns it")
+    if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+        description = f"a {dropout_seed.dtype} tensor of shape {list(dropout_seed.shape)}"
+        raise ValueError(f"dropout_seed is {description}: pass one int64 value, as draw_seed(x.device) returns it")
 
 
 def with_backend(

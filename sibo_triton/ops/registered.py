@@ -13,7 +13,7 @@ from torch import Tensor
 from sibo_triton.kernels.siblings import rank_dtype
 from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Saved, Settings
-from sibo_triton.ops.dispatch import backend_for
+from sibo_triton.ops.dispatch import backend_for, warn_of_fallback
 from sibo_triton.ops.tensors import resolved
 
 
@@ -32,10 +32,12 @@ def _pack(settings: Settings) -> tuple:
 
 
 def _unpack(device: torch.device, numbers: list[float], activation: str | None, *dtypes: torch.dtype) -> Settings:
-    backend = backend_for(device, dtypes).name  # here, where it is no part of what is compiled
+    choice = backend_for(device, dtypes)  # here, where it is no part of what is compiled
+    if choice.is_fallback:
+        warn_of_fallback(choice)
     scaling, lambda_, dropout_p = numbers
     dtype, x_dtype, residual_dtype, adapter_dtype = dtypes
-    return Settings(backend, scaling, lambda_, dropout_p, dtype, x_dtype, residual_dtype, adapter_dtype, activation)
+    return Settings(choice.name, scaling, lambda_, dropout_p, dtype, x_dtype, residual_dtype, adapter_dtype, activation)
 
 
 @torch.library.custom_op("sibo_triton::low_rank", mutates_args=())

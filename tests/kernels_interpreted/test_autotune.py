@@ -1,5 +1,7 @@
 """Tuning on request, with a timer that a test can foretell: an interpreted kernel's time means nothing."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -120,3 +122,9 @@ def test_every_launcher_can_be_tuned_and_repeats_bitwise(tuning):
     autotune.ENABLED = False
     for tuned, default in zip(first, launches(), strict=True):
         torch.testing.assert_close(tuned, default, rtol=1e-2, atol=1e-5)
+
+
+def test_another_value_of_the_variable_is_refused(monkeypatch):
+    monkeypatch.setenv(autotune.VARIABLE, "true")
+    with pytest.raises(ValueError, match="SIBO_TRITON_AUTOTUNE='true': set it to 1"):
+        importlib.reload(autotune)
