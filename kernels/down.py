@@ -29,10 +29,10 @@ from .activations import activate, activate_parts
 from .autotune import tuned
 from .down_plan import PreparedLaunch, check_down, cut, lay_out, plan, sibling_key
 from .dropout import dropout_rows, keep_from_and_scale, keep_tile
-from .launching import BoundedCache, Launch, tensor_key
+from .launching import BoundedCache, Launch, tensor_key, value_argument
 from .partial_sums import sum_parts
 from .precision import float32_is_exact, split_dot
-from .siblings import DownProjection, rank_dtype
+from .siblings import DownProjection, kept_dtype
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -174,20 +174,6 @@ def down_kernel(
         tl.store(b_p_activated, activate(b_t, ACTIVATION).to(p_activated.dtype.element_ty), mask=m_t)
 
 
-def down(
-    x: Tensor,  # [M, K]
-    lora_a: Tensor,  # [r, K]
-    initial_residual: Tensor | None = None,  # [M, K]
-    lambda_: float | Tensor = 0.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    difference: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # [M, r] each
-    """t and, where wanted, d for one layer: see :func:`down_siblings`."""
-    one = DownProjection(lora_a, lambda_, dropout_p, dropout_seed, difference)
-    return down_siblings(x, [one], initial_residual)[0]
-
-
 def down_siblings(
     x: Tensor,  # [M, K]
     siblings: Sequence[DownProjection],
@@ -195,7 +181,7 @@ def down_siblings(
 ) -> list[tuple[Tensor, Tensor | None]]:  # [M, r] each
     """``t = drop((1 - lambda) x + lambda h0) A^T`` and ``d = drop(h0 - x) A^T`` for layers that share x and h0.
 
-    Summed in float32, and rounded to A's dtype where x has the same (``siblings.rank_dtype``). One 16-bit dtype
+    Summed in float32, and rounded to A's dtype where x has the same (``siblings.kept_dtype``). One 16-bit dtype
     throughout is multiplied by tensor cores as it is; float32 throughout as ``torch.get_float32_matmul_precision()``
     says, without tensor cores at "highest"; all else in bfloat16 parts (``kernels/precision.py``), near float32's
     precision. The same bits from run to run. Forward only: gradients are for the op around it.
@@ -265,7 +251,7 @@ def _results(x: Tensor, siblings: Sequence[DownProjection], initial_residual: Te
 
 def _activated(x: Tensor, sibling: DownProjection, parts: Tensor, start: int) -> DownResult:
     """What is left to do for a bottleneck adapter of which K was split: the sums, the bias and f."""
-    M, r, dtype = x.shape[0], sibling.lora_a.shape[0], rank_dtype(x.dtype, sibling.lora_a.dtype)
+    M, r, dtype = x.shape[0], sibling.lora_a.shape[0], kept_dtype(x.dtype, sibling.lora_a.dtype)
 
     def matrices(at: int) -> Tensor:
         return parts.as_strided((len(parts), M, r), (parts.shape[1], r, 1), at)
@@ -333,7 +319,7 @@ def _launch(
         p_lora_a=tuple([of.lora_a for of in own]),
         p_bias=tuple([of.bias for of in own]) if kind.adds_bias else None,
         p_seed=tuple([of.dropout_seed for of in own]) if kind.drops else None,
-        lambda_=tuple([of.lambda_ if isinstance(of.lambda_, Tensor) else float(of.lambda_) for of in own]),
+        lambda_=tuple([value_argument(of.lambda_) for of in own]),
     )
     return parts, activated
 
@@ -354,7 +340,7 @@ def _prepared_for(
     own = [siblings[i] for i in places]
     (M, K), ranks = x.shape, tuple(sibling.lora_a.shape[0] for sibling in own)
     a_dtype, mixes, drops, difference, has_bias, activation = kind
-    dtype, activates = rank_dtype(x.dtype, a_dtype), activation is not None
+    dtype, activates = kept_dtype(x.dtype, a_dtype), activation is not None
     if M == 0 or K == 0 or max(ranks) == 0:
         t_start, size = lay_out(M, ranks, 1 + difference)
         return PreparedLaunch(places, ranks, t_start, (1, size), dtype, None, False, False, False, False, activates)

@@ -23,10 +23,10 @@ from . import targets
 from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_one_value
 from .dropout import column_hashes, keep_from_and_scale, keep_hashed, row_hashes, seed_keys
-from .launching import BoundedCache, Launch, tensor_key, value_key
+from .launching import BoundedCache, Launch, tensor_key, value_argument, value_key
 from .precision import Operands, float32_is_exact, operands, split_dot
 from .siblings import DownGradients
-from .targets import Target, cdiv
+from .targets import Target, cdiv, rank_block
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -164,7 +164,7 @@ def plan(
     """The plan of a launch; ``sums``: [BM, BK] tiles that a program adds; ``exact``: float32 is multiplied so."""
     throughout = output_dtypes | {lora_a_dtype} == {torch.float32}
     product = operands(lora_a_dtype, lora_a_dtype, throughout and exact)  # u counts as A's dtype
-    BR = max(16, triton.next_power_of_2(max(ranks)))  # 16: the least that a dot takes
+    BR = rank_block(max(ranks))
     if product.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers.
         BM = 32 if (len(ranks) > 1 or drops and target.capability == 80) and not target.hip else 64
@@ -257,7 +257,7 @@ def down_input_gradient(
             p_u=tuple([of.u for of in sharing]),
             p_lora_a=tuple([of.lora_a for of in sharing]),
             p_seed=tuple([of.dropout_seed if of.dropout_p else None for of in sharing]),
-            lambda_=tuple([of.lambda_ if isinstance(of.lambda_, Tensor) else float(of.lambda_) for of in sharing]),
+            lambda_=tuple([value_argument(of.lambda_) for of in sharing]),
         )
         return dx, dh
 

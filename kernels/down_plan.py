@@ -13,7 +13,7 @@ from .checks import check_activation, check_bias, check_dropout, check_matrix, c
 from .launching import Launch, tensor_key, value_key
 from .precision import Operands, operands
 from .siblings import DownProjection
-from .targets import Target, cdiv
+from .targets import Target, cdiv, rank_block
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def plan(
 ) -> Plan:
     """The plan for the largest rank of a launch; ``kind`` is :attr:`DownProjection.kind`, ``exact`` float32's."""
     a_dtype, mixes, drops, difference, _, activation = kind
-    BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
+    BR = rank_block(rank)
     alike = not mixes or x_dtype == h0_dtype
     throughout = alike and x_dtype == a_dtype == torch.float32
     whole = operands(x_dtype if alike else torch.float32, a_dtype, throughout and exact)

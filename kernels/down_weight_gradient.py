@@ -25,11 +25,11 @@ from . import targets
 from .autotune import tuned
 from .checks import check_dropout, check_dtype, check_low_rank, check_matrix, check_mix
 from .dropout import column_hashes, keep_from_and_scale, keep_hashed, row_hashes, seed_keys
-from .launching import BoundedCache, Launch, tensor_key, value_key
+from .launching import BoundedCache, Launch, tensor_key, value_argument, value_key
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, operands, split_dot
 from .siblings import DownGradients
-from .targets import Target, cdiv
+from .targets import Target, cdiv, rank_block
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -200,7 +200,7 @@ def plan(
     # 16: u is loaded 16 bytes at a time.
     columns = sum(cdiv(r, 16) * 16 for r in ranks)
     shares_tiles = len(ranks) > 1 and columns <= 64 and not (mix_first or drops or target.hip)
-    BR = triton.next_power_of_2(columns if shares_tiles else max(16, *ranks))  # 16: the least that a dot takes
+    BR = triton.next_power_of_2(columns) if shares_tiles else rank_block(max(ranks))
     if product.dtype == torch.float32:
         # Multiplied without tensor cores, and so that operands pass through registers: larger tiles spill.
         BM, BR = 16, min(BR, 64)
@@ -331,7 +331,7 @@ def _parts(kind: PreparedLaunch, siblings: Sequence[DownGradients], x: Tensor, h
         p_u=tuple([of.u for of in own]),
         p_partial=tuple(partial),
         p_seed=tuple([of.dropout_seed for of in own]) if kind.drops else None,
-        lambda_=tuple([of.lambda_ if isinstance(of.lambda_, Tensor) else float(of.lambda_) for of in own]),
+        lambda_=tuple([value_argument(of.lambda_) for of in own]),
     )
     return partial
 

@@ -19,7 +19,7 @@ from . import targets
 from .autotune import tuned
 from .checks import check_bias, check_dtype, check_matrix, check_one_value
 from .down import down_parts
-from .launching import BoundedCache, Launch, tensor_key, value_key
+from .launching import BoundedCache, Launch, tensor_key, value_argument, value_key
 from .precision import float32_is_exact, split_dot
 from .siblings import DownProjection, UpProjection
 from .targets import cdiv
@@ -158,7 +158,7 @@ def _launch(launch: Launch, parts: Sequence[Tensor], ups: Sequence[UpProjection]
         p_lora_bias=tuple([up.lora_bias for up in ups]),
         p_base_bias=tuple([up.base_bias for up in ups]),
         p_y=tuple(ys),
-        scaling=tuple([up.scaling if isinstance(up.scaling, Tensor) else float(up.scaling) for up in ups]),
+        scaling=tuple([value_argument(up.scaling) for up in ups]),
     )
 
 

@@ -67,6 +67,11 @@ def value_key(value: float | Tensor) -> Hashable:
     return tensor_key(value) if isinstance(value, Tensor) else value
 
 
+def value_argument(value: float | Tensor) -> float | Tensor:
+    """A tensor, or a number as a float, as kernels take lambda and the scaling."""
+    return value if isinstance(value, Tensor) else float(value)
+
+
 class Launch:
     """A launch without its tensors, on one device.
 

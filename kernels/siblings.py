@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def rank_dtype(x_dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.dtype:
+def kept_dtype(x_dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.dtype:
     """The dtype of t, d and the pre-activation: x's and the adapter's if they are the same, else at least float32.
 
     In torch's modules they have x's dtype too: the next product rounds t to it anyway, and float16 overflows alike.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton
 from triton.runtime import driver
 
 KIB = 1024
@@ -78,3 +79,8 @@ def _of_gpu(index: int) -> Target:
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up: ``triton.cdiv`` takes microseconds, as it also serves inside kernels."""
     return -(-a // b)
+
+
+def rank_block(rank: int) -> int:
+    """The width of a tile that holds a rank: a power of two, and at least 16, the least that a dot takes."""
+    return max(16, triton.next_power_of_2(rank))

@@ -25,9 +25,9 @@ from torch import Tensor
 from . import targets
 from .autotune import tuned
 from .checks import check_bias, check_dtype, check_low_rank, check_matrix, check_one_value
-from .launching import BoundedCache, Launch, no_launch, tensor_key, value_key
+from .launching import BoundedCache, Launch, no_launch, tensor_key, value_argument, value_key
 from .precision import Operands, float32_is_exact, operands, split_dot
-from .targets import Target, cdiv
+from .targets import Target, cdiv, rank_block
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -141,7 +141,7 @@ def plan(rank: int, lora_b_dtype: torch.dtype, y_dtype: torch.dtype, target: Tar
         dot = operands(torch.float32, torch.float32, exact=exact and y_dtype == torch.float32)
     else:
         dot = operands(lora_b_dtype, lora_b_dtype)  # t counts as B's dtype
-    BR = max(16, triton.next_power_of_2(rank))  # 16: the least that a dot takes
+    BR = rank_block(rank)
     if dot.dtype == torch.float32:
         # Multiplied without tensor cores, from registers: larger tiles spill. 256 threads load 16 bytes each, and a
         # warp has 64 on AMD's GPUs.
@@ -231,7 +231,7 @@ def _launch(
             p_base_bias=base_bias,
             p_base=base,
             p_y=y,
-            scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+            scaling=value_argument(scaling),
         )
         return y
 

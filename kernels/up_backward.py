@@ -22,7 +22,7 @@ from . import targets
 from .activations import activate, activate_parts, activation_gradient, activation_gradient_of_parts
 from .autotune import tuned
 from .checks import check_activation, check_dtype, check_low_rank, check_matrix, check_one_value
-from .launching import BoundedCache, Launch, tensor_key, value_key
+from .launching import BoundedCache, Launch, tensor_key, value_argument, value_key
 from .partial_sums import sum_parts
 from .precision import Operands, float32_is_exact, split_dot
 from .siblings import UpGradients
@@ -289,7 +289,7 @@ def _run_both(both: Both, sibling: UpGradients) -> tuple[Tensor, Tensor, Tensor 
         p_u=u,
         p_grad_b=grad_b,
         p_sum=sums,
-        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+        scaling=value_argument(scaling),
     )
     return u, grad_b, sums
 
@@ -350,7 +350,7 @@ def _run_product(
         p_sum=sums,
         p_pre_activation=p if product.activates else None,
         p_activated=activated if product.activates else None,
-        scaling=scaling if isinstance(scaling, Tensor) else float(scaling),
+        scaling=value_argument(scaling),
     )
     return out, sums
 

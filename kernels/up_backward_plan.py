@@ -5,11 +5,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 from .launching import Launch
 from .precision import Operands, operands
-from .targets import Target, cdiv
+from .targets import Target, cdiv, rank_block
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def launch_of_both(
     ``more``: it sums dY too, or activates.
     """
     split = dot_u.split_a or dot_u.split_b or dot_grad_b.split_b
-    BR = max(16, triton.next_power_of_2(r))  # 16: the least that a dot takes
+    BR = rank_block(r)
     if BR > (32 if dot_u.dtype != torch.float32 and not split else 16):
         return None
     if r == 1 and dot_u.split_a and dot_u.split_b:
@@ -120,7 +119,7 @@ def launch_of_both(
 
 def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, target: Target, sums: bool = False) -> Pass:
     """One pass over dY, ``[Q, J]`` or transposed, for one of the two, and its sum along J."""
-    BR = max(16, triton.next_power_of_2(r))
+    BR = rank_block(r)
     sm_120 = target.capability == 120
     if dot.dtype == torch.float32:
         # Multiplied without tensor cores, from registers: larger tiles spill, on sm_120 4 warps too.

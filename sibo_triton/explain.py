@@ -11,10 +11,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from sibo_triton.bottleneck.layer import SiboAdapterLayer, linear_features
+from sibo_triton.bottleneck.layer import SiboAdapterLayer
 from sibo_triton.bottleneck.model import adapter_layers
-from sibo_triton.bottleneck.paths import obstacle_to_bottleneck
-from sibo_triton.injection.obstacles import obstacle_in_frozen
 from sibo_triton.injection.siblings import siblings_below
 from sibo_triton.injection.sites import MixingSite, sibo_lambdas
 from sibo_triton.lora.acceleration import obstacle_to_acceleration
@@ -207,15 +205,9 @@ def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | No
 
 def _speed_of_bottleneck(layer: SiboAdapterLayer, adapter: str) -> tuple[str, str | None, str | None]:
     """`runs`, `backend` and `runs_reason` of a module with a bottleneck adapter."""
-    down, up, dropout = layer.modules_of(adapter)
-    obstacle, path = obstacle_to_bottleneck(down, up, dropout), "modules"
-    options = layer.sibo_adapter_options[adapter]
-    if obstacle is None:
-        path = "adapter"
-        if not options.in_front and not options.reads_output and linear_features(layer.base_layer) is not None:
-            obstacle = obstacle_in_frozen(layer.base_layer)
-            path = "fused" if obstacle is None else "adapter"
-    return _with_backend(path, obstacle, down.weight.device, {down.weight.dtype})
+    path, obstacle = layer.path_of(adapter)
+    weight = layer.modules_of(adapter)[0].weight
+    return _with_backend(path, obstacle, weight.device, {weight.dtype})
 
 
 def _with_backend(

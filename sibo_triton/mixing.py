@@ -93,6 +93,8 @@ class SiboLambda(Float32Module):
 
     def __init__(self, value: float, learnable: bool = False, device: torch.device | None = None) -> None:
         super().__init__()
+        if device is not None and device.type == "meta":
+            device = None  # lambda has its value before weights are loaded
         self.learnable = learnable
         if learnable:
             logit = math.log(value) - math.log1p(-value)

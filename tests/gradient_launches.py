@@ -11,7 +11,7 @@ from torch import Tensor
 from sibo_triton import reference
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
 from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
-from sibo_triton.kernels.siblings import DownGradients, UpGradients, rank_dtype
+from sibo_triton.kernels.siblings import DownGradients, UpGradients, kept_dtype
 from sibo_triton.kernels.targets import cdiv
 from sibo_triton.kernels.up_backward import up_backward_siblings
 
@@ -42,7 +42,7 @@ class UpBackward:
             n = self.n if i == 0 else cdiv(self.n, 4)
             tensors |= {
                 f"grad_y{i}": matrix(f"grad_y{i}", self.m, n, self.g_dtype, device, self.strides),
-                f"t{i}": matrix(f"t{i}", self.m, rank, rank_dtype(self.g_dtype, self.b_dtype), device),
+                f"t{i}": matrix(f"t{i}", self.m, rank, kept_dtype(self.g_dtype, self.b_dtype), device),
                 f"b{i}": matrix(f"b{i}", n, rank, self.b_dtype, device),
                 f"scaling{i}": torch.full((1,), self.scaling / (i + 1), device=device),
             }

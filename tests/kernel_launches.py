@@ -20,7 +20,7 @@ from sibo_triton import reference
 from sibo_triton.kernels import up as up_module
 from sibo_triton.kernels.down import down_activated_siblings, down_siblings
 from sibo_triton.kernels.few_rows import low_rank_siblings
-from sibo_triton.kernels.siblings import DownProjection, UpProjection, rank_dtype
+from sibo_triton.kernels.siblings import DownProjection, UpProjection, kept_dtype
 from sibo_triton.kernels.targets import cdiv
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -150,7 +150,7 @@ class Down:
                     by_torch = reference.down(x_one, a_one, h_one, lambda_, self.p, seed)
                 else:
                     by_torch = reference.down(h_one - x_one, a_one, None, 0.0, self.p, seed)
-                by_torch = by_torch.to(rank_dtype(self.x_dtype, self.a_dtype))
+                by_torch = by_torch.to(kept_dtype(self.x_dtype, self.a_dtype))
                 named[f"{name}{i}"] = Expected(exact, terms, by_torch, operands, len(read) > 1, self.k)
         return named
 
@@ -194,7 +194,7 @@ class Activated:
         return named
 
     def expected(self, tensors: Inputs) -> dict[str, Expected]:
-        kept, f, named = rank_dtype(self.x_dtype, self.a_dtype), reference.ACTIVATIONS[self.activation], {}
+        kept, f, named = kept_dtype(self.x_dtype, self.a_dtype), reference.ACTIVATIONS[self.activation], {}
         of_down = self.down.expected(tensors)
         for i in range(len(self.ranks)):
             t = of_down[f"t{i}"]
@@ -227,7 +227,7 @@ class Up:
 
     def inputs(self, device: str) -> Inputs:
         tensors = {
-            "t": matrix("t", self.m, self.rank, rank_dtype(self.y_dtype, self.b_dtype), device),
+            "t": matrix("t", self.m, self.rank, kept_dtype(self.y_dtype, self.b_dtype), device),
             "b": matrix("b", self.n, self.rank, self.b_dtype, device, self.strides),
             "scaling": torch.full((1,), self.scaling, device=device),
         }

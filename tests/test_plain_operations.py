@@ -104,14 +104,14 @@ def norm(tensor):
 def assert_as_good_as_autograd(a):
     exact, yardstick, actual = by_autograd(a, FP64), by_autograd(a), by_plain(a)
     assert actual.keys() == exact.keys()
-    rank_dtype = FP64 if a.lora_a.dtype == FP64 else FP32
+    sum_dtype = FP64 if a.lora_a.dtype == FP64 else FP32
     for name, result in actual.items():
         dtype = {"dx": a.x, "dh0": a.h0, "low_rank": a.base, "y": a.base}.get(name)
-        assert result.dtype == (rank_dtype if dtype is None else dtype.dtype), name
+        assert result.dtype == (sum_dtype if dtype is None else dtype.dtype), name
         assert result.shape == exact[name].shape and result.is_contiguous(), name
         error, yardstick_error = (norm(r.to(result.dtype) - exact[name]) for r in (result, yardstick[name]))
         # Where both are as good as exact, chance decides: some units in the last place of float32, or of float64.
-        unit = torch.finfo(torch.promote_types(FP32, min(rank_dtype, result.dtype, key=lambda d: d.itemsize))).eps
+        unit = torch.finfo(torch.promote_types(FP32, min(sum_dtype, result.dtype, key=lambda d: d.itemsize))).eps
         assert error <= 1.1 * yardstick_error + 10 * unit * norm(exact[name]), f"{name}: {error} > {yardstick_error}"
 
 

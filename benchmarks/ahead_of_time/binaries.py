@@ -13,13 +13,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-#: The targets, and the shared memory in bytes that a program may have there.
+from sibo_triton.kernels.targets import KNOWN
+
+#: The targets as Triton's compiler takes them, and the shared memory in bytes that a program may have there.
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
-    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    name: (GPUTarget("hip", name, 64) if target.hip else GPUTarget("cuda", target.capability, 32), target.shared_memory)
+    for name, target in KNOWN.items()
 }
 
 #: The instructions that multiply matrices of 16-bit operands.

@@ -137,11 +137,8 @@ class SiboAdapterConfig(SiboOptions, PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as it is saved, with the names that the default of `sibo_target_modules` chose."""
-        config = super().to_dict()
-        if self.sibo_target_modules is None and self._sibo_resolved is not None:
-            config["sibo_mixing_modules"] = list(self._sibo_resolved)
-        return config
+        """The config as it is saved."""
+        return self._with_mixing_modules(super().to_dict())
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)

@@ -15,9 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sibo_triton import reference
 from sibo_triton.bottleneck.config import SiboAdapterConfig
-from sibo_triton.bottleneck.paths import obstacle_to_bottleneck
 from sibo_triton.initial_residual.binding import first_hidden_state
-from sibo_triton.injection.obstacles import apply_dropout, obstacle_in_frozen, parameter
+from sibo_triton.injection.obstacles import (
+    PathName,
+    apply_dropout,
+    obstacle_in_adapter,
+    obstacle_in_frozen,
+    parameter,
+)
 from sibo_triton.injection.siblings import shared_output
 from sibo_triton.injection.sites import (
     BOTTLENECK_LAMBDA_NAME,
@@ -199,6 +204,22 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.sibo_adapter_options]
         return names[0] if len(names) == 1 else None
 
+    def path_of(self, adapter_name: str) -> tuple[PathName, str | None]:
+        """The path of an adapter that is active alone, for an unknown input, and why it is not a faster one."""
+        obstacle = self._obstacle(adapter_name)
+        if obstacle is not None:
+            return "modules", obstacle
+        options = self.sibo_adapter_options[adapter_name]
+        if options.in_front or options.reads_output or linear_features(self.base_layer) is None:
+            return "adapter", None  # there is no frozen product that its own could be added to
+        obstacle = obstacle_in_frozen(self.base_layer)
+        return ("fused", None) if obstacle is None else ("adapter", obstacle)
+
+    def _obstacle(self, adapter_name: str, x: torch.Tensor | None = None) -> str | None:
+        """Reason why the adapter must run by its modules (for an input x), or None."""
+        names = ("sibo_adapter_down", "sibo_adapter_up", "sibo_adapter_dropout")
+        return obstacle_in_adapter(self.modules_of(adapter_name), names, x)
+
     def tensors_read(self, adapter_name: str) -> list[torch.Tensor]:
         """The tensors that the operation reads: weights, biases, those of lambda, and a learnable scaling."""
         down, up, _ = self.modules_of(adapter_name)
@@ -216,7 +237,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         name = self.only_active()
         if name is None or self.sibo_adapter_options[name].reads_output:
             return None
-        if obstacle_to_bottleneck(*self.modules_of(name), x) is not None:
+        if self._obstacle(name, x) is not None:
             return None  # `_add_branch` looks again and warns
         if self.sibo_adapter_options[name].in_front:
             return name
@@ -304,7 +325,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
     def _add_branch(self, name: str, base: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """``base + g(v)``."""
         down, up, dropout = self.modules_of(name)
-        obstacle = obstacle_to_bottleneck(down, up, dropout, v)
+        obstacle = self._obstacle(name, v)
         if obstacle is None:
             (arguments,) = self._arguments_of([self], name, v)
             return add_bottleneck(base, v, **arguments)

@@ -197,7 +197,7 @@ def _install(
     if site.residual is None:
         return
     device: Any = layer.sibo_adapter_down[adapter_name].weight.device
-    lambda_ = SiboLambda(config.sibo_lambda, config.sibo_learnable, None if device.type == "meta" else device)
+    lambda_ = SiboLambda(config.sibo_lambda, config.sibo_learnable, device)
     layer.sibo_adapter_lambda[adapter_name] = lambda_.requires_grad_(train)
 
 

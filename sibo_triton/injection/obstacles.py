@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
 
 from sibo_triton import reference
 from sibo_triton.ops import autocast_dtype
+
+#: How a layer runs: as one operation, its adapter as one on what the frozen layer returned, or module by module.
+PathName = Literal["fused", "adapter", "modules"]
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
 _PLAIN_PARAMETERS = (*_PLAIN_TENSORS, type(None))
@@ -54,6 +58,32 @@ def obstacle_in_frozen(base: nn.Module, x: torch.Tensor | None = None) -> str | 
     if weight.dtype != x.dtype and autocast_dtype(x.device.type) is None:
         return f"its base layer is {weight.dtype} and its input {x.dtype}"
     return None
+
+
+def obstacle_in_adapter(
+    modules: tuple[nn.Module, nn.Module, nn.Module], names: tuple[str, str, str], x: torch.Tensor | None = None
+) -> str | None:
+    """Reason why an adapter must run by its modules (for an input x), or None.
+
+    Args:
+        modules, names: of the down-projection, the up-projection and the dropout.
+    """
+    if torch_module._has_any_global_hook():
+        return "hooks are registered on all modules"
+    down, up, dropout = modules
+    obstacle = obstacle_in(down, nn.Linear)
+    if obstacle is not None:
+        return f"{names[0]} {obstacle}"
+    obstacle = obstacle_in(up, nn.Linear)
+    if obstacle is not None:
+        return f"{names[1]} {obstacle}"
+    obstacle = obstacle_in_dropout(dropout, names[2])
+    if obstacle is not None:
+        return obstacle
+    of_down, of_up = parameter(down, "weight"), parameter(up, "weight")
+    if of_down.dtype != of_up.dtype or of_down.dtype not in DTYPES:
+        return f"{names[0]} is {of_down.dtype} and {names[1]} {of_up.dtype}"
+    return None if x is None else obstacle_of_input(x, of_down)
 
 
 def obstacle_in_dropout(dropout: nn.Module, name: str) -> str | None:

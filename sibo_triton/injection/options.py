@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from sibo_triton.mixing import InitialResidualSource, validate_lambda, validate_source
 
@@ -42,6 +43,12 @@ class SiboOptions:
     def in_no_tensor(self) -> tuple[str, ...]:
         """The options that change what saved weights compute, but are stored in no tensor among them."""
         return ("sibo_source",) if self.mixes else ()
+
+    def _with_mixing_modules(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config as it is saved, with the names that the default of `sibo_target_modules` chose."""
+        if self.sibo_target_modules is None and self._sibo_resolved is not None:
+            config["sibo_mixing_modules"] = list(self._sibo_resolved)
+        return config
 
     def check_options(self) -> None:
         """Raise what the constructor raises; injection calls it again, as options may have been set since."""

@@ -76,10 +76,7 @@ class SiboLoraConfig(SiboOptions, LoraConfig):
         sibo_options = [f.name for f in fields(SiboLoraConfig) if f.name.startswith("sibo_")]
         if not self.mixes:
             return {key: value for key, value in config.items() if key not in sibo_options}
-        config["peft_type"] = SIBO_LORA_TYPE
-        if self.sibo_target_modules is None and self._sibo_resolved is not None:
-            config["sibo_mixing_modules"] = list(self._sibo_resolved)
-        return config
+        return self._with_mixing_modules(config | {"peft_type": SIBO_LORA_TYPE})
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)

@@ -33,10 +33,8 @@ def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float,
     if LORA_LAMBDA_NAME not in layer._modules:
         setattr(layer, LORA_LAMBDA_NAME, nn.ModuleDict())
         layer.adapter_layer_names = (*layer.adapter_layer_names, LORA_LAMBDA_NAME)
-    device = layer.lora_A[adapter_name].weight.device
-    lambda_ = SiboLambda(value, learnable, None if device.type == "meta" else device)
-    lambda_.requires_grad_(train)
-    getattr(layer, LORA_LAMBDA_NAME)[adapter_name] = lambda_
+    lambda_ = SiboLambda(value, learnable, layer.lora_A[adapter_name].weight.device)
+    getattr(layer, LORA_LAMBDA_NAME)[adapter_name] = lambda_.requires_grad_(train)
 
 
 def add_site(layer: LoraLayer, adapter_name: str, site: MixingSite) -> None:

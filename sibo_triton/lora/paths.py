@@ -7,25 +7,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from sibo_triton.injection.obstacles import (
-    DTYPES,
+    PathName,
     has_own_forward,
-    obstacle_in,
-    obstacle_in_dropout,
+    obstacle_in_adapter,
     obstacle_in_frozen,
-    obstacle_of_input,
     parameter,
 )
-
-PathName = Literal["fused", "adapter", "modules"]
 
 
 def path_of(layer: LoraLayer, adapter_name: str) -> tuple[PathName, str | None]:
@@ -50,24 +45,11 @@ def obstacle_to_fusing(layer: LoraLayer, x: torch.Tensor | None = None) -> str |
 
 def obstacle_to_lora(layer: LoraLayer, adapter_name: str, x: torch.Tensor | None = None) -> str | None:
     """Reason why `lora_dropout`, `lora_A` and `lora_B` must be called as modules (for an input x), or None."""
-    if torch_module._has_any_global_hook():
-        return "hooks are registered on all modules"
-    lora_a, lora_b, dropout = adapter_modules(layer, adapter_name)
-    obstacle = obstacle_in(lora_a, nn.Linear)
-    if obstacle is not None:
-        return f"lora_A {obstacle}"
-    obstacle = obstacle_in(lora_b, nn.Linear)
-    if obstacle is not None:
-        return f"lora_B {obstacle}"
-    obstacle = obstacle_in_dropout(dropout, "lora_dropout")
-    if obstacle is not None:
-        return obstacle
-    if parameter(lora_a, "bias") is not None:
+    modules = adapter_modules(layer, adapter_name)
+    obstacle = obstacle_in_adapter(modules, ("lora_A", "lora_B", "lora_dropout"), x)
+    if obstacle is None and parameter(modules[0], "bias") is not None:
         return "lora_A has a bias"
-    a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
-    if a.dtype != b.dtype or a.dtype not in DTYPES:
-        return f"lora_A is {a.dtype} and lora_B {b.dtype}"
-    return None if x is None else obstacle_of_input(x, a)
+    return obstacle
 
 
 def adapter_modules(layer: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear, nn.Module]:

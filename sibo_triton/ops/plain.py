@@ -11,7 +11,7 @@ What makes them fast and small:
 * products with 16-bit operands are taken in float32, tile by tile, unless the device multiplies that dtype faster.
 
 t, u and the gradients of A and B are float32, or float64 where the adapter is; the backend keeps t as
-:func:`~sibo_triton.kernels.siblings.rank_dtype` says.
+:func:`~sibo_triton.kernels.siblings.kept_dtype` says.
 """
 
 from functools import cache
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sibo_triton.dropout import check_dropout, checked_seed
+from sibo_triton.ops.tensors import as_scalar
 from sibo_triton.ops.tiles import KeepTiles, add_product, read_tiles, write_product
 from sibo_triton.reference import check_shape, checked_mixing
 
@@ -56,13 +57,13 @@ def down(
     check_shape("lora_a", lora_a, ("r", cols))
     h0 = _checked_residual(initial_residual, x, lambda_, difference)
     mask = _mask(rows, cols, dropout_p, dropout_seed, x.device)
-    dtype, rank_dtype = _product_dtype(lora_a.dtype, x, h0, mask=mask), _rank_dtype(lora_a.dtype)
+    dtype, sum_dtype = _product_dtype(lora_a.dtype, x, h0, mask=mask), _sum_dtype(lora_a.dtype)
     a = lora_a.to(dtype)
 
     def project(v: Tensor, residual: Tensor | None = None) -> Tensor:
-        if mask is None and v.dtype == dtype == rank_dtype:
+        if mask is None and v.dtype == dtype == sum_dtype:
             return torch.mm(v, a.t())
-        out = torch.zeros((rows, a.shape[0]), dtype=rank_dtype, device=x.device)
+        out = torch.zeros((rows, a.shape[0]), dtype=sum_dtype, device=x.device)
         for m, k, tile in read_tiles(v, dtype, mask, residual, lambda_):
             add_product(out[m], tile, a[:, k].T)
         return out if mask is None else out.mul_(mask.scale)
@@ -74,7 +75,7 @@ def down(
         return t, None
     t_h = project(h0)
     d = t_h - t if difference else None
-    return torch.lerp(t, t_h, _scalar(lambda_, t.dtype)) if _mixes(lambda_) else t, d
+    return torch.lerp(t, t_h, as_scalar(lambda_, t.dtype)) if _mixes(lambda_) else t, d
 
 
 def up(
@@ -100,7 +101,7 @@ def up(
     check_shape("lora_b", lora_b, ("N", t.shape[1]))
     # In 16 bits s, a tensor, would be rounded.
     if t.dtype == lora_b.dtype == dtype and dtype.itemsize > 2 and lora_bias is None and base_bias is None:
-        return torch.mm(t * _scalar(scaling, dtype), lora_b.t())
+        return torch.mm(t * as_scalar(scaling, dtype), lora_b.t())
     y = torch.empty((t.shape[0], lora_b.shape[0]), dtype=dtype, device=t.device)
     product_dtype = _product_dtype(lora_b.dtype, y)
     write_product(y, *_up_operands(t, lora_b, scaling, product_dtype, lora_bias, base_bias))
@@ -163,17 +164,17 @@ def up_backward(
         if t is None:
             raise ValueError("t is None, but dB is wanted: pass t, or wants_grad_b=False")
         check_shape("t", t, (rows, rank))
-    dtype, rank_dtype = _product_dtype(lora_b.dtype, grad_y), _rank_dtype(lora_b.dtype)
-    s = _scalar(scaling, rank_dtype)
+    dtype, sum_dtype = _product_dtype(lora_b.dtype, grad_y), _sum_dtype(lora_b.dtype)
+    s = as_scalar(scaling, sum_dtype)
     b = lora_b.to(dtype)
-    if grad_y.dtype == dtype == rank_dtype:
+    if grad_y.dtype == dtype == sum_dtype:
         u = torch.mm(grad_y, b).mul_(s) if wants_u else None
         return u, torch.mm(grad_y.t(), t.to(dtype) * s) if wants_grad_b and t is not None else None
-    u = torch.zeros((rows, rank), dtype=rank_dtype, device=grad_y.device) if wants_u else None
+    u = torch.zeros((rows, rank), dtype=sum_dtype, device=grad_y.device) if wants_u else None
     grad_b = scaled_t = None
     if wants_grad_b and t is not None:
-        grad_b = torch.zeros((rank, cols), dtype=rank_dtype, device=grad_y.device)  # transposed: the faster product
-        scaled_t = (t.to(rank_dtype) * s).to(dtype)
+        grad_b = torch.zeros((rank, cols), dtype=sum_dtype, device=grad_y.device)  # transposed: the faster product
+        scaled_t = (t.to(sum_dtype) * s).to(dtype)
     for m, n, tile in read_tiles(grad_y, dtype):
         if u is not None:
             add_product(u[m], tile, b[n])
@@ -236,16 +237,16 @@ def _weight_gradient(
     rows, cols = x.shape
     check_shape("u", u, (rows, "r"))
     h0 = _checked_residual(initial_residual, x, lambda_)
-    rank_dtype = _rank_dtype(adapter_dtype)
+    sum_dtype = _sum_dtype(adapter_dtype)
     dtype = _product_dtype(adapter_dtype, x, h0, mask=mask)
-    u = u.to(rank_dtype)
-    if mask is None and x.dtype == dtype == rank_dtype:
+    u = u.to(sum_dtype)
+    if mask is None and x.dtype == dtype == sum_dtype:
         if h0 is None:
             return torch.mm(u.t(), x)
         if h0.dtype == dtype:
-            of_x, of_h = _shares(lambda_, rank_dtype)
+            of_x, of_h = _shares(lambda_, sum_dtype)
             return torch.mm((u * of_x).t(), x).addmm_((u * of_h).t(), h0)
-    grad_a = torch.zeros((u.shape[1], cols), dtype=rank_dtype, device=x.device)
+    grad_a = torch.zeros((u.shape[1], cols), dtype=sum_dtype, device=x.device)
 
     def add(u: Tensor, v: Tensor, residual: Tensor | None = None) -> None:
         u = u.to(dtype)
@@ -257,7 +258,7 @@ def _weight_gradient(
     elif h0 is None:
         add(u, x)
     else:
-        of_x, of_h = _shares(lambda_, rank_dtype)
+        of_x, of_h = _shares(lambda_, sum_dtype)
         add(u * of_x, x)
         add(u * of_h, h0)
     return grad_a
@@ -278,7 +279,7 @@ def _input_gradient(
         check_shape("base", base, shape)
     if residual_dtype is not None and not _mixes(lambda_):
         raise ValueError("residual_dtype asks for the gradient of h0, but lambda_ is the number 0: it has none")
-    u = u.to(_rank_dtype(lora_a.dtype))
+    u = u.to(_sum_dtype(lora_a.dtype))
     if mask is not None:
         u = u * mask.scale
     elif residual_dtype is None and base is None and dtype == lora_a.dtype == u.dtype:
@@ -305,36 +306,36 @@ def _up_operands(
     base_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two factors of ``s (t B^T + b_B) + b``: biases are one more row of B^T, so that no pass over y adds them."""
-    rank_dtype = _rank_dtype(lora_b.dtype)
-    s = _scalar(scaling, rank_dtype)
-    left, right = (t.to(rank_dtype) * s).to(dtype), lora_b.to(dtype).T
+    sum_dtype = _sum_dtype(lora_b.dtype)
+    s = as_scalar(scaling, sum_dtype)
+    left, right = (t.to(sum_dtype) * s).to(dtype), lora_b.to(dtype).T
     biases = []
     if lora_bias is not None:
         check_shape("lora_bias", lora_bias, lora_b.shape[:1])
-        biases.append(lora_bias.to(rank_dtype) * s)
+        biases.append(lora_bias.to(sum_dtype) * s)
     if base_bias is not None:
         check_shape("base_bias", base_bias, lora_b.shape[:1])
-        biases.append(base_bias.to(rank_dtype))
+        biases.append(base_bias.to(sum_dtype))
     if biases:
         left = torch.cat([left, left.new_ones((left.shape[0], 1))], dim=1)
         right = torch.cat([right, torch.stack(biases).sum(0, keepdim=True).to(dtype)])
     return left, right
 
 
-def _rank_dtype(adapter_dtype: torch.dtype) -> torch.dtype:
-    """Of t, u and the gradients of A and B."""
+def _sum_dtype(adapter_dtype: torch.dtype) -> torch.dtype:
+    """In which t, u and the gradients of A and B are summed and returned."""
     return torch.float64 if adapter_dtype == torch.float64 else torch.float32
 
 
 def _product_dtype(adapter_dtype: torch.dtype, *data: Tensor | None, mask: KeepTiles | None = None) -> torch.dtype:
     """In which to multiply: a 16-bit dtype if there is no other and the device is fast at it, else a wider one."""
     if adapter_dtype.itemsize > 2:
-        return _rank_dtype(adapter_dtype)
+        return _sum_dtype(adapter_dtype)
     tensors = [tensor for tensor in data if tensor is not None]
     if mask is None and all(tensor.dtype == adapter_dtype for tensor in tensors):
         if _multiplies(adapter_dtype, tensors[0].device.type):
             return adapter_dtype
-    return _rank_dtype(adapter_dtype)
+    return _sum_dtype(adapter_dtype)
 
 
 @cache
@@ -353,14 +354,9 @@ def _mixes(lambda_: float | Tensor) -> bool:
     return isinstance(lambda_, Tensor) or lambda_ != 0
 
 
-def _scalar(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """A number, or a tensor of shape [] that never reaches the host."""
-    return value.reshape(()).to(dtype) if isinstance(value, Tensor) else float(value)
-
-
 def _shares(lambda_: float | Tensor, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
     """1 - lambda and lambda."""
-    of_h = _scalar(lambda_, dtype)
+    of_h = as_scalar(lambda_, dtype)
     return 1 - of_h, of_h
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sibo_triton.kernels.siblings import rank_dtype
+from sibo_triton.kernels.siblings import kept_dtype
 from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Saved, Settings
 from sibo_triton.ops.dispatch import backend_for, warn_of_fallback
@@ -78,7 +78,7 @@ def _(
     dtype, x_dtype, _, adapter_dtype, lambda_learns = rest[-5:]
     rows, rank = x.shape[:-1].numel(), lora_a.shape[0]
     y = x.new_empty((*x.shape[:-1], lora_b.shape[0]), dtype=dtype)
-    t = x.new_empty((rows, rank), dtype=rank_dtype(x_dtype, adapter_dtype))
+    t = x.new_empty((rows, rank), dtype=kept_dtype(x_dtype, adapter_dtype))
     return y, t, torch.empty_like(t) if lambda_learns else t.new_empty(0)
 
 

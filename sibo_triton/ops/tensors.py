@@ -30,6 +30,11 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
+def as_scalar(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A number, or a tensor of shape [] that never reaches the host."""
+    return value.reshape(()).to(dtype) if isinstance(value, Tensor) else float(value)
+
+
 def shaped_like(x: Tensor, y: Tensor) -> Tensor:
     """A fresh y, ``[M, N]``, with the leading dimensions of x: ``[..., N]``.
 

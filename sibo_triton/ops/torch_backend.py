@@ -11,10 +11,11 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection, rank_dtype
+from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection, kept_dtype
 from sibo_triton.ops import plain
 from sibo_triton.ops.activations import activation_gradient
 from sibo_triton.ops.plain import add_up, up
+from sibo_triton.ops.tensors import as_scalar
 from sibo_triton.reference import ACTIVATIONS
 
 __all__ = [
@@ -39,7 +40,7 @@ def down_activated_siblings(
     for s, (p, d) in zip(siblings, _down_siblings(x, siblings, initial_residual), strict=True):
         assert s.activation is not None
         p = p if s.bias is None else p + s.bias
-        kept = rank_dtype(x.dtype, s.lora_a.dtype)
+        kept = kept_dtype(x.dtype, s.lora_a.dtype)
         results.append((p.to(kept), None if d is None else d.to(kept), ACTIVATIONS[s.activation](p).to(kept)))
     return results
 
@@ -49,8 +50,8 @@ def down_siblings(
     siblings: Sequence[DownProjection],
     initial_residual: Tensor | None = None,  # [M, K]
 ) -> list[tuple[Tensor, Tensor | None]]:  # [M, r] each
-    """t and, where wanted, d of each sibling: :func:`.plain.down`, in :func:`~..kernels.siblings.rank_dtype`."""
-    kept = [rank_dtype(x.dtype, s.lora_a.dtype) for s in siblings]
+    """t and, where wanted, d of each sibling: :func:`.plain.down`, in :func:`~..kernels.siblings.kept_dtype`."""
+    kept = [kept_dtype(x.dtype, s.lora_a.dtype) for s in siblings]
     results = _down_siblings(x, siblings, initial_residual)
     return [(t.to(dtype), None if d is None else d.to(dtype)) for dtype, (t, d) in zip(kept, results, strict=True)]
 
@@ -69,7 +70,7 @@ def _down_siblings(
     assert d is not None
     results: list[tuple[Tensor, Tensor | None]] = []
     for s, own_t, own_d in zip(siblings, t_x.split(ranks, 1), d.split(ranks, 1), strict=True):
-        t = own_t + _scalar(s.lambda_, own_t.dtype) * own_d if s.mixes else own_t
+        t = own_t + as_scalar(s.lambda_, own_t.dtype) * own_d if s.mixes else own_t
         results.append((t, own_d if s.difference else None))
     return results
 
@@ -142,7 +143,7 @@ def down_backward_siblings(
         rest = (0.0, None, first.adapter_dtype, dx_dtype, residual_dtype, base)
         grad_a, dx, dh0 = plain.down_backward(u, lora_a, x, initial_residual, common, *rest)
     else:  # the shares of x and h0 are factors of u's columns
-        of_h = torch.cat([u.new_ones(r) * _scalar(s.lambda_, u.dtype) for r, s in zip(ranks, siblings, strict=True)])
+        of_h = torch.cat([u.new_ones(r) * as_scalar(s.lambda_, u.dtype) for r, s in zip(ranks, siblings, strict=True)])
         u_x, u_h, dtype = u * (1 - of_h), u * of_h, first.adapter_dtype
         grad_a, dx, _ = plain.down_backward(u_x, lora_a, x, None, 0.0, 0.0, None, dtype, dx_dtype, None, base)
         h0 = None if x is None else initial_residual
@@ -194,10 +195,6 @@ def _common_lambda(lambdas: list[float | Tensor]) -> float | None:
     if isinstance(first, Tensor) or any(isinstance(other, Tensor) or other != first for other in lambdas):
         return None
     return first
-
-
-def _scalar(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    return value.reshape(()).to(dtype) if isinstance(value, Tensor) else value
 
 
 def _in(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:

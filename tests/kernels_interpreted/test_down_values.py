@@ -14,10 +14,15 @@ from kernel_yardstick import check
 import sibo_triton.kernels.down as down_file
 from sibo_triton import reference
 from sibo_triton.kernels import targets
-from sibo_triton.kernels.down import down, down_parts, down_siblings
+from sibo_triton.kernels.down import down_parts, down_siblings
 from sibo_triton.kernels.down_plan import cut, plan, steps_of_split
 from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.targets import KNOWN
+
+
+def down(x, lora_a, initial_residual=None, *projection):
+    """t and d of one layer."""
+    return down_siblings(x, [DownProjection(lora_a, *projection)], initial_residual)[0]
 
 
 # Chosen so that each value meets most of the others' once.
