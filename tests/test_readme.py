@@ -54,6 +54,7 @@ def test_the_tables_come_from_the_files_that_are_named() -> None:
         results = json.loads(path.read_text(encoding="utf-8"))
         results = results.get("provenance", results)
         assert {"command", "torch", "transformers", "peft", "commit", "machine"} <= results.keys()
+        assert results["command"].startswith(("python -m benchmarks.", "sibo-triton "))
 
 
 def test_the_table_of_explain_is_what_explain_prints() -> None:
@@ -70,7 +71,18 @@ def test_the_table_of_explain_is_what_explain_prints() -> None:
     assert str(explain(model)).splitlines() == [line[4:] for line in shown.splitlines()]
 
 
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"(?m)^#+ (.*)", re.sub(r"(?ms)^```.*?^```", "", text))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
-    for text, folder in ((README, ROOT), *((path.read_text(), path.parent) for path in (ROOT / "docs").glob("*.md"))):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (folder / target).exists(), target
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
+    assert len(documents) > 8
+    for document in documents:
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
+            path = document.parent / target if target else document
+            assert path.exists(), f"{document.name}: {target}"
+            if anchor:
+                assert anchor in anchors(path.read_text(encoding="utf-8")), f"{document.name}: {target}#{anchor}"
