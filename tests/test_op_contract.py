@@ -75,8 +75,17 @@ OPERATIONS = {
 ALL_LEARN = {"mixes": "learnable", "scaling": "learnable"}
 
 
+@pytest.fixture(params=[*OPERATIONS, *([] if ON_KERNELS else ["lora_linear, few elements", "add_lora, few elements"])])
+def of(request, monkeypatch):
+    """Also of few elements, for which plain PyTorch takes a shorter way."""
+    name, _, few = request.param.partition(", ")
+    if few:
+        monkeypatch.setattr(small, "ELEMENTS", 2**20)
+    return OPERATIONS[name]
+
+
 @pytest.fixture(params=OPERATIONS)
-def of(request):
+def of_many(request):
     return OPERATIONS[request.param]
 
 
@@ -129,14 +138,14 @@ def test_a_graph_can_be_kept_and_gone_through_again(of):
     assert all(map(torch.equal, first, second))
 
 
-def test_a_second_derivative_is_refused_by_name(of):
+def test_a_second_derivative_is_refused_by_name(of_many):
     """Also where the incoming gradient is a constant, and only the adapter's own tensors have a second one."""
-    arguments = of.arguments(dtype=WIDEST, mixes="learnable")
+    arguments = of_many.arguments(dtype=WIDEST, mixes="learnable")
     for loss in (torch.sum, lambda y: y.square().sum()):
-        (dx,) = torch.autograd.grad(loss(of.run(**arguments)), arguments["x"], create_graph=True)
-        (expected,) = torch.autograd.grad(loss(of.definition(**arguments)), arguments["x"])
+        (dx,) = torch.autograd.grad(loss(of_many.run(**arguments)), arguments["x"], create_graph=True)
+        (expected,) = torch.autograd.grad(loss(of_many.definition(**arguments)), arguments["x"])
         torch.testing.assert_close(dx, expected, atol=CLOSE, rtol=CLOSE)
-        kind = "LoRA" if of.down == "lora_a" else "bottleneck adapter"
+        kind = "LoRA" if of_many.down == "lora_a" else "bottleneck adapter"
         with pytest.raises(RuntimeError, match=f"{kind}.* was differentiated twice.*SIBO_TRITON_BACKEND=reference"):
             dx.square().sum().backward()
 
@@ -324,11 +333,11 @@ LARGE = {"tokens": (40, 8), "k": 256, "n": 128, "rank": 4, "dtype": BF16}
 
 @pytest.mark.parametrize("mixes", ["no", "tensor", "learnable"])
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP32])
-def test_kept_are_x_and_h0_themselves_and_what_has_the_size_of_the_rank(of, adapter_dtype, mixes):
+def test_kept_are_x_and_h0_themselves_and_what_has_the_size_of_the_rank(of_many, adapter_dtype, mixes):
     options = {"adapter_dtype": adapter_dtype, "mixes": mixes, "scaling": "learnable", "dropout_p": 0.05}
-    arguments = of.arguments(**LARGE, **options, wants=("x", of.down, of.up))
+    arguments = of_many.arguments(**LARGE, **options, wants=("x", of_many.down, of_many.up))
     given = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, torch.Tensor)}
-    _, storages = saved_storages(lambda: of.run(**arguments))
+    _, storages = saved_storages(lambda: of_many.run(**arguments))
     kept = sum(size for address, size in storages.items() if address not in given)
     rank_sized = 40 * 8 * 4 * adapter_dtype.itemsize  # t (or p), in the dtype that x and the adapter share
     assert kept == rank_sized * (2 if mixes == "learnable" else 1)
@@ -337,13 +346,13 @@ def test_kept_are_x_and_h0_themselves_and_what_has_the_size_of_the_rank(of, adap
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 @pytest.mark.parametrize("mixes", ["tensor", "learnable"])
-def test_nothing_else_outlives_the_call(of, mixes, dropout_p):
+def test_nothing_else_outlives_the_call(of_many, mixes, dropout_p):
     """By the storages that are alive, not by what autograd was told to save."""
     options = {"adapter_dtype": FP32, "mixes": mixes, "scaling": "learnable", "dropout_p": dropout_p}
-    arguments = of.arguments(**LARGE, **options, wants=("x", of.down, of.up))
+    arguments = of_many.arguments(**LARGE, **options, wants=("x", of_many.down, of_many.up))
     given = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     with Allocations() as allocations:
-        y = of.run(**arguments)
+        y = of_many.run(**arguments)
     gc.collect()  # of the interpreter's
     assert allocations.alive(beside=[*given, y]) == 40 * 8 * 4 * 4 * (2 if mixes == "learnable" else 1)
     y.sum().backward()
