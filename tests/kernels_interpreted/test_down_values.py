@@ -20,9 +20,9 @@ from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.targets import KNOWN
 
 
-def down(x, lora_a, initial_residual=None, *projection):
+def down(x, lora_a, initial_residual=None, *projection, **options):
     """t and d of one layer."""
-    return down_siblings(x, [DownProjection(lora_a, *projection)], initial_residual)[0]
+    return down_siblings(x, [DownProjection(lora_a, *projection, **options)], initial_residual)[0]
 
 
 # Chosen so that each value meets most of the others' once.

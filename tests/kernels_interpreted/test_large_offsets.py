@@ -118,7 +118,7 @@ def test_input_gradient():
 def test_down():
     """t past 2^31, and d behind it."""
     x, h0, lora_a = tall(LONG, 72, FP16), tall(LONG, 72, FP16), randn(RANK, 72, FP16)
-    t, d = down.down(x, lora_a, h0, 0.25, difference=True)
+    ((t, d),) = down.down_siblings(x, [DownProjection(lora_a, 0.25, difference=True)], h0)
     assert t.numel() > 2**31
     x, h0, last = x[-END:].double(), h0[-END:].double(), slice(-128, None)  # the last tile of the rank
     assert_end(t[-END:, last], (0.75 * x + 0.25 * h0) @ lora_a[last].double().T)
