@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from benchmarks import checks
 from benchmarks.checks import Values, Verdict
 from benchmarks.harness import run_benchmark
-from benchmarks.layer import BF16, DTYPE
+from benchmarks.layer import DTYPE
 from benchmarks.models import LLAMA_3_8B, Architecture, frozen_model
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.results_file import parser_of
-from benchmarks.settings import Setting
+from benchmarks.settings import BF16, Setting
 from benchmarks.timing import Effort
 
 PROMPT = 64

@@ -18,10 +18,11 @@ import torch
 from torch.autograd.profiler import DeviceType
 
 from benchmarks.launch_traffic import KERNELS, Traffic, recorded_launches
-from benchmarks.layer import BF16, DEFAULTS, LayerRow, LayerStep
+from benchmarks.layer import LayerRow, LayerStep
 from benchmarks.models import LLAMA_3_8B
 from benchmarks.peers import TIMED
 from benchmarks.results_file import FLOOR, MIB, RESULTS, ResultsFile, command_line, slug
+from benchmarks.settings import BF16, DEFAULTS
 from benchmarks.timing import ceilings
 from sibo_triton.environment import provenance
 

@@ -37,17 +37,10 @@ from benchmarks.models import (
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
 from benchmarks.results_file import FLOOR, MIB, parser_of
-from benchmarks.settings import AdapterSetting, BottleneckSetting, Setting, least_moved
+from benchmarks.settings import ADAPTERS, BF16, DEFAULTS, AdapterSetting, least_moved
 from benchmarks.timing import Effort, buffers_beyond_cache
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
 
-BF16 = Setting(fp32_adapters=False, dropout=0.0)
-DEFAULTS = Setting(fp32_adapters=True, dropout=0.05)  # PEFT's dtype, and a usual rate
-ADAPTERS = tuple(
-    BottleneckSetting(fp32_adapters=lora.fp32_adapters, dropout=lora.dropout, placement=placement, biases=biases)
-    for placement, biases in (("series", False), ("parallel", True))
-    for lora in (BF16, DEFAULTS)
-)
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DTYPE = torch.bfloat16
 

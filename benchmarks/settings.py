@@ -150,6 +150,16 @@ class BottleneckSetting(AdapterSetting):
         return self.bottleneck_size * (K + written) + self.biases * (self.bottleneck_size + written)
 
 
+BF16 = Setting(fp32_adapters=False, dropout=0.0)
+DEFAULTS = Setting(fp32_adapters=True, dropout=0.05)  # PEFT's dtype, and a usual rate
+#: Bottleneck adapters, in series and in parallel, with both.
+ADAPTERS = tuple(
+    BottleneckSetting(fp32_adapters=lora.fp32_adapters, dropout=lora.dropout, placement=placement, biases=biases)
+    for placement, biases in (("series", False), ("parallel", True))
+    for lora in (BF16, DEFAULTS)
+)
+
+
 def least_moved(
     setting: AdapterSetting, shapes: Mapping[str, tuple[int, int]], tokens: int, mixes: bool
 ) -> tuple[int, int]:

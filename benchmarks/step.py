@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from benchmarks import checks
 from benchmarks.checks import Values, Verdict
 from benchmarks.harness import run_benchmark
-from benchmarks.layer import BF16, DEFAULTS, DTYPE
+from benchmarks.layer import DTYPE
 from benchmarks.models import LLAMA_3_8B, QWEN2_5_0_5B, Architecture, frozen_model
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
 from benchmarks.results_file import parser_of
-from benchmarks.settings import Setting
+from benchmarks.settings import BF16, DEFAULTS, Setting
 from benchmarks.timing import Effort
 
 BATCHES = 4  # of random tokens, in turn

@@ -35,7 +35,7 @@ from benchmarks.model_counts import StepCounts, Workload, floor_of, step_of
 from benchmarks.models import ARCHITECTURES, Architecture
 from benchmarks.providers import APART, PROVIDERS, Peft, PeftMixed, Provider
 from benchmarks.results_file import FLOOR, MIB, RESULTS
-from benchmarks.settings import AdapterSetting, BottleneckSetting, Setting, least_moved
+from benchmarks.settings import ADAPTERS, BF16, DEFAULTS, AdapterSetting, least_moved
 from sibo_triton.environment import provenance
 from sibo_triton.finetune.report import markdown_row, markdown_table
 
@@ -72,15 +72,11 @@ OF_PEERS = (
     ("ours, SIBO", "PEFT LoRA"),
     ("ours, SIBO", "ours, lambda = 0"),
 )
-SETTINGS = (Setting(fp32_adapters=False, dropout=0.0), Setting(fp32_adapters=True, dropout=0.05))
+SETTINGS = (BF16, DEFAULTS)
 LORA = CountedAdapters(SETTINGS, (*PROVIDERS[1:], *APART), OF_PEERS + OF_SIBLINGS)
 LORA_OF_OTHERS = CountedAdapters(SETTINGS, PROVIDERS[1:], OF_PEERS)
 BOTTLENECK = CountedAdapters(
-    tuple(
-        BottleneckSetting(fp32_adapters=fp32, dropout=dropout, placement=placement, biases=biases)
-        for placement, biases in (("series", False), ("parallel", True))
-        for fp32, dropout in ((False, 0.0), (True, 0.05))
-    ),
+    ADAPTERS,
     BOTTLENECK_PROVIDERS,
     (
         ("ours, adapter, lambda = 0", "eager adapter"),

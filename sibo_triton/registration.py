@@ -149,7 +149,7 @@ def _refuse_mixed_model(
 
 def _check_hotswap(original: Callable, old: PeftConfig, new: PeftConfig) -> None:
     original(old, new)
-    saved_weights.check_same_source(old, new)
+    saved_weights.check_same_options(old, new)
 
 
 def _hotswap(original: Callable, model: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
@@ -231,13 +231,13 @@ def _transformers_load_adapter(original: Callable, model: Any, *args: Any, **kwa
 def _config_of_weights(model: Any, adapter_name: str, model_id: Any, hub_kwargs: dict[str, Any]) -> PeftConfig | None:
     """The config saved beside weights that are loaded onto an existing adapter: neither library compares the two."""
     existing = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(existing, SiboOptions) or not existing.in_no_tensor() or model_id is None:
+    if not isinstance(existing, SiboOptions) or not existing.options_outside_weights() or model_id is None:
         return None
     try:
         saved = PeftConfig.from_pretrained(model_id, **hub_kwargs)
     except (ValueError, OSError):  # weights alone are enough for PEFT
         return None
-    saved_weights.check_same_source(existing, saved)
+    saved_weights.check_same_options(existing, saved)
     return saved
 
 

@@ -32,7 +32,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def test_defaults_are_those_of_the_issue():
+def test_defaults():
     config = SiboAdapterConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
 

@@ -22,7 +22,7 @@ def lora_options(config):
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig)}
 
 
-def test_defaults_are_those_of_the_issue():
+def test_defaults():
     config = SiboLoraConfig()
     assert [getattr(config, name) for name in SIBO_OPTIONS] == [0.1, False, None, "block_input", None]
 

@@ -145,8 +145,8 @@ class SiboAdapterConfig(SiboOptions, PeftConfig):
         options = (self.sibo_lambda, self.sibo_learnable, self.sibo_source)
         update_model_card(str(save_directory), *options, method="SIBO adapter")
 
-    def in_no_tensor(self) -> tuple[str, ...]:
-        return ("activation", "placement", "side", "scaling", *super().in_no_tensor())
+    def options_outside_weights(self) -> tuple[str, ...]:
+        return ("activation", "placement", "side", "scaling", *super().options_outside_weights())
 
     def _check_placement(self) -> None:
         if self.placement not in ("series", "parallel"):

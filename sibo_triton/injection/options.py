@@ -40,7 +40,7 @@ class SiboOptions:
         """Whether any module may mix: lambda is not 0, or learnable."""
         return self.sibo_learnable or self.sibo_lambda != 0.0
 
-    def in_no_tensor(self) -> tuple[str, ...]:
+    def options_outside_weights(self) -> tuple[str, ...]:
         """The options that change what saved weights compute, but are stored in no tensor among them."""
         return ("sibo_source",) if self.mixes else ()
 

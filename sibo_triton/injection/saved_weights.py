@@ -186,15 +186,15 @@ def _refuse_without_place(adapter_name: str, keys: Sequence[str]) -> None:
         )
 
 
-def check_same_source(adapter: PeftConfig, saved: PeftConfig) -> None:
+def check_same_options(adapter: PeftConfig, saved: PeftConfig) -> None:
     """Raise a ValueError if weights would be loaded onto an adapter that computes something else with them.
 
     For example with another source of h0, which is stored in no tensor.
     """
     if not isinstance(adapter, SiboOptions) or not isinstance(saved, SiboOptions):
         return
-    for name in adapter.in_no_tensor():
-        if name in saved.in_no_tensor() and getattr(adapter, name) != getattr(saved, name):
+    for name in adapter.options_outside_weights():
+        if name in saved.options_outside_weights() and getattr(adapter, name) != getattr(saved, name):
             raise ValueError(
                 f"Configs are incompatible: for {name}, {getattr(adapter, name)!r} != {getattr(saved, name)!r}. "
                 "Loading onto an adapter exchanges its weights only: load the checkpoint as another adapter."
