@@ -16,7 +16,7 @@ from sibo_triton.ops import autocast_dtype
 PathName = Literal["fused", "adapter", "modules"]
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor)
-_PLAIN_PARAMETERS = (*_PLAIN_TENSORS, type(None))
+_PLAIN_PARAMETERS = {*_PLAIN_TENSORS, type(None)}
 #: The dtypes in which the operations compute.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,11 +38,11 @@ def obstacle_in(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return "has hooks"
     if "forward" in state and has_own_forward(module):
         return "has a forward of its own (a device hook of Hugging Face's accelerate, or a patch)"
-    for tensor in state["_parameters"].values():
-        if type(tensor) not in _PLAIN_PARAMETERS:
-            name = next(name for name, other in state["_parameters"].items() if other is tensor)
-            return f"has a {type(tensor).__name__} as its {name}"
-    return None
+    parameters = state["_parameters"]
+    if _PLAIN_PARAMETERS.issuperset(map(type, parameters.values())):
+        return None
+    name, tensor = next((name, of) for name, of in parameters.items() if type(of) not in _PLAIN_PARAMETERS)
+    return f"has a {type(tensor).__name__} as its {name}"
 
 
 def obstacle_in_frozen(base: nn.Module, x: torch.Tensor | None = None) -> str | None:
@@ -124,5 +124,7 @@ def apply_dropout(dropout: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def parameter(module: nn.Module, name: str) -> Any:
     """A parameter, from torch's dictionary, or an attribute as in the replicas of DataParallel."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
+    try:
+        return module._parameters[name]
+    except KeyError:
+        return getattr(module, name)

@@ -8,7 +8,7 @@ get no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -53,15 +53,15 @@ def outputs_with_gradients(settings: Sequence[Settings], inputs: Sequence[Inputs
         return None
     node = node_of(settings, inputs)
     tensors = [inputs[i][field] for i, field in node.places]
-    return applied(Layers, node, inputs, *tensors) if tensors else None
+    return _apply(node, inputs, *tensors) if tensors else None
 
 
-def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its search for dead `torch.func` wrappers, which takes as long as the rest of it.
 
     No transform is active here: under one, `dispatch.py` chooses the reference.
     """
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 class Layers(torch.autograd.Function):
@@ -78,6 +78,9 @@ class Layers(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_y: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, *gradients(ctx.node, ctx.saved_tensors, grads_y))
+
+
+_apply = apply_of(Layers)
 
 
 def kept_of(node: Node, inputs: Sequence[Inputs], results: Sequence[Down]) -> list[Tensor | None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sibo_triton.kernels.tuple_getter import tuple_getter
 from sibo_triton.ops.arguments import Inputs, Settings
-from sibo_triton.ops.autograd import KEPT_PER_LAYER, Node, applied, gradients, is_batched, kept_of, node_of, saved_of
+from sibo_triton.ops.autograd import KEPT_PER_LAYER, Node, apply_of, gradients, is_batched, kept_of, node_of, saved_of
 from sibo_triton.ops.dispatch import implementation
 from sibo_triton.ops.group import few_rows_request, has_few_rows
 from sibo_triton.ops.products import PER_LAYER, Down, backward_request, forward_request
@@ -284,7 +284,7 @@ class CallWithGradients:
         """y of each layer; None where the launches do not fit these tensors."""
         tensors = (*tensors, None)
         results = self.forward.launches(tensors)
-        return None if results is None else applied(_Repeated, self, tensors, results, *self._wants(tensors))
+        return None if results is None else _apply(self, tensors, results, *self._wants(tensors))
 
     def all_kept(self, kept: Sequence[Any]) -> list[Any]:
         """The saved tensors as `kept_of` has them, with None between."""
@@ -379,3 +379,6 @@ class _Repeated(torch.autograd.Function):
             if repeats:
                 call.remember_backward(kept, grads_y)
         return (None, None, None, *grads)
+
+
+_apply = apply_of(_Repeated)
