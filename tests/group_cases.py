@@ -18,7 +18,7 @@ from op_cases import (
 )
 
 from sibo_triton import reference
-from sibo_triton.ops import lora_linear_group
+from sibo_triton.ops import LoraArguments, lora_linear_group
 
 SHARED = ("x", "initial_residual")
 
@@ -34,11 +34,13 @@ def make_group(cases, device="cpu"):
     return layers
 
 
+def arguments_of(layers):
+    return [LoraArguments(**{name: of for name, of in layer.items() if name != "x"}) for layer in layers]
+
+
 def outputs_of_group(layers, order=None):
     """By the operation; the layers are asked for their outputs in `order`, and None stands for those that are not."""
-    names = ("weight", "bias", "lora_a", "lora_b", "scaling", "initial_residual", "lambda_")
-    names += ("dropout_p", "dropout_seed", "lora_bias")
-    group = lora_linear_group(layers[0]["x"], [{name: layer[name] for name in names} for layer in layers])
+    group = lora_linear_group(layers[0]["x"], arguments_of(layers))
     assert group is not None
     ys = [None] * len(layers)
     for i in range(len(layers)) if order is None else order:

@@ -7,6 +7,7 @@ import torch
 from group_cases import (
     GROUPS,
     SHARED,
+    arguments_of,
     assert_group_as_good_as_the_definition,
     make_group,
     outputs_of_group,
@@ -97,11 +98,9 @@ def test_gradcheck():
 
 def test_where_layers_must_run_alone(monkeypatch):
     layers = make_group(GROUPS["alike"])
-    x = layers[0]["x"]
-    for layer in layers:
-        del layer["x"]
+    x, layers = layers[0]["x"], arguments_of(layers)
     assert lora_linear_group(x, layers) is not None
-    other = [layers[0], {**layers[1], "initial_residual": torch.zeros_like(x)}]
+    other = [layers[0], layers[1]._replace(initial_residual=torch.zeros_like(x))]
     assert lora_linear_group(x, other) is None
     with monkeypatch.context() as patch:
         patch.setattr(small, "ELEMENTS", x.numel())
@@ -113,13 +112,11 @@ def test_where_layers_must_run_alone(monkeypatch):
 
 def test_wrong_arguments_are_named():
     layers = make_group(GROUPS["alike"])
-    x = layers[0]["x"]
-    for layer in layers:
-        del layer["x"]
+    x, layers = layers[0]["x"], arguments_of(layers)
     with pytest.raises(ValueError, match=r"weight has shape \[40, 47\]"):
-        lora_linear_group(x, [layers[0], {**layers[1], "weight": layers[1]["weight"][:, 1:]}])
+        lora_linear_group(x, [layers[0], layers[1]._replace(weight=layers[1].weight[:, 1:])])
     with pytest.raises(ValueError, match="no seed was given"):
-        lora_linear_group(x, [layers[0], {**layers[1], "dropout_p": 0.1, "dropout_seed": None}])
+        lora_linear_group(x, [layers[0], layers[1]._replace(dropout_p=0.1, dropout_seed=None)])
 
 
 def test_several_seeds_are_those_of_as_many_calls():

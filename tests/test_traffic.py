@@ -29,7 +29,7 @@ from benchmarks.model_counts import Workload, frozen_model, operations_of, step_
 from benchmarks.models import ARCHITECTURES, LLAMA_3_8B, Architecture
 from benchmarks.providers import PROVIDERS
 from benchmarks.settings import BottleneckSetting, Setting
-from sibo_triton.ops import lora_linear, lora_linear_group
+from sibo_triton.ops import LoraArguments, lora_linear, lora_linear_group
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL = Workload(Architecture("small", "llama", 256, 512, 4, 2, 64, 3, 128), batch=2, length=64)
@@ -305,7 +305,7 @@ def test_a_step_of_generation_takes_two_launches_for_linears_that_share_x():
         for n in (512, 128, 128)
     ]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counted() as operations:
-        group = lora_linear_group(x, layers)
+        group = lora_linear_group(x, [LoraArguments(**layer) for layer in layers])
         for i in range(3):
             group.output(i)
     names = ["down_kernel", "up_siblings_kernel"]

@@ -266,10 +266,13 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
     def _arguments_of(layers: Sequence[SiboAdapterLayer], name: str, x: torch.Tensor) -> list[dict[str, Any]]:
         """The operations' arguments for one adapter of each layer, beside x and what the branch is added to."""
         dropouts = [layer.sibo_adapter_dropout[name] for layer in layers]
-        all_arguments = mixing_arguments(layers, name, x, dropouts, BOTTLENECK_LAMBDA_NAME)
-        for layer, arguments in zip(layers, all_arguments, strict=True):
+        all_arguments = []
+        for layer, mixing in zip(
+            layers, mixing_arguments(layers, name, x, dropouts, BOTTLENECK_LAMBDA_NAME), strict=True
+        ):
             down, up, _ = layer.modules_of(name)
-            arguments |= {
+            arguments = {
+                **mixing._asdict(),
                 "down_weight": parameter(down, "weight"),
                 "up_weight": parameter(up, "weight"),
                 "scaling": layer.scaling_of(name),
@@ -277,6 +280,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
                 "down_bias": parameter(down, "bias"),
                 "up_bias": parameter(up, "bias"),
             }
+            all_arguments.append(arguments)
         return all_arguments
 
     def _with_adapters(

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -118,38 +118,48 @@ def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) 
     )
 
 
+class Mixing(NamedTuple):
+    """The operations' arguments for h0, lambda and dropout, in their order."""
+
+    initial_residual: torch.Tensor | None
+    lambda_: float | torch.Tensor
+    dropout_p: float
+    dropout_seed: torch.Tensor | None
+
+
 def mixing_arguments(
     layers: Sequence[Any], adapter_name: str, x: torch.Tensor, dropouts: Sequence[nn.Module], lambdas: str
-) -> list[dict[str, Any]]:
-    """The operations' arguments for h0, lambda and dropout, for one adapter of layers that get the same x.
+) -> list[Mixing]:
+    """What one adapter of layers that get the same x mixes in and drops.
 
     Args:
         dropouts: the adapter's dropout module of each layer.
         lambdas: the name of the layers' dictionary of lambdas.
     """
-    all_arguments: list[dict[str, Any]] = []
-    dropping, residuals = [], {}
-    for layer, dropout in zip(layers, dropouts, strict=True):
-        arguments: dict[str, Any] = {}
+    rates = [of.p if of.training and isinstance(of, nn.Dropout) and of.p > 0 else 0.0 for of in dropouts]
+    seeds = _seeds(len(rates) - rates.count(0.0), x.device)
+    residuals: dict[int, torch.Tensor] = {}
+    arguments = []
+    for layer, rate in zip(layers, rates, strict=True):
+        seed = next(seeds) if rate else None
         residual = site_of(layer, adapter_name).residual
-        if residual is not None:
-            if id(residual) not in residuals:  # siblings get the same tensor
-                residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
-            arguments["initial_residual"] = residuals[id(residual)]
-            lambda_module = layer._modules[lambdas]._modules[adapter_name]
-            hooked = lambda_module._forward_hooks or lambda_module._forward_pre_hooks
-            # calling the module would cost as much host time as a product
-            arguments["lambda_"] = lambda_module() if hooked else lambda_module.forward()
-        if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-            arguments["dropout_p"] = dropout.p
-            dropping.append(arguments)
-        all_arguments.append(arguments)
-    if len(dropping) == 1:
-        dropping[0]["dropout_seed"] = reference.draw_seed(x.device)
-    elif dropping:
-        for arguments, seed in zip(dropping, reference.draw_seeds(len(dropping), x.device), strict=True):
-            arguments["dropout_seed"] = seed
-    return all_arguments
+        if residual is None:
+            arguments.append(Mixing(None, 0.0, rate, seed))
+            continue
+        if id(residual) not in residuals:  # siblings get the same tensor
+            residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
+        lambda_module = layer._modules[lambdas]._modules[adapter_name]
+        hooked = lambda_module._forward_hooks or lambda_module._forward_pre_hooks
+        # calling the module would cost as much host time as a product
+        lambda_ = lambda_module() if hooked else lambda_module.forward()
+        arguments.append(Mixing(residuals[id(residual)], lambda_, rate, seed))
+    return arguments
+
+
+def _seeds(count: int, device: torch.device) -> Iterator[torch.Tensor]:
+    if count == 1:
+        return iter((reference.draw_seed(device),))
+    return iter(reference.draw_seeds(count, device) if count else ())
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from sibo_triton.injection.obstacles import apply_dropout, parameter
 from sibo_triton.injection.siblings import shared_output
 from sibo_triton.injection.sites import LORA_LAMBDA_NAME, initial_residual_for, mixing_arguments, site_of
 from sibo_triton.lora.paths import adapter_modules, obstacle_to_fusing, obstacle_to_lora
-from sibo_triton.ops import Group, add_lora, lora_linear, lora_linear_group
+from sibo_triton.ops import Group, LoraArguments, add_lora, lora_linear, lora_linear_group
 
 
 class FusedLinear(LoraLinear):
@@ -37,16 +37,16 @@ class FusedLinear(LoraLinear):
         adapter_name = self.fused_adapter(x)
         if adapter_name is None:
             return super().forward(x)
-        return lora_linear(x, **self.arguments_of([self], adapter_name, x)[0])
+        return lora_linear(x, *self.arguments_of([self], adapter_name, x)[0])
 
     @staticmethod
-    def arguments_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
+    def arguments_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> list[LoraArguments]:
         """The arguments of `lora_linear` for each of these layers, which get the same x."""
-        all_arguments = _adapter_arguments(layers, adapter_name, x)
-        for layer, arguments in zip(layers, all_arguments, strict=True):
+        arguments = []
+        for layer, of_adapter in zip(layers, _adapter_arguments(layers, adapter_name, x), strict=True):
             base: Any = layer._modules["base_layer"]
-            arguments["weight"], arguments["bias"] = parameter(base, "weight"), parameter(base, "bias")
-        return all_arguments
+            arguments.append(LoraArguments(parameter(base, "weight"), parameter(base, "bias"), *of_adapter))
+        return arguments
 
     @staticmethod
     def group_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> Group | None:
@@ -122,7 +122,7 @@ class SiboLoraVariant(LoraVariant):
         """
         obstacle = obstacle_to_lora(module, active_adapter, x)
         if obstacle is None:
-            return add_lora(result, x, **_adapter_arguments([module], active_adapter, x)[0])
+            return add_lora(result, x, *_adapter_arguments([module], active_adapter, x)[0])
         site = site_of(module, active_adapter)
         site.notices.warn_once(site.name, "the adapter's modules are called one by one", obstacle)
         if site.residual is not None:
@@ -161,11 +161,12 @@ def refuse_merge(what: str) -> NoReturn:
     )
 
 
-def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.Tensor) -> list[dict[str, Any]]:
-    """The arguments of the operations, beside x, for one adapter of each layer."""
+def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.Tensor) -> list[tuple]:
+    """The arguments of the operations, from A on, for one adapter of each layer."""
     modules = [adapter_modules(layer, adapter_name) for layer in layers]
-    all_arguments = mixing_arguments(layers, adapter_name, x, [dropout for *_, dropout in modules], LORA_LAMBDA_NAME)
-    for layer, (lora_a, lora_b, _), arguments in zip(layers, modules, all_arguments, strict=True):
-        arguments["lora_a"], arguments["lora_b"] = parameter(lora_a, "weight"), parameter(lora_b, "weight")
-        arguments["lora_bias"], arguments["scaling"] = parameter(lora_b, "bias"), layer.scaling[adapter_name]
-    return all_arguments
+    mixings = mixing_arguments(layers, adapter_name, x, [dropout for *_, dropout in modules], LORA_LAMBDA_NAME)
+    arguments = []
+    for layer, (lora_a, lora_b, _), mixing in zip(layers, modules, mixings, strict=True):
+        weights = parameter(lora_a, "weight"), parameter(lora_b, "weight")
+        arguments.append((*weights, layer.scaling[adapter_name], *mixing, parameter(lora_b, "bias")))
+    return arguments

@@ -3,7 +3,7 @@
 from sibo_triton.ops.bottleneck import add_bottleneck, bottleneck_group, bottleneck_linear
 from sibo_triton.ops.dispatch import BACKEND_VARIABLE, Choice, backend_for
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.lora import add_lora, lora_linear, lora_linear_group
+from sibo_triton.ops.lora import LoraArguments, add_lora, lora_linear, lora_linear_group
 from sibo_triton.ops.prepare import shares_passes
 from sibo_triton.ops.tensors import autocast_dtype
 
@@ -11,6 +11,7 @@ __all__ = [
     "BACKEND_VARIABLE",
     "Choice",
     "Group",
+    "LoraArguments",
     "add_bottleneck",
     "add_lora",
     "autocast_dtype",

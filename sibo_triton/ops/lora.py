@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from operator import itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +26,21 @@ from sibo_triton.ops.prepare import (
     shares_passes,
     with_backend,
 )
+
+
+class LoraArguments(NamedTuple):
+    """The arguments of :func:`lora_linear` beside x, for one layer of :func:`lora_linear_group`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float | Tensor
+    initial_residual: Tensor | None = None
+    lambda_: float | Tensor = 0.0
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
+    lora_bias: Tensor | None = None
 
 
 def lora_linear(
@@ -67,31 +81,29 @@ def lora_linear(
         TypeError, ValueError: as the definition; ValueError also for dtypes that do not meet.
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
+    layer = (weight, bias, lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
     form = call = None
     if _may_repeat(x):
-        layer = (weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, dropout_seed, dropout_p)
-        tensors, numbers = repeated.flattened(x, initial_residual, [layer])
+        tensors, numbers = repeated.flattened(x, initial_residual, (layer,))
         form = repeated.form_of(tensors, numbers)
         call = repeated.known(form, tensors)
         outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
             return outputs[0]
     check_frozen(x, weight, bias, lora_b)
-    adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    prepared = _prepared(None, x, weight, bias, *adapter)
+    prepared = _prepared(None, x, *layer)
     y = _low_rank(prepared)
     if form is not None and call is None:
         repeated.remember(form, tensors, [prepared.settings], [prepared.inputs])
     return y
 
 
-def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group | None:
+def lora_linear_group(x: Tensor, layers: Sequence[LoraArguments]) -> Group | None:
     """Layers that get the same x, so that one pass over it serves them all, forward and backward.
 
     Args:
         x: ``[..., K]``.
-        layers: the other arguments of :func:`lora_linear` for each layer, by their names. Those that mix in h0 get the
-            same tensor.
+        layers: the other arguments of each. Those that mix in h0 get the same tensor.
 
     Returns:
         What gives each layer's y once, by its place; None where the layers must be called one by one: under
@@ -101,14 +113,11 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`.
     """
-    layers = [{**_DEFAULTS, **layer} for layer in layers]
     form = call = None
-    residuals = [layer["initial_residual"] for layer in layers]
-    mixes = [h0 is not None for h0 in residuals]
-    h0s = {id(h0): h0 for h0 in residuals if h0 is not None}
-    if _may_repeat(x) and len(h0s) < 2 and all(layer.keys() == _NAMES for layer in layers):
-        tensors, numbers = repeated.flattened(x, next(iter(h0s.values()), None), list(map(_OF_LAYER, layers)))
-        form = repeated.form_of(tensors, (*numbers, *mixes))
+    h0s = [layer.initial_residual for layer in layers if layer.initial_residual is not None]
+    if _may_repeat(x) and all([h0 is h0s[0] for h0 in h0s]):  # noqa: C419 (a list is faster)
+        tensors, numbers = repeated.flattened(x, h0s[0] if h0s else None, layers)
+        form = repeated.form_of(tensors, numbers)
         call = repeated.known(form, tensors)
         outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
@@ -117,8 +126,8 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
         return None
     prepared = []
     for layer in layers:
-        check_frozen(x, layer["weight"], layer["bias"], layer["lora_b"])
-        prepared.append(_prepared(None, x, **layer))
+        check_frozen(x, layer.weight, layer.bias, layer.lora_b)
+        prepared.append(_prepared(None, x, *layer))
     settings, inputs = [layer.settings for layer in prepared], [layer.inputs for layer in prepared]
     result = group_of(settings, inputs)
     if result is not None and form is not None and call is None:
@@ -129,21 +138,6 @@ def lora_linear_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group |
 def _may_repeat(x: Tensor) -> bool:
     """Whether a call on x may take the short path of `repeated.py`."""
     return kernels_compute(x.device, x.dtype) and implementation("triton").repeats()
-
-
-#: In the order of `repeated.flattened`.
-_OF_LAYER = itemgetter(
-    *("weight", "bias", "lora_a", "lora_b", "lora_bias", "lambda_", "scaling", "dropout_seed", "dropout_p")
-)
-_DEFAULTS: dict[str, Any] = {
-    "bias": None,
-    "initial_residual": None,
-    "lambda_": 0.0,
-    "dropout_p": 0.0,
-    "dropout_seed": None,
-    "lora_bias": None,
-}
-_NAMES = {*_DEFAULTS, "weight", "lora_a", "lora_b", "scaling"}
 
 
 def add_lora(

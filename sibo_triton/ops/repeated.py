@@ -42,14 +42,15 @@ _KEPT = 16
 
 
 def flattened(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple]) -> tuple[tuple, tuple]:
-    """The tensors of a call, None where there is none, and its numbers.
+    """The tensors of a call, None where there is none, and the rest of what identifies it.
 
     Args:
-        layers: of each: weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, dropout_seed and dropout_p.
+        initial_residual: h0 of those layers that have one.
+        layers: the fields of `LoraArguments` of each.
     """
     tensors: list[Any] = [x, initial_residual]
     numbers: list[Any] = []
-    for weight, bias, lora_a, lora_b, lora_bias, lambda_, scaling, seed, dropout_p in layers:
+    for weight, bias, lora_a, lora_b, scaling, h0, lambda_, dropout_p, seed, lora_bias in layers:
         lambda_number = lambda_tensor = scaling_number = scaling_tensor = None
         if isinstance(lambda_, Tensor):
             lambda_tensor = lambda_
@@ -59,7 +60,7 @@ def flattened(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple
             scaling_tensor = scaling
         else:
             scaling_number = scaling
-        numbers += (lambda_number, scaling_number, dropout_p)
+        numbers += (lambda_number, scaling_number, dropout_p, h0 is None)
         tensors += (weight, bias, lora_a, lora_b, lora_bias, lambda_tensor, scaling_tensor, seed)
     return tuple(tensors), tuple(numbers)
 

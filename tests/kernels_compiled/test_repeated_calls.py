@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 from driver import Driver, tensors_of
-from group_cases import make_group, outputs_of_group, results_of
+from group_cases import arguments_of, make_group, outputs_of_group, results_of
 from op_cases import OpCase, make, output_and_gradients
 
 from sibo_triton import reference
@@ -356,7 +356,7 @@ def test_a_call_that_goes_the_long_path_leaves_what_is_known():
             driver.run(step_of(learns), tensors_of(learns))
 
 
-def test_numbers_and_names_are_those_of_the_long_path():
+def test_numbers_are_those_of_the_long_path():
     arguments = make(MIXING)
     with driver_with_nothing_known():
         for _ in range(2):
@@ -365,10 +365,8 @@ def test_numbers_and_names_are_those_of_the_long_path():
         lora.lora_linear(**arguments | {"scaling": np.array(1.5)})
         lora.lora_linear(**arguments | {"scaling": float("nan")})
         assert len(repeated.implementation("triton").calls._kept) == count
-        layers = [{name: of for name, of in layer.items() if name != "x"} for layer in make_group([MIXING] * 2)]
+        layers = arguments_of(make_group([MIXING] * 2))
         for _ in range(2):
             lora.lora_linear_group(arguments["x"], layers)
         with the_long_path_is_closed():
             lora.lora_linear_group(arguments["x"], layers)
-        with pytest.raises(TypeError, match="intial_residual"):
-            lora.lora_linear_group(arguments["x"], [layers[0], {**layers[1], "intial_residual": None}])

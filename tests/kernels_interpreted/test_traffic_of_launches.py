@@ -29,7 +29,7 @@ from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
 from sibo_triton.kernels.few_rows import low_rank_siblings
 from sibo_triton.kernels.siblings import DownGradients, DownProjection, UpGradients, UpProjection
 from sibo_triton.kernels.up_backward import up_backward_siblings
-from sibo_triton.ops import add_lora, lora_linear, lora_linear_group
+from sibo_triton.ops import LoraArguments, add_lora, lora_linear, lora_linear_group
 
 SM_90 = targets.KNOWN["sm_90"]  # with many multiprocessors, sums are cut into parts
 M, K, N = 80, 200, 270
@@ -153,7 +153,9 @@ def test_siblings(adapter_dtype, dropout_p):
         layers.append(layer | ({"initial_residual": h0, "lambda_": 0.3} if mixes else {}))
 
     def run(x, layers):
-        group = lora_linear_group(x, [{**layer, "scaling": 2.0, "dropout_p": dropout_p} for layer in layers])
+        group = lora_linear_group(
+            x, [LoraArguments(**layer, bias=None, scaling=2.0, dropout_p=dropout_p) for layer in layers]
+        )
         ys = [group.output(i) for i in range(len(layers))]
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
 
