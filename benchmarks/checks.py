@@ -90,7 +90,7 @@ def without_known_warnings() -> Iterator[None]:
     """Suppress warnings that each provider of each row would repeat."""
     with warnings.catch_warnings():
         # the trial run finds nothing in a part of a model: its mixing linears are named
-        warnings.filterwarnings("ignore", message="What feeds the modules|Which layers get the same input")
+        warnings.filterwarnings("ignore", message="What feeds modules|Which layers get the same input")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         yield
 

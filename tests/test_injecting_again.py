@@ -11,7 +11,7 @@ from tiny_models import llama, llama_with, randomise_adapters
 
 from sibo_triton import SiboLoraConfig, explain
 
-pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore:What feeds the modules")]
+pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore:What feeds modules")]
 
 
 @pytest.mark.parametrize("second", ["sibo", "plain", "folder"])

@@ -21,7 +21,7 @@ OPTIONS = {
     "sibo_blocks": ["layers"],
     "sibo_target_modules": ["fc"],
 }
-pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore:What feeds the modules")]
+pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore:What feeds modules")]
 
 
 class Block(nn.Module):

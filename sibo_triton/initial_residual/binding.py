@@ -21,18 +21,21 @@ import torch
 from torch import nn
 
 from sibo_triton.initial_residual.needs_gradient import any_requires_grad, needs_gradient
+from sibo_triton.initial_residual.stacks import unwrap_block
 
 
 class Frame:
     """One forward of a stack: it holds h0 while the forward lasts."""
 
-    __slots__ = ("call", "copies", "embedding", "first_block", "last_output", "value")
+    __slots__ = ("call", "copies", "embedding", "entered", "first_block", "last_output", "value", "version")
 
     def __init__(self, value: torch.Tensor | None = None) -> None:
         self.value = value
+        self.version = None if value is None else _version_of(value)
         self.copies: dict[tuple[torch.device, bool, bool], torch.Tensor] = {}  # on other devices
         self.embedding: torch.Tensor | None = None
         self.first_block: nn.Module | None = None  # the block that filled the frame
+        self.entered: nn.Module | None = None  # the block that runs
         self.last_output: torch.Tensor | None = None  # of the block that returned last
         self.call: FrameType | None = None  # the Python frame that runs the stack's owner
 
@@ -49,6 +52,12 @@ class Frame:
             self.copies[key] = self.value.to(device)
         return self.copies[key]
 
+    def is_written(self) -> bool:
+        """Whether h0 was written in place since the first block was reached."""
+        assert self.value is not None
+        version = _version_of(self.value)
+        return None not in (version, self.version) and version != self.version
+
     def has_ended(self) -> bool:
         """Whether its forward was interrupted (by Ctrl-C or the like), for which torch calls no hooks."""
         if self.call is None:
@@ -57,6 +66,11 @@ class Frame:
         while running is not None and running is not self.call:
             running = running.f_back
         return running is None
+
+
+def _version_of(tensor: torch.Tensor) -> int | None:
+    """Tensors of inference mode have no version; compiled code has none to look at."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class _ThreadState(threading.local):
@@ -156,8 +170,36 @@ class InitialResidual:
         outermost, called_with_gradient = self._state.calls[0] if self._state.calls else (None, False)
         if torch.is_grad_enabled() and not needs_gradient(value, called_with_gradient, outermost):
             value = value.detach()
-        frame.value = value
+        frame.value, frame.version = value, _version_of(value)
         return value
+
+    def enter_block(self, block: nn.Module, hidden_states: torch.Tensor | None) -> None:
+        """A block of the running forward is called: the first one fills its frame.
+
+        Raises:
+            RuntimeError: a second sequence enters; also as :meth:`fill`.
+            ValueError: as :meth:`fill`.
+        """
+        frame = self.frame
+        if frame is None:  # the block is called alone: the first layer that mixes raises
+            return
+        if frame.value is None:
+            self.fill(hidden_states)
+            frame.first_block = block
+        elif frame.first_block is block and frame.entered is not block and hidden_states is not frame.last_output:
+            raise RuntimeError(
+                f"The first block of {self.stack_name!r} was entered twice in one call of the module that owns the "
+                "blocks, the second time not with what the last block returned: which input the initial residual "
+                "belongs to cannot be told. Name in sibo_blocks a list that one sequence passes once per call."
+            )
+        frame.entered = block
+
+    def leave_block(self, output: Any) -> None:
+        """A block of the running forward returns."""
+        frame = self.frame
+        if frame is not None and frame.first_block is not None:
+            frame.last_output = output[0] if isinstance(output, (tuple, list)) and output else output
+            frame.entered = None
 
     def get(self, module_name: str, device: torch.device | None = None) -> torch.Tensor:
         """h0 of the forward that runs now: [..., hidden size], in the model's dtype, on `device` (default: its own).
@@ -177,6 +219,16 @@ class InitialResidual:
                     if torch._C._current_graph_task_id() != -1
                     else "Call the whole model (or the module that owns the blocks) instead of a block or layer alone; "
                     "if the model runs its blocks in another way, name their list in sibo_blocks."
+                )
+            )
+        if frame.is_written():
+            raise RuntimeError(
+                f"{module_name} mixes in the initial residual of {self.stack_name!r}, but the model has written into "
+                "that tensor since (in place), so it is lost. "
+                + (
+                    "Use sibo_source='block_input'."
+                    if self.source == "embedding"
+                    else "Let the model add out of place (x = x + y, not x += y)."
                 )
             )
         return frame.value if device is None else frame.value_on(device)
@@ -218,17 +270,28 @@ class CheckpointWithInitialResidual:
         while isinstance(called, RecomputeWithInitialResidual):  # of another source of h0
             called, block_args = called.function, block_args[1:]
         keywords = {**kwargs, **called.keywords} if isinstance(called, functools.partial) else kwargs
-        frame = self.residual.frame
-        if frame is None or (self.owner and not self._runs_block(called)):
+        frame, block = self.residual.frame, self._block_of(called)
+        if frame is None or (self.owner and block is None):
             return self.inner(function, *args, **kwargs)
-        if frame.value is None:  # the first block: its own hook has not run yet, or runs inside of the checkpoint
-            self.residual.fill(first_hidden_state(block_args, keywords))
-        return self.inner(RecomputeWithInitialResidual(function, self.residual), frame.value, *args, **kwargs)
+        hidden_states = first_hidden_state(block_args, keywords)
+        if block is None:  # what is no module runs a block, or a part of one
+            if frame.value is None:
+                self.residual.fill(hidden_states)
+        elif frame.entered is not block:  # its own hooks run inside of the checkpoint, on another frame
+            self.residual.enter_block(block, hidden_states)
+        output = self.inner(RecomputeWithInitialResidual(function, self.residual), frame.value, *args, **kwargs)
+        if block is not None:
+            self.residual.leave_block(output)
+        return output
 
-    def _runs_block(self, called: Callable) -> bool:
+    def _block_of(self, called: Callable) -> nn.Module | None:
+        """The block that a checkpointed function runs, if it is one of the stack's."""
         called = called.func if isinstance(called, functools.partial) else called
         module = called if isinstance(called, nn.Module) else getattr(called, "__self__", None)
-        return isinstance(module, nn.Module) and is_block_of(module, self.residual)
+        if not isinstance(module, nn.Module):
+            return None
+        block = unwrap_block(module)
+        return block if is_block_of(block, self.residual) else None
 
 
 def is_block_of(module: nn.Module, residual: InitialResidual) -> bool:

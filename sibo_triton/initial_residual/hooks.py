@@ -13,8 +13,9 @@ from sibo_triton.initial_residual.binding import (
     CheckpointWithInitialResidual,
     InitialResidual,
     first_hidden_state,
+    is_block_of,
 )
-from sibo_triton.initial_residual.stacks import BlockStack, inner_module, path_between
+from sibo_triton.initial_residual.stacks import BlockStack, inner_module, path_between, unwrap_block
 
 # Attributes with the function that checkpoints a module: of transformers' blocks, of torch's checkpoint_wrapper.
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -64,7 +65,13 @@ class _ScopeEnter(_Hook):
             if not any(isinstance(hook, _EmbeddingExit) and hook.residual is self.residual for hook in hooks):
                 embedding.register_forward_hook(_EmbeddingExit(self.residual))
         # at each forward: checkpointing may be enabled, and blocks may be wrapped, at any time
-        for block in module.get_submodule(self.block_list).children():
+        for i, block in enumerate(module.get_submodule(self.block_list).children()):
+            if i == 0 and not is_block_of(unwrap_block(block), self.residual):
+                raise RuntimeError(
+                    f"The first block of {self.residual.stack_name!r} was put in place after the adapter was injected, "
+                    "which would take another block's input for the initial residual. Change blocks first, and then "
+                    "inject or load the adapter."
+                )
             for wrapper in _with_inner_modules(block):
                 if self._wrap_checkpointing(wrapper):
                     for below in wrapper.modules():  # its own blocks (Swin's stages), which recompute apart from it
@@ -93,26 +100,12 @@ class _BlockEnter(_Hook):
     on_block = True
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        frame = self.residual.frame
-        if frame is None:  # the block is called alone: the first layer that mixes raises
-            return
-        hidden_states = first_hidden_state(args, kwargs)
-        if frame.value is None:
-            self.residual.fill(hidden_states)
-            frame.first_block = module
-        elif frame.first_block is module and hidden_states is not frame.last_output:
-            raise RuntimeError(
-                f"The first block of {self.residual.stack_name!r} was entered twice in one call of the module that "
-                "owns the blocks, the second time not with what the last block returned: which input the initial "
-                "residual belongs to cannot be told. Name in sibo_blocks a list that one sequence passes once per call."
-            )
+        self.residual.enter_block(module, first_hidden_state(args, kwargs))
 
 
 class _BlockExit(_Hook):
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        frame = self.residual.frame
-        if frame is not None and frame.first_block is not None:
-            frame.last_output = output[0] if isinstance(output, (tuple, list)) and output else output
+        self.residual.leave_block(output)
 
 
 class _EmbeddingExit(_Hook):

@@ -23,6 +23,8 @@ def needs_gradient(initial_residual: torch.Tensor, called_with_gradient: bool, o
     """
     if not initial_residual.requires_grad:
         return False
+    if torch.compiler.is_compiling():  # what it was computed from cannot be traced; the gradient is never wrong
+        return True
     if called_with_gradient or outermost is None or torch._C._functorch.is_functorch_wrapped_tensor(initial_residual):
         return True
     if initial_residual.grad_fn is None:

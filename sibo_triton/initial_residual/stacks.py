@@ -60,9 +60,10 @@ def find_block_stacks(root: nn.Module, names: Sequence[str] | None = None) -> li
         return [_named_stack(root, name) for name in names]
     stacks: list[BlockStack] = []
     for name, module in root.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or any(stack.holds(name) for stack in stacks):
+        if not isinstance(module, nn.ModuleList) or any(stack.holds(name) for stack in stacks):
             continue
-        if all(isinstance(unwrap_block(block), GradientCheckpointingLayer) for block in module):
+        blocks = [unwrap_block(block) for block in module.children()]  # a list may hold None (Informer)
+        if blocks and all(isinstance(block, GradientCheckpointingLayer) for block in blocks):
             stacks.append(_stack(root, name, module))
     if not stacks:
         raise ValueError(
@@ -84,7 +85,7 @@ def _named_stack(root: nn.Module, name: str) -> BlockStack:
             )
         name = alike[0]
     module = modules[name]
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not list(module.children()):
         raise ValueError(
             f"sibo_blocks names {name!r}, a {type(module).__name__}, but a non-empty nn.ModuleList or nn.Sequential of "
             "blocks is needed."

@@ -8,7 +8,6 @@ residual stream. No names of models or layers are used.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 from sibo_triton.initial_residual.binding import first_hidden_state
 from sibo_triton.initial_residual.output_uses import OutputUses, is_linear_like, memory_of
 from sibo_triton.initial_residual.stacks import BlockStack, path_between
+from sibo_triton.initial_residual.unchanged import configs_of, unchanged
 
 _TOKENS = 5  # a prime, and no common width, so that shapes tell tokens from features
 
@@ -48,6 +48,7 @@ class TrialRun:
         inputs: module name -> a number for the input tensor of each call, equal for modules that got the same tensor.
         feed_forward: the linears whose output goes into other linears, token by token (`output_uses.py`).
         widths: stack name -> the width of its residual stream.
+        seen: the stacks of which every kind of block has run, or all that the model runs on such an input.
         problems: stack name -> why it could not be run.
         repeated: the stacks that one sequence passes several times, in separate calls of their owner.
     """
@@ -56,6 +57,7 @@ class TrialRun:
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     feed_forward: set[str] = field(default_factory=set)
     widths: dict[str, int] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)
 
@@ -77,13 +79,22 @@ class TrialRun:
             return False, "reads the residual stream in some of its calls only"
         return False, "is not fed by the residual stream"
 
+    def is_unknown(self, module_name: str, stack: BlockStack) -> bool:
+        """Whether a module did not run, so that what feeds it is unknown."""
+        return stack.name in self.problems or module_name not in self.marks
+
+    def take(self, other: TrialRun, stack: BlockStack) -> None:
+        """Take over what another trial run saw of a stack."""
+        self.seen.add(stack.name)
+        self.marks |= {name: marks for name, marks in other.marks.items() if stack.holds(name)}
+        self.inputs |= {name: numbers for name, numbers in other.inputs.items() if stack.holds(name)}
+        self.feed_forward |= {name for name in other.feed_forward if stack.holds(name)}
+        self.widths |= {name: width for name, width in other.widths.items() if name == stack.name}
+        self.repeated |= other.repeated & {stack.name}
+
     def reads_into_feed_forward(self, module_name: str, stack: BlockStack) -> bool:
         """Whether a module is a linear of a feed-forward network that reads its stack's residual stream."""
         return self.reads(module_name, stack)[0] and module_name in self.feed_forward
-
-
-class _Finished(Exception):
-    """Every kind of block has been seen: the rest of the model need not run."""
 
 
 class _StreamMode(TorchDispatchMode):
@@ -91,7 +102,8 @@ class _StreamMode(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._marks: dict[tuple, tuple[torch.Tensor, str]] = {}  # the tensor is kept so that its memory is not reused
+        # the streams that a tensor is a sum of; the tensor is kept so that its memory is not reused
+        self._marks: dict[tuple, tuple[torch.Tensor, frozenset[str]]] = {}
         self._numbers: dict[int, tuple[torch.Tensor, int]] = {}  # likewise
 
     def number_of(self, tensor: torch.Tensor) -> int:
@@ -100,115 +112,160 @@ class _StreamMode(TorchDispatchMode):
             self._numbers[id(tensor)] = tensor, next(_numbers)
         return self._numbers[id(tensor)][1]
 
-    def mark(self, tensor: torch.Tensor, stream: str) -> None:
-        self._marks[memory_of(tensor)] = (tensor, stream)
+    def mark(self, tensor: torch.Tensor, *streams: str) -> None:
+        self._marks[memory_of(tensor)] = (tensor, frozenset(streams))
 
     def mark_of(self, tensor: Any) -> str | None:
+        """The stream that a tensor is; None also for a sum of several."""
+        streams = self.streams_in(tensor)
+        return next(iter(streams)) if len(streams) == 1 else None
+
+    def streams_in(self, tensor: Any) -> frozenset[str]:
+        """The streams that a tensor is a sum of."""
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            return None
-        return self._marks.get(memory_of(tensor), (None, None))[1]
+            return frozenset()
+        return self._marks.get(memory_of(tensor), (None, frozenset()))[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        stream = self._stream_of_result(func.overloadpacket.__name__, args)
+        streams = self._streams_in_result(func.overloadpacket.__name__, args)
         result = func(*args, **(kwargs or {}))
         output = result[0] if isinstance(result, (tuple, list)) and result else result
         if isinstance(output, torch.Tensor) and output.layout == torch.strided:
-            if stream is not None and output.shape[-1:] == self._marked_width(args):
-                self.mark(output, stream)
+            if streams and output.shape[-1:] == self._marked_width(args):
+                self.mark(output, *streams)
             else:  # written in place, or in memory that was another tensor's
                 self._marks.pop(memory_of(output), None)
         return result
 
-    def _stream_of_result(self, name: str, args: tuple) -> str | None:
+    def _streams_in_result(self, name: str, args: tuple) -> frozenset[str]:
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if name in _KEEPING:
-            return self.mark_of(tensors[0]) if tensors else None
-        streams = {mark for mark in map(self.mark_of, tensors) if mark is not None}
-        if len(streams) != 1:
-            return None
+            return self.streams_in(tensors[0]) if tensors else frozenset()
+        streams = frozenset().union(*map(self.streams_in, tensors))
         if name in _ADDITIONS:
-            return streams.pop()
-        if name in _SCALINGS:
+            return streams
+        if name in _SCALINGS and sum(map(bool, map(self.streams_in, tensors))) == 1:
             largest = max(tensor.numel() for tensor in tensors)
             if sum(tensor.numel() == largest for tensor in tensors) == 1:  # by a statistic or a weight, not by a gate
-                return streams.pop()
-        return None
+                return streams
+        return frozenset()
 
     def _marked_width(self, args: tuple) -> torch.Size:
-        return next(arg.shape[-1:] for arg in args if isinstance(arg, torch.Tensor) and self.mark_of(arg) is not None)
+        return next(arg.shape[-1:] for arg in args if isinstance(arg, torch.Tensor) and self.streams_in(arg))
 
 
 def trial_run(root: nn.Module, stacks: Sequence[BlockStack]) -> TrialRun:
     """Run `root`, or for a stack that this does not reach the model around it, and see what feeds each module.
 
-    The model is left as it was: modes and the generators' states are restored, and no gradient is computed.
+    The model is left as it was (`unchanged.py`), and so are the generators' states; no gradient is computed. Where a
+    run fails, another is tried with eager attention: flash attention takes no weights that are still on the CPU, or in
+    float32.
     """
     trial = TrialRun()
     for stack in stacks:
-        if any(stack.holds(name) for name in trial.marks):
-            continue
         problems: list[str] = []
-        for module, inputs in _trial_runs(root, stack):
+        for eager, (module, inputs) in itertools.product((False, True), list(_trial_runs(root, stack))):
+            if stack.name in trial.seen or eager and not problems:
+                break
+            observer = _Observer(root, module, stacks)
             try:
-                _Observer(root, module, stacks, trial).run(inputs)
+                with unchanged(root):
+                    if eager:
+                        _use_eager_attention(root)
+                    observer.run(inputs)
             except Exception as error:  # whatever a foreign model raises on an input it does not like
                 problems.append(f"{type(module).__name__}({', '.join(inputs)}): {type(error).__name__}: {error}")
-            if any(stack.holds(name) for name in trial.marks):
-                break
-        else:
+            for reached in stacks:
+                if reached.name in observer.trial.seen - trial.seen:
+                    trial.take(observer.trial, reached)
+        if stack.name not in trial.seen:
             reasons = "; ".join(dict.fromkeys(problem.splitlines()[0][:200] for problem in problems))
-            reasons = reasons or "no known kind of input"
-            trial.problems[stack.name] = reasons
+            trial.problems[stack.name] = reasons or "no known kind of input"
     return trial
+
+
+def _use_eager_attention(root: nn.Module) -> None:
+    for config in configs_of(root):
+        if getattr(config, "_attn_implementation", None) is not None:
+            config._attn_implementation = "eager"
 
 
 class _Observer:
     """Runs a model once, with hooks on the modules of its stacks that note in `trial` what they see.
 
+    As soon as every kind of block has run, the other blocks return what one of their kind returned: they cost nothing,
+    and one can still see what the model does next.
+
     Args:
         root: the base model, from which modules are named.
         module: the model that is run: `root`, or a part of it that holds a stack.
         stacks: of `root`.
-        trial: where the results go.
     """
 
-    def __init__(self, root: nn.Module, module: nn.Module, stacks: Sequence[BlockStack], trial: TrialRun) -> None:
+    def __init__(self, root: nn.Module, module: nn.Module, stacks: Sequence[BlockStack]) -> None:
         self.root = root
         self.module = module
         self.stacks = stacks
-        self.trial = trial
+        self.trial = TrialRun()
         self.names = {id(submodule): name for name, submodule in root.named_modules()}
         self.streams, self.outputs = _StreamMode(), OutputUses()
         self.calls = {stack.name: 0 for stack in stacks}  # of the stack's owner
-        self.seen: dict[str, set[tuple]] = {stack.name: set() for stack in stacks}  # kinds of blocks that have run
+        self.returned: dict[str, dict[tuple, Any]] = {stack.name: {} for stack in stacks}  # by the kind of block
         reached = {id(submodule) for submodule in module.modules()}
         self.awaited = {stack.name: set(map(_kind, stack.blocks)) for stack in stacks if id(stack.owner) in reached}
+        self.feed_forward: set[str] | None = None  # of when every kind of block had run
 
     def run(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Run the model on `inputs`, until every kind of block has been seen."""
+        """Run the model on `inputs`.
+
+        Raises:
+            Exception: what the model raised before every kind of block had run; what was seen of the others counts.
+        """
         handles = list(self._put_hooks_on())
         devices = {parameter.device for parameter in self.root.parameters() if parameter.device.type == "cuda"}
-        modes = {submodule: submodule.training for submodule in self.root.modules()}
+        problem = None
         try:
             self.root.eval()
+            for stack in self.stacks:
+                for block in stack.blocks:
+                    block.forward = partial(self._forward, stack, block, block.forward)
             with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), self.streams, self.outputs:
-                with contextlib.suppress(_Finished):
-                    self.module(**inputs)
+                self.module(**inputs)
+        except Exception as error:
+            problem = error
         finally:
             for handle in handles:
                 handle.remove()
-            for submodule, training in modes.items():
-                submodule.training = training
-        self.trial.feed_forward.update(name for name in self.outputs.uses if self.outputs.feeds_forward(name))
+        self.trial.feed_forward = self._feed_forward() if self.feed_forward is None else self.feed_forward
         for stack in self.stacks:
-            _spread_to_like_blocks(stack, self.trial, self.names)
+            complete = self.returned[stack.name].keys() >= self.awaited.get(stack.name, set())
+            if self.returned[stack.name] and (complete or problem is None):
+                self.trial.seen.add(stack.name)
+                _spread_to_like_blocks(stack, self.trial, self.names)
+        if problem is not None and not self._all_have_run():
+            raise problem
+
+    def _all_have_run(self) -> bool:
+        return all(self.returned[name].keys() >= kinds for name, kinds in self.awaited.items())
+
+    def _feed_forward(self) -> set[str]:
+        return {name for name in self.outputs.uses if self.outputs.feeds_forward(name)}
+
+    def _forward(self, stack: BlockStack, block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of a block; `unchanged` puts its own back."""
+        if self._all_have_run():
+            return self.returned[stack.name][_kind(block)]
+        output = forward(*args, **kwargs)
+        self.returned[stack.name].setdefault(_kind(block), output)
+        if self._all_have_run():
+            self.feed_forward = self._feed_forward()
+        return output
 
     def _put_hooks_on(self) -> Iterator[RemovableHandle]:
         for stack in self.stacks:
             yield stack.owner.register_forward_pre_hook(partial(self._enter_owner, stack))
             for block in stack.blocks:
                 yield block.register_forward_pre_hook(partial(self._enter_block, stack), with_kwargs=True)
-                yield block.register_forward_hook(partial(self._leave_block, stack))
                 for submodule in _modules_outside_adapters(block):
                     yield submodule.register_forward_pre_hook(self._see_input, with_kwargs=True)
                     if is_linear_like(submodule):
@@ -222,17 +279,12 @@ class _Observer:
 
     def _enter_block(self, stack: BlockStack, block: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden_states = first_hidden_state(args, kwargs)
-        is_first = block is stack.blocks[0]
-        if self.calls[stack.name] > 1 and is_first and self.streams.mark_of(hidden_states) == stack.name:
-            self.trial.repeated.add(stack.name)  # what an earlier call returned comes in again
-        if not self.seen[stack.name] and hidden_states is not None:
+        if self.calls[stack.name] > 1 and block is stack.blocks[0]:
+            if stack.name in self.streams.streams_in(hidden_states):
+                self.trial.repeated.add(stack.name)  # what an earlier call returned comes in again
+        if not self.returned[stack.name] and hidden_states is not None:
             self.streams.mark(hidden_states, stack.name)
             self.trial.widths[stack.name] = hidden_states.shape[-1]
-        elif all(self.seen[name] == kinds for name, kinds in self.awaited.items()):
-            raise _Finished
-
-    def _leave_block(self, stack: BlockStack, block: nn.Module, args: tuple, output: Any) -> None:
-        self.seen[stack.name].add(_kind(block))
 
     def _see_input(self, submodule: nn.Module, args: tuple, kwargs: dict) -> None:
         name, hidden_states = self.names[id(submodule)], first_hidden_state(args, kwargs)
@@ -249,9 +301,9 @@ class _Observer:
 
     def _leave_norm(self, submodule: nn.Module, args: tuple, output: Any) -> None:
         # norms may be one opaque kernel; what has per-channel weights only does not mix channels or tokens
-        mark = self.streams.mark_of(args[0]) if args else None
-        if mark is not None and isinstance(output, torch.Tensor) and output.shape == args[0].shape:
-            self.streams.mark(output, mark)
+        streams = self.streams.streams_in(args[0]) if args else None
+        if streams and isinstance(output, torch.Tensor) and output.shape == args[0].shape:
+            self.streams.mark(output, *streams)
 
 
 def _spread_to_like_blocks(stack: BlockStack, trial: TrialRun, names: dict[int, str]) -> None:

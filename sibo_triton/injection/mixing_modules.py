@@ -145,7 +145,7 @@ def _decide(
         mixes, reason = True, "named by the saved adapter"
     else:
         mixes, reason = method.can_mix(name, layer, stack, trial)
-        if asked and stack.name in trial.problems:
+        if asked and trial.is_unknown(name, stack):
             mixes, reason = True, _ON_TRUST
     if asked and not mixes:
         raise ValueError(
@@ -161,10 +161,11 @@ def _decide(
 
 def _warn_of_problems(stacks: Sequence[BlockStack], decisions: Decisions, trial: TrialRun, method: Method) -> None:
     for stack in stacks:
-        names = {name: None for name in decisions if stack.holds(name)}
-        if stack.name not in trial.problems or not names:
+        unknown = {name: None for name in decisions if stack.holds(name) and trial.is_unknown(name, stack)}
+        on_trust = {name: None for name in unknown if decisions[name][1] == _ON_TRUST}
+        names = {name: None for name in unknown if decisions[name][1] == trial.reads(name, stack)[1]}
+        if not on_trust and not names:
             continue
-        on_trust = {name: None for name in names if decisions[name][1] == _ON_TRUST}
         what = (
             f"sibo_target_modules is taken on trust for {abbreviated(on_trust)}: make sure that their input is the "
             "residual stream"
@@ -172,9 +173,11 @@ def _warn_of_problems(stacks: Sequence[BlockStack], decisions: Decisions, trial:
             else f"{abbreviated(names)} get {method.plain}: name in sibo_target_modules those that read the residual "
             "stream"
         )
+        problem = trial.problems.get(stack.name)
+        why = "they did not run" if problem is None else f"it did not work: {problem}"
         warnings.warn(
-            f"What feeds the modules of {stack.name!r} could not be found out, so {what}. A trial run of the model did "
-            f"not work: {trial.problems[stack.name]}.",
+            f"What feeds modules of {stack.name!r} could not be found out, so {what}. In a trial run of the model "
+            f"{why}.",
             stacklevel=2,
         )
 
@@ -187,7 +190,9 @@ def _check_request(
     method: Method,
 ) -> None:
     targets = f"{method.name} targets"
-    if isinstance(requested, list):
+    if (
+        isinstance(requested, list) and trial is not None
+    ):  # PEFT's EVA drops targets, of which a saved adapter has names
         idle = [item for item in requested if not any(matches([item], name) for name in layers)]
         if idle:
             raise ValueError(
