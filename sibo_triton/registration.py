@@ -17,7 +17,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraModel, intruders
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.mixed import MixedModel
 from peft.tuners.xlora import XLoraModel
@@ -47,6 +47,7 @@ def register() -> None:
     wrap(LoraModel, "merge_adapter", _merge_adapter)
     wrap(LoraModel, "_unload_and_optionally_merge", _unload)
     wrap(LoraModel, "_check_add_weighted_adapter", _check_weighted)
+    wrap(intruders, "reduce_intruder_dimension", _reduce_intruders)
     wrap(LoraModel, "delete_adapter", _delete_adapter)
     wrap(LoraModel, "_enable_peft_forward_hooks", _check_mixed_batch)
     wrap_layer_class(LoraLinear)
@@ -93,6 +94,13 @@ def _inject_adapter(
     sibo_lora.inject_adapter(original, tuner, model, adapter_name, *args, **kwargs)
     acceleration.accelerate_if_all(tuner, model, adapter_name)
     wrap_layer_classes(model)
+
+
+def _reduce_intruders(
+    original: Callable, peft_model: PeftModel, old_adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> None:
+    refusals.check_reducing_intruders_allowed(peft_model, old_adapter_name)
+    original(peft_model, old_adapter_name, *args, **kwargs)
 
 
 def _merge_adapter(original: Callable, tuner: LoraModel, adapter_names: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -246,8 +246,9 @@ def test_the_class_is_pefts_when_no_sibo_adapter_is_left():
     assert type(layer_of(get_peft_model(llama(), sibo(0.0)))) is LoraLinear
 
 
-def test_a_model_compiles_into_one_graph_and_computes_the_same():
-    config = sibo(0.4, lora_dropout=0.1, sibo_learnable=True)
+@pytest.mark.parametrize("trained", [None, ["embed_tokens"]], ids=["", "with its embedding"])
+def test_a_model_compiles_into_one_graph_and_computes_the_same(trained):
+    config = sibo(0.4, lora_dropout=0.1, sibo_learnable=True, modules_to_save=trained)
     model, inputs = build(base_model(partial(llama, 2)), default=config).train(), token_inputs()
     results = []
     for each in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):

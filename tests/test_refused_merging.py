@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, convert_to_lora, get_peft_model
+from peft.tuners.lora import intruders
 from peft.tuners.lora.layer import LoraLayer
 from refusals import TARGETS, assert_as_it_was, fingerprint
 from tiny_models import llama, randomise_adapters, token_inputs
@@ -146,3 +147,14 @@ def test_plain_adapters_still_combine_beside_a_sibo_adapter():
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
     assert not any(row.mixes for row in explain(model) if row.adapter == "both")
+
+
+def test_reducing_intruder_dimensions_is_refused():
+    model, inputs = merged_models()
+    before = fingerprint(model, inputs)
+    with pytest.raises(
+        ValueError, match=r"intruder dimensions of adapter 'sibo' \(.*layers\.0\.self_attn\.v_proj mixes"
+    ):
+        intruders.reduce_intruder_dimension(model, "sibo")
+    assert_as_it_was(model, inputs, before)
+    intruders.reduce_intruder_dimension(model, "plain", logging_sink=None)

@@ -238,6 +238,15 @@ def test_a_config_file_without_resolved_modules_is_searched_again(saved, tmp_pat
     assert torch.equal(logits_of(model, case.input_ids), case.logits)
 
 
+def test_a_name_of_no_target_in_a_file_is_left_alone(saved, tmp_path):
+    """PEFT's EVA drops targets to which it gives no rank, after injection has noted that they mix."""
+    case = saved["fixed"]
+    names = [*read_config(case.folder)["sibo_mixing_modules"], "k_proj"]
+    edited = with_config(case.folder, tmp_path / "edited", sibo_mixing_modules=names)
+    model = PeftModel.from_pretrained(case.base(), edited)
+    assert torch.equal(logits_of(model, case.input_ids), case.logits)
+
+
 # --- dtypes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from oracle import mix_by_hooks
 from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from sibo_triton import SiboLoraConfig, explain
 
@@ -69,6 +75,66 @@ def test_two_sequences_in_one_call_of_the_owner_are_refused() -> None:
     with pytest.raises(RuntimeError, match="first block of 'layers' was entered twice.*sibo_blocks"):
         model(x, y)
     torch.testing.assert_close(model(y), oracle(y))
+
+
+@pytest.mark.parametrize("implementation", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
+def test_two_sequences_are_refused_under_checkpoints_too(implementation: CheckpointImpl) -> None:
+    """Where the blocks' own hooks run inside of the checkpoint."""
+    model, oracle = pair()
+    wrapper = partial(checkpoint_wrapper, checkpoint_impl=implementation)
+    apply_activation_checkpointing(model, wrapper, check_fn=lambda module: isinstance(module, Block))
+    x, y = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(model(x), oracle(x))
+    with pytest.raises(RuntimeError, match="first block of 'layers' was entered twice.*sibo_blocks"):
+        model(x, y)
+    torch.testing.assert_close(model(y), oracle(y))
+    looping, _ = pair(loops=2)
+    expected = looping(x)
+    apply_activation_checkpointing(looping, wrapper, check_fn=lambda module: isinstance(module, Block))
+    torch.testing.assert_close(looping(x), expected)
+
+
+def test_a_block_put_in_front_is_refused() -> None:
+    model, _ = pair()
+    layers = model.get_base_model().layers
+    layers.insert(0, Block())
+    with pytest.raises(RuntimeError, match="first block of 'layers' was put in place after the adapter was injected"):
+        model(torch.randn(2, 3, 8))
+    del layers[0]
+    model(torch.randn(2, 3, 8))
+    del layers[0]  # the next one has the hooks too
+    model(torch.randn(2, 3, 8))
+
+
+class InPlace(Block):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.add_(torch.tanh(self.fc(hidden_states)))
+
+
+def test_an_h0_that_the_model_writes_into_is_refused() -> None:
+    net = Net()
+    net.encode = lambda x: net.layers[2](net.layers[1](net.layers[0](x)))
+    net.layers = nn.ModuleList([InPlace() for _ in range(3)])
+    model = get_peft_model(net, SiboLoraConfig(**OPTIONS))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="layers.1.fc mixes in .* has written into that tensor"):
+        model(torch.randn(2, 3, 8))
+
+
+def test_an_embedding_that_the_model_writes_into_is_no_source() -> None:
+    class Scatters(tf.LlamaModel):
+        def forward(self, input_ids: torch.Tensor, **options: object) -> object:
+            embeddings = self.embed_tokens(input_ids)
+            embeddings[:, 0] = 1.0
+            return super().forward(inputs_embeds=embeddings, **options)
+
+    config = {"r": 4, "target_modules": ["q_proj"]}
+    ids = torch.ones(1, 4, dtype=torch.long)
+    model = get_peft_model(Scatters(llama().config), SiboLoraConfig(**config, sibo_source="embedding"))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="has written .* Use sibo_source='block_input'"):
+        model(input_ids=ids)
+    model = get_peft_model(Scatters(llama().config), SiboLoraConfig(**config))
+    with torch.no_grad():
+        model(input_ids=ids)
 
 
 def test_a_sequence_that_loops_through_the_stack_keeps_its_h0() -> None:

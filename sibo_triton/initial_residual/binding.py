@@ -34,8 +34,8 @@ class Frame:
         self.version = None if value is None else _version_of(value)
         self.copies: dict[tuple[torch.device, bool, bool], torch.Tensor] = {}  # on other devices
         self.embedding: torch.Tensor | None = None
-        self.first_block: nn.Module | None = None  # the block that filled the frame
-        self.entered: nn.Module | None = None  # the block that runs
+        self.first_block: object = None  # the block that filled the frame, or what stands for it
+        self.entered: object = None  # the block that runs
         self.last_output: torch.Tensor | None = None  # of the block that returned last
         self.call: FrameType | None = None  # the Python frame that runs the stack's owner
 
@@ -170,11 +170,23 @@ class InitialResidual:
         outermost, called_with_gradient = self._state.calls[0] if self._state.calls else (None, False)
         if torch.is_grad_enabled() and not needs_gradient(value, called_with_gradient, outermost):
             value = value.detach()
-        frame.value, frame.version = value, _version_of(value)
+        if self.source == "block_input":
+            frame.version = _version_of(value)
+        frame.value = value
         return value
 
-    def enter_block(self, block: nn.Module, hidden_states: torch.Tensor | None) -> None:
+    def keep_embedding(self, output: torch.Tensor) -> None:
+        """The embedding has returned: what the first block's frame is filled with, if that is the source."""
+        frame = self.frame
+        if frame is not None and frame.value is None:
+            frame.embedding, frame.version = output, _version_of(output)
+
+    def enter_block(self, block: object, hidden_states: torch.Tensor | None) -> None:
         """A block of the running forward is called: the first one fills its frame.
+
+        Args:
+            block: the block, or what stands for it.
+            hidden_states: what it gets.
 
         Raises:
             RuntimeError: a second sequence enters; also as :meth:`fill`.
@@ -186,7 +198,7 @@ class InitialResidual:
         if frame.value is None:
             self.fill(hidden_states)
             frame.first_block = block
-        elif frame.first_block is block and frame.entered is not block and hidden_states is not frame.last_output:
+        elif frame.first_block is block and frame.entered is None and hidden_states is not frame.last_output:
             raise RuntimeError(
                 f"The first block of {self.stack_name!r} was entered twice in one call of the module that owns the "
                 "blocks, the second time not with what the last block returned: which input the initial residual "
@@ -197,7 +209,7 @@ class InitialResidual:
     def leave_block(self, output: Any) -> None:
         """A block of the running forward returns."""
         frame = self.frame
-        if frame is not None and frame.first_block is not None:
+        if frame is not None:
             frame.last_output = output[0] if isinstance(output, (tuple, list)) and output else output
             frame.entered = None
 
@@ -273,14 +285,11 @@ class CheckpointWithInitialResidual:
         frame, block = self.residual.frame, self._block_of(called)
         if frame is None or (self.owner and block is None):
             return self.inner(function, *args, **kwargs)
-        hidden_states = first_hidden_state(block_args, keywords)
-        if block is None:  # what is no module runs a block, or a part of one
-            if frame.value is None:
-                self.residual.fill(hidden_states)
-        elif frame.entered is not block:  # its own hooks run inside of the checkpoint, on another frame
-            self.residual.enter_block(block, hidden_states)
+        is_outermost = frame.entered is None
+        if is_outermost:  # the block's own hooks run inside of the checkpoint, on another frame
+            self.residual.enter_block(self if block is None else block, first_hidden_state(block_args, keywords))
         output = self.inner(RecomputeWithInitialResidual(function, self.residual), frame.value, *args, **kwargs)
-        if block is not None:
+        if is_outermost:
             self.residual.leave_block(output)
         return output
 

@@ -110,9 +110,8 @@ class _BlockExit(_Hook):
 
 class _EmbeddingExit(_Hook):
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        frame = self.residual.frame
-        if frame is not None and frame.value is None and isinstance(output, torch.Tensor):
-            frame.embedding = output
+        if isinstance(output, torch.Tensor):
+            self.residual.keep_embedding(output)
 
 
 def attach(root: nn.Module, stack: BlockStack, source: str, embedding_name: str | None = None) -> InitialResidual:

@@ -30,6 +30,16 @@ def check_weighted_adapter_allowed(model: nn.Module, adapters: Sequence[str]) ->
                 )
 
 
+def check_reducing_intruders_allowed(model: nn.Module, adapter_name: str) -> None:
+    """Raise a ValueError if the adapter mixes: W0 + s B A, whose singular vectors are compared, is not what it adds."""
+    for name, layer in lora_layers(model):
+        if adapter_name in sibo_adapters(layer):
+            raise ValueError(
+                f"Cannot reduce the intruder dimensions of adapter {adapter_name!r} ({name} mixes): it reads a mix, so "
+                "W0 + s B A is not the weight that it amounts to. Use a plain LoRA adapter (sibo_lambda=0)."
+            )
+
+
 def check_mixed_batch_allowed(model: nn.Module, adapter_names: Sequence[str]) -> None:
     """Raise a ValueError if a layer (HQQ's) would run one of the adapters of a mixed batch as plain LoRA."""
     for name, layer in lora_layers(model):
