@@ -26,10 +26,11 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import sibo_triton.lora.forward as forward_file
-from sibo_triton import SiboLoraConfig, explain
+from sibo_triton import SiboLoraConfig, accelerate, explain
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.lora.forward import FusedLinear
 
@@ -244,6 +245,22 @@ def test_the_class_is_pefts_when_no_sibo_adapter_is_left():
         model.add_adapter("bad", sibo(sibo_target_modules=["o_proj"]))
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert type(layer_of(get_peft_model(llama(), sibo(0.0)))) is LoraLinear
+
+
+@pytest.mark.parametrize("kind", ["plain", "SIBO"])
+def test_compiled_blocks_share_their_graphs(kind):
+    """Each block by itself: so that there are fewer graphs than blocks, nothing may differ between blocks."""
+    targets = {"target_modules": "all-linear"}
+    model = build(base_model(partial(llama, 12)), default=sibo(0.4, **targets) if kind == "SIBO" else plain(**targets))
+    if kind == "plain":
+        accelerate(model)
+    inputs, counter = token_inputs(), CompileCounter()
+    expected = model(**inputs, use_cache=False).loss
+    torch._dynamo.reset()
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend=counter)
+    torch.testing.assert_close(model(**inputs, use_cache=False).loss, expected)
+    assert 1 <= counter.frame_count <= 3
 
 
 @pytest.mark.parametrize("trained", [None, ["embed_tokens"]], ids=["", "with its embedding"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -114,6 +115,17 @@ class _EmbeddingExit(_Hook):
             self.residual.keep_embedding(output)
 
 
+def register_always_called(module: nn.Module, hook: Callable) -> None:
+    """`register_forward_hook` with `always_call`, under a key that is the same for all modules.
+
+    Compiled code is guarded by the keys of such hooks: with torch's, which are unique, no block could use another's.
+    """
+    handle = module.register_forward_hook(hook, always_call=True)
+    key = next(-i for i in itertools.count(1) if -i not in module._forward_hooks)
+    module._forward_hooks[key] = module._forward_hooks.pop(handle.id)
+    module._forward_hooks_always_called[key] = module._forward_hooks_always_called.pop(handle.id)
+
+
 def attach(root: nn.Module, stack: BlockStack, source: str, embedding_name: str | None = None) -> InitialResidual:
     """Register the hooks for `stack` on the modules of `root`, unless an earlier adapter has done so.
 
@@ -138,13 +150,13 @@ def attach(root: nn.Module, stack: BlockStack, source: str, embedding_name: str 
     residual = InitialResidual(stack.name, source)
     for module in path_between(root, scope_name):
         module.register_forward_pre_hook(_ModelEnter(residual), with_kwargs=True)
-        module.register_forward_hook(_ModelExit(residual), always_call=True)
+        register_always_called(module, _ModelExit(residual))
     owner, block_list = (name[len(scope_name) :].removeprefix(".") for name in (stack.owner_name, stack.name))
     scope.register_forward_pre_hook(_ScopeEnter(residual, owner, block_list, relative), with_kwargs=True)
-    scope.register_forward_hook(_ScopeExit(residual), always_call=True)
+    register_always_called(scope, _ScopeExit(residual))
     for block in stack.blocks:
         block.register_forward_pre_hook(_BlockEnter(residual), with_kwargs=True)
-        block.register_forward_hook(_BlockExit(residual), always_call=True)
+        register_always_called(block, _BlockExit(residual))
     return residual
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from sibo_triton.initial_residual import TrialRun
+from sibo_triton.initial_residual.hooks import register_always_called
 from sibo_triton.ops import Group, autocast_dtype, shares_passes
 
 Names = tuple[tuple[str, ...], ...]
@@ -230,7 +231,7 @@ def attach_siblings(model: nn.Module, siblings: dict[str, Names]) -> None:
         module = model.get_submodule(parent)
         detach_siblings(module)
         module.register_forward_pre_hook(_OpenScope(names))
-        module.register_forward_hook(_CloseScope(names), always_call=True)
+        register_always_called(module, _CloseScope(names))
 
 
 def detach_unused_siblings(model: nn.Module) -> None:
