@@ -1,8 +1,9 @@
 """Python and dispatch time of LoRA modules on tiny tensors: `python -m benchmarks.host_time`.
 
 Forward + backward, and forward without gradients, of one linear and of three that share x. Printed is the time that a
-provider adds to the frozen linears, divided by their number: medians over runs in turn, in microseconds. It includes
-h0's hooks for providers that mix.
+provider adds to the frozen linears, divided by their number: medians over runs in turn, in microseconds, and of these
+the median over some processes, as memory is laid out otherwise in each, which alone makes a difference of some percent.
+It includes h0's hooks for providers that mix.
 
 On the CPU, where computing on such small tensors costs almost nothing, it is process time. "kernels' path" is then the
 host's work for a GPU, except for the driver and the additional cost of torch's CUDA allocator and operations: kernels
@@ -17,6 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -125,21 +129,51 @@ def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int, devi
     return rows
 
 
+def all_rows(rounds: int, device: str) -> list[dict[str, Any]]:
+    """The rows of all cases, measured in this process."""
+    torch.set_num_threads(1)
+    rows = []
+    for title, dtype, dropout in product(GROUPS, (torch.float32, torch.bfloat16), (0.0, 0.05)):
+        if device == "cpu" or dtype == torch.bfloat16:
+            rows += measured(title, dtype, Setting(fp32_adapters=True, dropout=dropout), rounds, device)
+    return rows
+
+
+def rows_of_a_process(rounds: int, device: str) -> list[dict[str, Any]]:
+    """The same, measured in a new process."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "rows.json"
+        options = ["--rounds", str(rounds), "--device", device, "--processes", "1", "--output", str(output)]
+        subprocess.run([sys.executable, "-m", "benchmarks.host_time", *options], check=True)
+        return json.loads(output.read_text(encoding="utf-8"))["rows"]
+
+
+def medians(of_processes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows with the medians of their times."""
+    merged = []
+    for rows in zip(*of_processes, strict=True):
+        times = {name: statistics.median([row[name] for row in rows]) for name in rows[0] if name.endswith("_us")}
+        merged.append(rows[0] | times)
+    return merged
+
+
 def main() -> None:
     """Print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="default: a file of this device's in benchmarks/results/")
     options = parser.parse_args()
     gpu = torch.cuda.get_device_name(0) if options.device == "cuda" else None
     output = options.output or RESULTS / ("host-time.json" if gpu is None else f"host-time-{slug(gpu)}.json")
-    torch.set_num_threads(1)
-    rows = []
-    for title, dtype, dropout in product(GROUPS, (torch.float32, torch.bfloat16), (0.0, 0.05)):
-        if gpu is None or dtype == torch.bfloat16:
-            setting = Setting(fp32_adapters=True, dropout=dropout)
-            rows += measured(title, dtype, setting, options.rounds, options.device)
+    if options.processes > 1:
+        rows = medians([rows_of_a_process(options.rounds, options.device) for _ in range(options.processes)])
+        print(f"medians of {options.processes} processes:")
+        for row in rows:
+            print("  ".join(map(str, row.values())))
+    else:
+        rows = all_rows(options.rounds, options.device)
     head = {
         "command": command_line("host_time"),
         **provenance(with_devices=gpu is not None),
