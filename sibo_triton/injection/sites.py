@@ -137,14 +137,14 @@ def mixing_arguments(
         lambdas: the name of the layers' dictionary of lambdas.
     """
     rates = [of.p if of.training and isinstance(of, nn.Dropout) and of.p > 0 else 0.0 for of in dropouts]
-    seeds = _seeds(len(rates) - rates.count(0.0), x.device)
+    seeds = iter(_seeds(len(rates) - rates.count(0.0), x.device)) if any(rates) else iter(())
     residuals: dict[int, torch.Tensor] = {}
     arguments = []
     for layer, rate in zip(layers, rates, strict=True):
         seed = next(seeds) if rate else None
         residual = site_of(layer, adapter_name).residual
         if residual is None:
-            arguments.append(Mixing(None, 0.0, rate, seed))
+            arguments.append(Mixing(None, 0.0, rate, seed) if rate else _NO_MIXING)
             continue
         if id(residual) not in residuals:  # siblings get the same tensor
             residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
@@ -156,10 +156,11 @@ def mixing_arguments(
     return arguments
 
 
-def _seeds(count: int, device: torch.device) -> Iterator[torch.Tensor]:
-    if count == 1:
-        return iter((reference.draw_seed(device),))
-    return iter(reference.draw_seeds(count, device) if count else ())
+_NO_MIXING = Mixing(None, 0.0, 0.0, None)
+
+
+def _seeds(count: int, device: torch.device) -> Sequence[torch.Tensor]:
+    return [reference.draw_seed(device)] if count == 1 else reference.draw_seeds(count, device)
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -45,7 +45,7 @@ class FusedLinear(LoraLinear):
         arguments = []
         for layer, of_adapter in zip(layers, _adapter_arguments(layers, adapter_name, x), strict=True):
             base: Any = layer._modules["base_layer"]
-            arguments.append(LoraArguments(parameter(base, "weight"), parameter(base, "bias"), *of_adapter))
+            arguments.append(LoraArguments._make((parameter(base, "weight"), parameter(base, "bias"), *of_adapter)))
         return arguments
 
     @staticmethod
