@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 from tiny_models import llama
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -125,6 +128,31 @@ def test_the_model_is_left_as_it_was(build, target):
     for name, module in model.named_modules():
         for key, value in attributes[name].items():
             assert not isinstance(value, plain) or module.__dict__[key] == value, f"{name}.{key}"
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
+def test_a_model_that_fsdp_has_sharded_runs_on(process_group):
+    """FSDP swaps parameters when its modules run: the trial run must not put the old ones back."""
+    base, ids = llama().train(), torch.arange(8)[None]
+    config = SiboLoraConfig(**ALL, sibo_lambda=0.3, init_lora_weights=False)
+    torch.manual_seed(1)
+    expected = get_peft_model(copy.deepcopy(base), config)(input_ids=ids).logits
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(base, mesh=mesh)
+    torch.manual_seed(1)
+    model = get_peft_model(base, copy.deepcopy(config))
+    assert all(module.training and "forward" not in module.__dict__ for module in base.model.layers)
+    assert len(mixing(model)) == 15
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
 def albert(blocks):

@@ -223,12 +223,12 @@ class _Observer:
         """
         handles = list(self._put_hooks_on())
         devices = {parameter.device for parameter in self.root.parameters() if parameter.device.type == "cuda"}
+        blocks = [(stack, block, block.__dict__.get("forward")) for stack in self.stacks for block in stack.blocks]
         problem = None
         try:
             self.root.eval()
-            for stack in self.stacks:
-                for block in stack.blocks:
-                    block.forward = partial(self._forward, stack, block, block.forward)
+            for stack, block, _ in blocks:
+                block.__dict__["forward"] = partial(self._forward, stack, block, block.forward)
             with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), self.streams, self.outputs:
                 self.module(**inputs)
         except Exception as error:
@@ -236,6 +236,11 @@ class _Observer:
         finally:
             for handle in handles:
                 handle.remove()
+            for _, block, forward in blocks:
+                if forward is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.__dict__["forward"] = forward
         self.trial.feed_forward = self._feed_forward() if self.feed_forward is None else self.feed_forward
         for stack in self.stacks:
             complete = self.returned[stack.name].keys() >= self.awaited.get(stack.name, set())
@@ -252,7 +257,7 @@ class _Observer:
         return {name for name in self.outputs.uses if self.outputs.feeds_forward(name)}
 
     def _forward(self, stack: BlockStack, block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """Of a block; `unchanged` puts its own back."""
+        """In the place of a block's own forward."""
         if self._all_have_run():
             return self.returned[stack.name][_kind(block)]
         output = forward(*args, **kwargs)

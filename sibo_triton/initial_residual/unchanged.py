@@ -19,12 +19,12 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     """Context after which the modules, attributes, configs, parameters and buffers of a model are those from before.
 
     BigBird replaces its attentions for short inputs, and RWKV divides its weights when it is evaluated. What a weight
-    was is copied only where it is written to.
+    was is copied only where it is written to. Of models that FSDP has sharded, only modes and configs are put back.
     """
-    states = [
-        _State(module) for module in root.modules() if not type(module).__module__.startswith("torch.distributed")
-    ]
-    states += [_State(config) for config in configs_of(root)]
+    modes = {module: module.training for module in root.modules()}
+    # what FSDP notes when its modules first run, and the parameters that it swaps, must stay
+    is_sharded = any(type(module).__module__.startswith("torch.distributed") for module in modes)
+    states = [_State(owner) for owner in (*([] if is_sharded else modes), *configs_of(root))]
     writes = _Writes(root)
     try:
         with writes:
@@ -32,6 +32,8 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     finally:
         for state in states:
             state.restore()
+        for module, mode in modes.items():
+            module.training = mode
         writes.undo()
 
 
