@@ -27,7 +27,7 @@ from sibo_triton.injection.mixing_modules import (
     requested_modules,
 )
 from sibo_triton.injection.reversible import inject_reversibly, note_config
-from sibo_triton.injection.siblings import share_passes
+from sibo_triton.injection.siblings import connect_siblings
 from sibo_triton.injection.sites import BOTTLENECK_PREFIX, MixingSite, Notices
 from sibo_triton.injection.targets import matches, shortest_names
 from sibo_triton.mixing import SiboLambda
@@ -84,7 +84,7 @@ class SiboAdapterModel(BaseTuner):
         for name, layer in layers.items():
             _install(layer, adapter_name, sites[name], config, train)
         reading_x = ((name, layer) for name, layer in adapter_layers(model) if not _reads_output(layer))
-        share_passes(model, reading_x, trial, warn=known or not config.mixes)  # else `decide` has warned
+        connect_siblings(model, reading_x, trial, warn=known or not config.mixes)  # else `decide` has warned
 
     def _prepare_adapter_config(self, peft_config: SiboAdapterConfig, model_config: dict) -> SiboAdapterConfig:
         return peft_config  # `_inject` has found the default of target_modules

@@ -163,8 +163,10 @@ def trial_run(root: nn.Module, stacks: Sequence[BlockStack]) -> TrialRun:
     """
     trial = TrialRun()
     for stack in stacks:
+        if stack.name in trial.seen:
+            continue
         problems: list[str] = []
-        for eager, (module, inputs) in itertools.product((False, True), list(_trial_runs(root, stack))):
+        for eager, (module, inputs) in itertools.product((False, True), _trial_runs(root, stack)):
             if stack.name in trial.seen or eager and not problems:
                 break
             observer = _Observer(root, module, stacks)
@@ -243,15 +245,18 @@ class _Observer:
                     block.__dict__["forward"] = forward
         self.trial.feed_forward = self._feed_forward() if self.feed_forward is None else self.feed_forward
         for stack in self.stacks:
-            complete = self.returned[stack.name].keys() >= self.awaited.get(stack.name, set())
-            if self.returned[stack.name] and (complete or problem is None):
+            if self.returned[stack.name] and (problem is None or self._has_run(stack.name)):
                 self.trial.seen.add(stack.name)
                 _spread_to_like_blocks(stack, self.trial, self.names)
         if problem is not None and not self._all_have_run():
             raise problem
 
+    def _has_run(self, stack_name: str) -> bool:
+        """Whether every kind of block of a stack has run."""
+        return self.returned[stack_name].keys() >= self.awaited.get(stack_name, set())
+
     def _all_have_run(self) -> bool:
-        return all(self.returned[name].keys() >= kinds for name, kinds in self.awaited.items())
+        return all(map(self._has_run, self.awaited))
 
     def _feed_forward(self) -> set[str]:
         return {name for name in self.outputs.uses if self.outputs.feeds_forward(name)}

@@ -191,7 +191,7 @@ class _CloseScope(_SiblingHook):
             pass
 
 
-def share_passes(model: nn.Module, layers: Iterable[tuple[str, Any]], trial: TrialRun, warn: bool) -> None:
+def connect_siblings(model: nn.Module, layers: Iterable[tuple[str, Any]], trial: TrialRun, warn: bool) -> None:
     """Let the adapted layers of a base model that got the same tensor in the trial run share their passes over it.
 
     Args:

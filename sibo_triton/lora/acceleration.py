@@ -11,18 +11,18 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.xlora import XLoraModel
 from torch import nn
 
 from sibo_triton.initial_residual import find_block_stacks, trial_run
-from sibo_triton.injection.siblings import detach_unused_siblings, share_passes
+from sibo_triton.injection.siblings import connect_siblings, detach_unused_siblings
 from sibo_triton.injection.sites import MixingSite, Notices
 from sibo_triton.lora.forward import AcceleratedLora, SiboLoraVariant
 from sibo_triton.lora.install import add_site, forget, is_linear
-from sibo_triton.lora.layer import dispatches_variants, lora_layers
+from sibo_triton.lora.layer import belongs_to_x_lora, dispatches_variants, lora_layers
 from sibo_triton.lora.wrapping import wrap_layer_classes
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -125,10 +125,10 @@ def accelerate_all(enabled: bool = True) -> None:
 
 def accelerate_if_all(tuner: LoraModel, root: nn.Module, adapter_name: str) -> None:
     """Accelerate an adapter that was just injected into a base model, if `accelerate_all` asks for it."""
-    if any(config.peft_type == PeftType.XLORA for config in tuner.peft_config.values()):
-        return  # it calls the modules of its adapters itself
-    if _accelerates_all and any(adapter_name in _adapters_of(layer) for _, layer in lora_layers(root)):
-        accelerate(root, [adapter_name])
+    if not _accelerates_all or belongs_to_x_lora(tuner):
+        return
+    if any(adapter_name in _adapters_of(layer) for _, layer in lora_layers(root)):
+        accelerate(root, adapter_name)
 
 
 def obstacle_to_acceleration(layer: LoraLayer, adapter_name: str) -> str | None:
@@ -166,7 +166,7 @@ def _attach_siblings(root: nn.Module) -> None:
         stacks = find_block_stacks(root)
     except ValueError:  # not a transformer: every layer runs alone
         return
-    share_passes(root, lora_layers(root), trial_run(root, stacks), warn=True)
+    connect_siblings(root, lora_layers(root), trial_run(root, stacks), warn=True)
 
 
 def _root_of(model: nn.Module, function: str) -> nn.Module:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
+from peft import PeftType
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
@@ -16,6 +18,11 @@ def dispatches_variants(layer: LoraLayer, method: str = "forward") -> bool:
         function = getattr(super(type(layer), layer), method)
     code = getattr(inspect.unwrap(function), "__code__", None)
     return code is not None and "lora_variant" in code.co_names
+
+
+def belongs_to_x_lora(tuner: LoraModel) -> bool:
+    """Whether an X-LoRA model uses this one's layers, whose modules it calls itself."""
+    return any(config.peft_type == PeftType.XLORA for config in tuner.peft_config.values())
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
@@ -14,10 +13,10 @@ from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection import mixing_modules
 from sibo_triton.injection.mixing_modules import Method, bind, decide, requested_modules
 from sibo_triton.injection.reversible import inject_reversibly, note_config
-from sibo_triton.injection.siblings import share_passes
+from sibo_triton.injection.siblings import connect_siblings
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.install import forget, install, is_linear, match_class
-from sibo_triton.lora.layer import dispatches_variants, lora_layers
+from sibo_triton.lora.layer import belongs_to_x_lora, dispatches_variants, lora_layers
 
 
 class XLoraRefusal(ValueError):
@@ -55,7 +54,7 @@ def _inject_sibo(
 ) -> None:
     config = tuner.peft_config[adapter_name]
     config.check_options()
-    if any(other.peft_type == PeftType.XLORA for other in tuner.peft_config.values()):
+    if belongs_to_x_lora(tuner):
         raise XLoraRefusal(
             f"Adapter {adapter_name!r} is a SIBO adapter, which X-LoRA cannot use: its layers compute plain LoRA. "
             "Give X-LoRA plain LoRA adapters (sibo_lambda=0, or peft.LoraConfig)."
@@ -71,7 +70,7 @@ def _inject_sibo(
     train = adapter_name in tuner.active_adapters and not config.inference_mode
     for name, layer in layers.items():
         install(layer, adapter_name, sites[name], config.sibo_lambda, config.sibo_learnable, train)
-    share_passes(model, lora_layers(model), trial, warn=known)  # else `decide` has warned
+    connect_siblings(model, lora_layers(model), trial, warn=known)  # else `decide` has warned
 
 
 def remove_unused_hooks(model: nn.Module) -> None:

@@ -17,15 +17,8 @@ from torch import Tensor
 from sibo_triton import reference
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.prepare import (
-    check_frozen,
-    check_scaling_and_dropout,
-    fused,
-    group_of,
-    shares_passes,
-    with_backend,
-)
-from sibo_triton.reference import check_activation, checked_mixing
+from sibo_triton.ops.prepare import checked, fused, group_of, shares_passes
+from sibo_triton.reference import check_activation
 
 
 def add_bottleneck(
@@ -107,7 +100,6 @@ def bottleneck_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`add_bottleneck`.
     """
-    check_frozen(x, weight, bias, up_weight)
     adapter = (down_weight, up_weight, scaling, activation, down_bias, up_bias)
     return _run(None, x, weight, bias, adapter, (initial_residual, lambda_, dropout_p, dropout_seed))
 
@@ -127,13 +119,11 @@ def bottleneck_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group | 
         return None
     prepared = []
     for layer in layers:
-        unknown = sorted(layer.keys() - {*_DEFAULTS, *_ADAPTER})
+        unknown = sorted(layer.keys() - _NAMES)
         if unknown:
             raise TypeError(f"bottleneck_group got an unexpected keyword argument {unknown[0]!r} for a layer")
         of = {**_DEFAULTS, **layer}
         weight = of["weight"]
-        if weight is not None:
-            check_frozen(x, weight, of["bias"], of["up_weight"])
         adapter = tuple(of[name] for name in _ADAPTER)
         mixing = tuple(of[name] for name in _MIXING)
         prepared.append(_prepared(x if weight is None else None, x, weight, of["bias"], adapter, mixing))
@@ -149,6 +139,7 @@ _DEFAULTS: dict[str, Any] = {
     "lambda_": 0.0,
     "dropout_p": 0.0,
 }
+_NAMES = {*_DEFAULTS, *_ADAPTER}
 
 
 def _run(
@@ -169,14 +160,11 @@ def _prepared(
 ) -> tuple[Settings, Inputs]:
     """The arguments, checked, and what computes them."""
     down_weight, up_weight, scaling, activation, down_bias, up_bias = adapter
-    initial_residual, lambda_, dropout_p, dropout_seed = mixing
     tokens, out_features = (base.shape[:-1], base.shape[-1]) if base is not None else (x.shape[:-1], len(up_weight))
     _check_shapes(tokens, out_features, x, down_weight, up_weight, down_bias, up_bias)
-    checked_mixing(x, initial_residual, lambda_)
-    check_scaling_and_dropout(scaling, dropout_p, dropout_seed)
     check_activation(activation)
     frozen = (None if base is x else base, x, weight, bias)
-    return with_backend(frozen, (down_weight, up_weight, up_bias, down_bias), scaling, mixing, activation)
+    return checked(frozen, (down_weight, up_weight, up_bias, down_bias), scaling, mixing, activation)
 
 
 def _check_shapes(

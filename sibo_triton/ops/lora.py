@@ -18,14 +18,7 @@ from sibo_triton.ops import repeated, small
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.dispatch import implementation, kernels_compute
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.prepare import (
-    check_frozen,
-    check_scaling_and_dropout,
-    fused,
-    group_of,
-    shares_passes,
-    with_backend,
-)
+from sibo_triton.ops.prepare import checked, fused, group_of, shares_passes
 
 
 class LoraArguments(NamedTuple):
@@ -90,7 +83,6 @@ def lora_linear(
         outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
             return outputs[0]
-    check_frozen(x, weight, bias, lora_b)
     prepared = _prepared(None, x, *layer)
     y = _low_rank(prepared)
     if form is not None and call is None:
@@ -124,10 +116,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[LoraArguments]) -> Group | Non
             return Group(outputs)
     if not shares_passes(x):
         return None
-    prepared = []
-    for layer in layers:
-        check_frozen(x, layer.weight, layer.bias, layer.lora_b)
-        prepared.append(_prepared(None, x, *layer))
+    prepared = [_prepared(None, x, *layer) for layer in layers]
     settings, inputs = [layer.settings for layer in prepared], [layer.inputs for layer in prepared]
     result = group_of(settings, inputs)
     if result is not None and form is not None and call is None:
@@ -196,12 +185,10 @@ def _prepared(
     lora_bias: Tensor | None,
 ) -> Prepared:
     _check_shapes(x, lora_a, lora_b, lora_bias)
-    reference.checked_mixing(x, initial_residual, lambda_)
-    check_scaling_and_dropout(scaling, dropout_p, dropout_seed)
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling requires grad, and gets no gradient here: detach it, or use sibo_triton.reference")
     mixing = initial_residual, lambda_, dropout_p, dropout_seed
-    settings, inputs = with_backend((base, x, weight, bias), (lora_a, lora_b, lora_bias, None), scaling, mixing)
+    settings, inputs = checked((base, x, weight, bias), (lora_a, lora_b, lora_bias, None), scaling, mixing)
     arguments = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
     return Prepared(settings, inputs, arguments)
 

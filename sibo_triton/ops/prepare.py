@@ -15,9 +15,10 @@ from sibo_triton.ops.dispatch import backend_for, warn_of_fallback
 from sibo_triton.ops.group import Group, group, has_few_rows
 from sibo_triton.ops.products import forward
 from sibo_triton.ops.tensors import autocast_dtype, resolved
+from sibo_triton.reference import checked_mixing
 
 
-def check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor) -> None:
+def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor) -> None:
     """Raise a ValueError unless x, the frozen linear and B fit together."""
     if weight.dim() != 2 or weight.shape != (lora_b.shape[0], x.shape[-1]):
         raise ValueError(f"weight has shape {list(weight.shape)}, but [{lora_b.shape[0]}, {x.shape[-1]}] fits x and B")
@@ -31,7 +32,7 @@ def check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor)
         raise ValueError(f"x is {x.dtype} and bias {bias.dtype}: the frozen linear needs one dtype (or autocast)")
 
 
-def check_scaling_and_dropout(scaling: float | Tensor, dropout_p: float, dropout_seed: Tensor | None) -> None:
+def _check_scaling_and_dropout(scaling: float | Tensor, dropout_p: float, dropout_seed: Tensor | None) -> None:
     """Raise a TypeError or ValueError for what is no scaling, no rate of dropout, or no seed of one that is not 0."""
     if isinstance(scaling, Tensor) and (scaling.numel() != 1 or not scaling.is_floating_point()):
         description = f"a {scaling.dtype} tensor of shape {list(scaling.shape)}"
@@ -46,15 +47,23 @@ def check_scaling_and_dropout(scaling: float | Tensor, dropout_p: float, dropout
         raise ValueError(f"dropout_seed is {description}: pass one int64 value, as draw_seed(x.device) returns it")
 
 
-def with_backend(
+def checked(
     frozen: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None],  # base, x, weight and bias of `Inputs`
     adapter: tuple[Tensor, Tensor, Tensor | None, Tensor | None],  # lora_a, lora_b, lora_bias and down_bias
     scaling: float | Tensor,
     mixing: tuple[Tensor | None, float | Tensor, float, Tensor | None],  # h0, lambda, the rate of dropout and its seed
     activation: str | None = None,
 ) -> tuple[Settings, Inputs]:
-    """The settings, with the chosen backend, and the tensors of an adapter of either kind, from checked arguments."""
+    """The settings, with the chosen backend, and the tensors of an adapter of either kind, whose shapes were checked.
+
+    Raises:
+        TypeError, ValueError: the rest does not fit: the frozen linear, h0, lambda, the scaling, or dropout.
+    """
     (base, x, weight, bias), (initial_residual, lambda_, dropout_p, seed) = frozen, mixing
+    if weight is not None:
+        _check_frozen(x, weight, bias, adapter[1])
+    checked_mixing(x, initial_residual, lambda_)
+    _check_scaling_and_dropout(scaling, dropout_p, seed)
     base, x = None if base is None else resolved(base), resolved(x)
     initial_residual = None if initial_residual is None else resolved(initial_residual)
     adapter_dtype = adapter[0].dtype
