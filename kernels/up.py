@@ -166,7 +166,7 @@ def up(
     """``y = s (t B^T + b) + b0`` as a fresh tensor, summed in float32 and rounded once. Forward only.
 
     Args:
-        t: ``[M, r]``, contiguous, as :func:`~sibo_triton.kernels.down.down` returns it.
+        t: ``[M, r]``, contiguous, as :func:`~sibo_triton.kernels.down.down_siblings` returns it.
         lora_b: B, ``[N, r]``, float16, bfloat16 or float32, with any strides.
         scaling: s, a number, or a floating point tensor with one element on the device of t.
         dtype: of y: float16, bfloat16 or float32.

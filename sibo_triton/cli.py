@@ -306,7 +306,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything that the demonstration makes.")] = Path(
         "demo-output"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the base model, the data and the adapters.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the base model, the data and the adapters.")] = 0,
     adapters: Annotated[
         bool, typer.Option("--adapters", help="Bottleneck adapters, plain and SIBO's, instead of LoRA.")
     ] = False,

@@ -195,27 +195,29 @@ def _speed_of(layer: LoraLayer, adapter: str) -> tuple[str, str | None, str | No
     """`runs`, `backend` and `runs_reason` of a LoRA layer."""
     if not isinstance(layer.lora_variant.get(adapter), SiboLoraVariant):
         return "PEFT", None, obstacle_to_acceleration(layer, adapter) or "sibo_triton.accelerate(model) would fuse it"
-    path, obstacle = path_of(layer, adapter)
-    weight, base = layer.lora_A[adapter].weight, getattr(layer.get_base_layer(), "weight", None)
-    dtypes = {weight.dtype}
-    if base is not None and base.is_floating_point() and base.dtype.itemsize > 1:  # a quantised one says nothing
-        dtypes.add(base.dtype)
-    return _with_backend(path, obstacle, weight.device, dtypes)
+    return _with_backend(*path_of(layer, adapter), layer.lora_A[adapter].weight, layer.get_base_layer())
 
 
 def _speed_of_bottleneck(layer: SiboAdapterLayer, adapter: str) -> tuple[str, str | None, str | None]:
     """`runs`, `backend` and `runs_reason` of a module with a bottleneck adapter."""
-    path, obstacle = layer.path_of(adapter)
-    weight = layer.modules_of(adapter)[0].weight
-    return _with_backend(path, obstacle, weight.device, {weight.dtype})
+    down, _, _ = layer.modules_of(adapter)
+    return _with_backend(*layer.path_of(adapter), down.weight, layer.get_base_layer())
 
 
 def _with_backend(
-    path: str, obstacle: str | None, device: torch.device, dtypes: set[torch.dtype]
+    path: str, obstacle: str | None, weight: torch.Tensor, frozen: nn.Module
 ) -> tuple[str, str | None, str | None]:
-    """`runs`, `backend` and `runs_reason` of a layer that runs by `path`, for an `obstacle` to a faster one."""
+    """`runs`, `backend` and `runs_reason` of a layer that runs by `path`, for an `obstacle` to a faster one.
+
+    Args:
+        weight: one of the adapter's.
+        frozen: what it is on.
+    """
+    dtypes, of_frozen = {weight.dtype}, getattr(frozen, "weight", None)
+    if of_frozen is not None and of_frozen.is_floating_point() and of_frozen.dtype.itemsize > 1:  # not a quantised one
+        dtypes.add(of_frozen.dtype)
     try:
-        choice = backend_for(device, dtypes)
+        choice = backend_for(weight.device, dtypes)
     except RuntimeError as error:  # SIBO_TRITON_BACKEND=triton where the kernels cannot run: so would the forward
         return path, "triton", str(error).rstrip(".")
     if choice.name == "reference":

@@ -1,8 +1,9 @@
 """Everything that sibo_triton changes in PEFT and transformers; methods of LoRA layers are in `lora/wrapping.py`.
 
-Plain LoRA is not changed: each wrapper calls the original with the same arguments, and acts only where an adapter's
-config is a `SiboLoraConfig`. PEFT's own mapping of LORA is not touched, so configs print, warn, save and pickle as
-before.
+Plain LoRA is not changed: each wrapper calls the original with the same arguments, and beside that acts on adapters of
+this package only, or refuses what concerns one (its weights for a plain adapter, for example). Plain adapters are
+accelerated where `accelerate_all` asked for it. PEFT's own mapping of LORA is not touched, so configs print, warn, save
+and pickle as before.
 """
 
 from __future__ import annotations

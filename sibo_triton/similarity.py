@@ -65,7 +65,7 @@ def similarity_by_layer(
 
     Args:
         model: any model that takes `output_hidden_states=True`, with or without adapters. It runs in eval mode and
-            without gradients; its mode is restored.
+            without gradients; the modes of its modules are restored.
         batches: keyword arguments of the model, such as `input_ids` [batch, tokens] and `attention_mask` [batch,
             tokens], on the model's device. `labels` are left out.
         output: the field of the model's output that is read. For an encoder-decoder model "encoder_hidden_states",
@@ -84,7 +84,7 @@ def similarity_by_layer(
     mask_name = "decoder_attention_mask" if output.startswith("decoder") else "attention_mask"
     totals: torch.Tensor | None = None  # [layers + 1]
     sequences = 0
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in batches:
@@ -98,7 +98,8 @@ def similarity_by_layer(
             totals = part if totals is None else totals + part
             sequences += int(counted.sum())
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     if totals is None or sequences == 0:
         raise ValueError("token similarity needs at least one sequence of two tokens, and `batches` held none.")
     return (totals / sequences).tolist()

@@ -206,6 +206,8 @@ def test_the_demo_command_passes_its_verdict_on(monkeypatch, tmp_path):
     assert calls[1] == (tmp_path, 0, ("adapter", "sibo-adapter"))
     monkeypatch.setattr(demo, "run_demo", lambda output, seed, methods: [])
     assert runner.invoke(app, ["demo", "--output", str(tmp_path)]).exit_code == 0
+    too_large = runner.invoke(app, ["demo", "--output", str(tmp_path), "--seed", str(2**32)])
+    assert too_large.exit_code == 2 and "4294967295" in too_large.stderr
     (tmp_path / "thesis.tex").write_text("x")
     monkeypatch.undo()
     result = runner.invoke(app, ["demo", "--output", str(tmp_path)])

@@ -31,7 +31,7 @@ from peft import (
 )
 from transformers import AutoModel, AutoModelForCausalLM
 
-from sibo_triton import SiboLoraConfig
+from sibo_triton import SiboAdapterConfig, SiboLoraConfig
 
 pytestmark = pytest.mark.oldest
 
@@ -203,6 +203,15 @@ def test_set_peft_model_state_dict_refuses_weights_without_lambda(saved):
     with pytest.raises(ValueError, match=r"lora_sibo_lambda\.weight is missing"):
         set_peft_model_state_dict(model, state)
     assert torch.equal(logits_of(model, case.input_ids), case.logits)
+
+
+@pytest.mark.parametrize("config", [sibo_config("fixed"), SiboAdapterConfig(target_modules=["gate_proj"])])
+def test_a_rank_of_fsdp_that_has_no_weights_loads_none(saved, config):
+    """accelerate passes the weights on the first rank and {} on the others."""
+    model = get_peft_model(saved["fixed"].base(), config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert set_peft_model_state_dict(model, {}).unexpected_keys == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("assign", [False, True])

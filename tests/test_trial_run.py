@@ -130,6 +130,29 @@ def test_the_model_is_left_as_it_was(build, target):
             assert not isinstance(value, plain) or module.__dict__[key] == value, f"{name}.{key}"
 
 
+def in_place(buffer):
+    buffer.mul_(2)
+
+
+def as_out(buffer):
+    torch.mul(buffer, 2, out=buffer)
+
+
+def in_a_list(buffer):
+    torch._foreach_mul_([buffer], 2)
+
+
+@pytest.mark.parametrize("write", [in_place, as_out, in_a_list])
+def test_buffers_are_put_back_however_they_are_written(write):
+    base = llama()
+    base.model.register_buffer("counted", torch.ones(3))
+    base.model.layers[1].register_forward_pre_hook(lambda module, args: write(base.model.counted))
+    get_peft_model(base, SiboLoraConfig(**ALL))
+    assert torch.equal(base.model.counted, torch.ones(3))
+    base(torch.ones(1, 2, dtype=torch.long))
+    assert torch.equal(base.model.counted, torch.full((3,), 2.0))
+
+
 @pytest.fixture
 def process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

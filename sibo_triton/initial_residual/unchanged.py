@@ -86,14 +86,19 @@ class _Writes(TorchDispatchMode):
         self._before: dict[int, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         if func._schema.is_mutable:
-            for declared, value in zip(func._schema.arguments, args, strict=False):
-                is_written = declared.alias_info is not None and declared.alias_info.is_write
-                if is_written and isinstance(value, torch.Tensor) and value.layout == torch.strided:
-                    storage = _storage_of(value)
-                    if storage in self._given and storage not in self._before:
-                        self._before[storage] = self._given[storage].detach().clone()
-        return func(*args, **(kwargs or {}))
+            for i, declared in enumerate(func._schema.arguments):
+                if declared.alias_info is not None and declared.alias_info.is_write:
+                    self._copy(args[i] if i < len(args) else kwargs.get(declared.name))
+        return func(*args, **kwargs)
+
+    def _copy(self, written: torch.Tensor | list | None) -> None:
+        for tensor in written if isinstance(written, (list, tuple)) else (written,):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                storage = _storage_of(tensor)
+                if storage in self._given and storage not in self._before:
+                    self._before[storage] = self._given[storage].detach().clone()
 
     def undo(self) -> None:
         for storage, before in self._before.items():

@@ -50,7 +50,7 @@ class Method:
 
 
 def requested_modules(config: SiboOptions) -> tuple[list[str] | str | None, bool]:
-    """What `sibo_target_modules` asks for, and whether it can be taken without a trial run of the model.
+    """What `sibo_target_modules` asks for, and whether it is taken whatever a trial run of the model saw.
 
     The config of a saved adapter names the modules that were found when the adapter was made.
     """

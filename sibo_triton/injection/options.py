@@ -32,7 +32,7 @@ class SiboOptions:
     def _note_origin(self, from_file: bool) -> None:
         """Record whether the config was read from a file; `__post_init__` calls it."""
         self._sibo_from_file = from_file
-        # Names that injection chose by default; saved, so that loading needs no search.
+        # Names that injection chose by default; saved, so that loading chooses the same.
         self._sibo_resolved: list[str] | None = None
 
     @property

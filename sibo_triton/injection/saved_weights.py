@@ -201,13 +201,13 @@ def check_same_options(adapter: PeftConfig, saved: PeftConfig) -> None:
             )
 
 
-def check_same_method(model: nn.Module, adapter_name: str, tensors: Iterable[str]) -> None:
+def check_same_method(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]) -> None:
     """Raise a ValueError if the weights are a bottleneck adapter's and the adapter is LoRA, or the reverse.
 
-    No name would match, and PEFT would silently load nothing.
+    No name would match, and PEFT would silently load nothing. Under FSDP one rank has the weights and the others none.
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    if config is None:
+    if config is None or not tensors:
         return
     expected = config.peft_type == BOTTLENECK_TYPE
     are_of_bottleneck = any(f".{FIRST_WEIGHTS[BOTTLENECK_LAMBDA_NAME]}." in key for key in tensors)
