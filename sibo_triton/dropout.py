@@ -168,13 +168,19 @@ def check_dropout(p: float, seed: int | Tensor | None) -> None:
         raise ValueError(f"dropout_p is {p}, but no seed was given: pass draw_seed(x.device), or dropout_p=0.0")
 
 
-def checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
-    """The seed as an int64 tensor of shape [], on the device."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+def check_seed(seed: object) -> None:
+    """Raise a TypeError or ValueError for what is no seed as `draw_seed` returns it."""
     if not isinstance(seed, Tensor):
-        raise TypeError(f"the dropout seed is {seed!r}: pass an int, or a tensor as draw_seed returns it")
+        raise TypeError(f"dropout_seed is {seed!r}: pass a tensor, as draw_seed(x.device) returns it")
     if seed.dtype != torch.int64 or seed.numel() != 1:
         description = f"a {seed.dtype} tensor of shape {list(seed.shape)}"
-        raise ValueError(f"the dropout seed is {description}: pass one int64 value, of shape [] or [1]")
+        raise ValueError(f"dropout_seed is {description}: pass one int64 value, as draw_seed(x.device) returns it")
+
+
+def checked_seed(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
+    """The seed, also an int here, as an int64 tensor of shape [], on the device."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    check_seed(seed)
+    assert isinstance(seed, Tensor)
     return seed.reshape(()).to(device=device)

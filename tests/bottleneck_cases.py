@@ -20,7 +20,7 @@ from op_cases import (
 )
 
 from sibo_triton import reference
-from sibo_triton.ops import add_bottleneck, bottleneck_group, bottleneck_linear
+from sibo_triton.ops import BottleneckArguments, add_bottleneck, bottleneck_group, bottleneck_linear
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def assert_pair_as_good_as_the_definition(in_series: bool, dtype, adapter_dtype,
         return [layer | rest | {"dropout_seed": seeds[i].to(given["x"].device)} for i, layer in enumerate(own)]
 
     def by_group(given):
-        group = bottleneck_group(given["x"], layers(given))
+        group = bottleneck_group(given["x"], [BottleneckArguments(**layer) for layer in layers(given)])
         assert group is not None
         return [group.output(i) for i in (1, 0)][::-1]
 

@@ -182,7 +182,7 @@ TWO = torch.zeros(2, dtype=torch.int64)
         (ValueError, r"scaling is a torch.float32 tensor of shape \[40\]", {"scaling": torch.ones(40)}),
         (ValueError, r"bias has shape \[1\], but \[40\] fits weight", {"bias": torch.zeros(1)}),
         (ValueError, "x is torch.float32 and bias torch.float64", {"bias": torch.zeros(40, dtype=FP64)}),
-        (ValueError, "lora_b is torch.float32 and lora_bias torch.float64", {"lora_bias": torch.zeros(40, dtype=FP64)}),
+        (ValueError, "lora_a is torch.float32 and lora_bias torch.float64", {"lora_bias": torch.zeros(40, dtype=FP64)}),
         (TypeError, "dropout_seed is 3: pass a tensor", {"dropout_p": 0.5, "dropout_seed": 3}),
         (ValueError, r"dropout_seed is a torch.int64 tensor of shape \[2\]", {"dropout_p": 0.5, "dropout_seed": TWO}),
     ],

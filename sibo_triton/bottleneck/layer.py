@@ -32,7 +32,7 @@ from sibo_triton.injection.sites import (
     mixing_arguments,
 )
 from sibo_triton.mixing import Float32Module
-from sibo_triton.ops import Group, add_bottleneck, bottleneck_group, bottleneck_linear
+from sibo_triton.ops import BottleneckArguments, Group, add_bottleneck, bottleneck_group, bottleneck_linear
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         if in_front or self.fused_adapter(x) is None:
             return None
         (arguments,) = self._arguments_of([self], name, x)
-        return bottleneck_linear(x, **self._frozen_arguments(), **arguments)
+        return bottleneck_linear(x, **self._with_frozen(arguments)._asdict())
 
     def only_active(self) -> str | None:
         """The active adapter of this layer, if there is exactly one; else None."""
@@ -253,33 +253,32 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
     def group_of(layers: Sequence[SiboAdapterLayer], adapter_name: str, x: torch.Tensor) -> Group | None:
         """One operation for these layers, which get the same x; None where each must run alone."""
         arguments = SiboAdapterLayer._arguments_of(layers, adapter_name, x)
-        for layer, of_layer in zip(layers, arguments, strict=True):
-            if not layer.sibo_adapter_options[adapter_name].in_front:
-                of_layer |= layer._frozen_arguments()
-        return bottleneck_group(x, arguments)
+        parallel = [not layer.sibo_adapter_options[adapter_name].in_front for layer in layers]
+        of_all = zip(layers, arguments, parallel, strict=True)
+        return bottleneck_group(x, [layer._with_frozen(of) if is_parallel else of for layer, of, is_parallel in of_all])
 
-    def _frozen_arguments(self) -> dict[str, Any]:
-        """The operations' arguments for the frozen linear to which an adapter is parallel."""
-        return {name: parameter(self.base_layer, name) for name in ("weight", "bias")}
+    def _with_frozen(self, arguments: BottleneckArguments) -> BottleneckArguments:
+        """The arguments with those of the frozen linear to which the adapter is parallel."""
+        weight, bias = (parameter(self.base_layer, name) for name in ("weight", "bias"))
+        return arguments._replace(weight=weight, bias=bias)
 
     @staticmethod
-    def _arguments_of(layers: Sequence[SiboAdapterLayer], name: str, x: torch.Tensor) -> list[dict[str, Any]]:
+    def _arguments_of(layers: Sequence[SiboAdapterLayer], name: str, x: torch.Tensor) -> list[BottleneckArguments]:
         """The operations' arguments for one adapter of each layer, beside x and what the branch is added to."""
         dropouts = [layer.sibo_adapter_dropout[name] for layer in layers]
+        mixings = mixing_arguments(layers, name, x, dropouts, BOTTLENECK_LAMBDA_NAME)
         all_arguments = []
-        for layer, mixing in zip(
-            layers, mixing_arguments(layers, name, x, dropouts, BOTTLENECK_LAMBDA_NAME), strict=True
-        ):
+        for layer, mixing in zip(layers, mixings, strict=True):
             down, up, _ = layer.modules_of(name)
-            arguments = {
+            arguments = BottleneckArguments(
+                down_weight=parameter(down, "weight"),
+                up_weight=parameter(up, "weight"),
+                scaling=layer.scaling_of(name),
+                activation=layer.sibo_adapter_options[name].activation,
+                down_bias=parameter(down, "bias"),
+                up_bias=parameter(up, "bias"),
                 **mixing._asdict(),
-                "down_weight": parameter(down, "weight"),
-                "up_weight": parameter(up, "weight"),
-                "scaling": layer.scaling_of(name),
-                "activation": layer.sibo_adapter_options[name].activation,
-                "down_bias": parameter(down, "bias"),
-                "up_bias": parameter(up, "bias"),
-            }
+            )
             all_arguments.append(arguments)
         return all_arguments
 
@@ -332,7 +331,8 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         obstacle = self._obstacle(name, v)
         if obstacle is None:
             (arguments,) = self._arguments_of([self], name, v)
-            return add_bottleneck(base, v, **arguments)
+            of_adapter = {key: of for key, of in arguments._asdict().items() if key not in ("weight", "bias")}
+            return add_bottleneck(base, v, **of_adapter)
         site = self.sibo_sites[name]
         site.notices.warn_once(site.name, "the adapter's modules are called one by one", obstacle)
         h0, lambda_ = None, 0.0

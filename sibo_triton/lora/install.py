@@ -7,6 +7,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from sibo_triton.injection.sites import LORA_LAMBDA_NAME, MixingSite, sibo_adapters
+from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
 from sibo_triton.lora.layer import dispatches_variants
 from sibo_triton.mixing import SiboLambda
@@ -14,15 +15,14 @@ from sibo_triton.mixing import SiboLambda
 _NOT_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d)
 
 
-def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float, learnable: bool, train: bool) -> None:
+def install(layer: LoraLayer, adapter_name: str, site: MixingSite, config: SiboLoraConfig, train: bool) -> None:
     """Make `adapter_name` of a LoRA layer a SIBO adapter, or only record why it stays plain LoRA.
 
     Args:
         layer: PEFT's LoRA layer, which already has the adapter.
         adapter_name: the adapter.
         site: where the layer is and what it mixes in.
-        value: lambda to start from.
-        learnable: whether lambda is trained.
+        config: the adapter's.
         train: whether the adapter is active and trainable now.
     """
     add_site(layer, adapter_name, site)
@@ -33,7 +33,7 @@ def install(layer: LoraLayer, adapter_name: str, site: MixingSite, value: float,
     if LORA_LAMBDA_NAME not in layer._modules:
         setattr(layer, LORA_LAMBDA_NAME, nn.ModuleDict())
         layer.adapter_layer_names = (*layer.adapter_layer_names, LORA_LAMBDA_NAME)
-    lambda_ = SiboLambda(value, learnable, layer.lora_A[adapter_name].weight.device)
+    lambda_ = SiboLambda(config.sibo_lambda, config.sibo_learnable, layer.lora_A[adapter_name].weight.device)
     getattr(layer, LORA_LAMBDA_NAME)[adapter_name] = lambda_.requires_grad_(train)
 
 

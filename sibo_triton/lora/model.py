@@ -69,7 +69,7 @@ def _inject_sibo(
     sites = bind(model, config, layers, decisions, _LORA)
     train = adapter_name in tuner.active_adapters and not config.inference_mode
     for name, layer in layers.items():
-        install(layer, adapter_name, sites[name], config.sibo_lambda, config.sibo_learnable, train)
+        install(layer, adapter_name, sites[name], config, train)
     connect_siblings(model, lora_layers(model), trial, warn=known)  # else `decide` has warned
 
 

@@ -8,17 +8,35 @@ between them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from sibo_triton import reference
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.prepare import checked, fused, group_of, shares_passes
+from sibo_triton.ops.prepare import Names, checked, group_of, run, shares_passes
 from sibo_triton.reference import check_activation
+
+
+class BottleneckArguments(NamedTuple):
+    """The arguments of :func:`bottleneck_linear` beside x, for one layer of :func:`bottleneck_group`.
+
+    In series there is no weight and no bias.
+    """
+
+    down_weight: Tensor
+    up_weight: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scaling: float | Tensor = 1.0
+    activation: str = "tanh"
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    initial_residual: Tensor | None = None
+    lambda_: float | Tensor = 0.0
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
 
 
 def add_bottleneck(
@@ -63,8 +81,11 @@ def add_bottleneck(
         TypeError, ValueError: as the definition; ValueError also for weights of two dtypes.
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
-    adapter = (down_weight, up_weight, scaling, activation, down_bias, up_bias)
-    return _run(base, x, None, None, adapter, (initial_residual, lambda_, dropout_p, dropout_seed))
+    adapter = BottleneckArguments(
+        *(down_weight, up_weight, None, None, scaling, activation, down_bias, up_bias),
+        *(initial_residual, lambda_, dropout_p, dropout_seed),
+    )
+    return run(*_checked(base, x, adapter))
 
 
 def bottleneck_linear(
@@ -100,94 +121,39 @@ def bottleneck_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`add_bottleneck`.
     """
-    adapter = (down_weight, up_weight, scaling, activation, down_bias, up_bias)
-    return _run(None, x, weight, bias, adapter, (initial_residual, lambda_, dropout_p, dropout_seed))
+    adapter = BottleneckArguments(
+        *(down_weight, up_weight, weight, bias, scaling, activation, down_bias, up_bias),
+        *(initial_residual, lambda_, dropout_p, dropout_seed),
+    )
+    return run(*_checked(None, x, adapter))
 
 
-def bottleneck_group(x: Tensor, layers: Sequence[Mapping[str, Any]]) -> Group | None:
+def bottleneck_group(x: Tensor, layers: Sequence[BottleneckArguments]) -> Group | None:
     """Adapters that read the same x, so that one pass over it serves them all, forward and backward.
 
     Args:
         x: ``[..., K]``.
-        layers: the arguments of :func:`bottleneck_linear` for each, by their names, without x; or, without weight and
-            bias, of the adapter in series, ``add_bottleneck(x, x, ...)``.
+        layers: the other arguments of each: of :func:`bottleneck_linear`, or, without a weight, of the adapter in
+            series, ``add_bottleneck(x, x, ...)``.
 
     Returns:
         As :func:`~sibo_triton.ops.lora.lora_linear_group`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`add_bottleneck`.
     """
     if not shares_passes(x):
         return None
-    prepared = []
-    for layer in layers:
-        unknown = sorted(layer.keys() - _NAMES)
-        if unknown:
-            raise TypeError(f"bottleneck_group got an unexpected keyword argument {unknown[0]!r} for a layer")
-        of = {**_DEFAULTS, **layer}
-        weight = of["weight"]
-        adapter = tuple(of[name] for name in _ADAPTER)
-        mixing = tuple(of[name] for name in _MIXING)
-        prepared.append(_prepared(x if weight is None else None, x, weight, of["bias"], adapter, mixing))
-    return group_of([settings for settings, _ in prepared], [inputs for _, inputs in prepared])
+    settings, inputs = zip(*[_checked(None, x, layer) for layer in layers], strict=True)
+    return group_of(settings, inputs)
 
 
-_ADAPTER = ("down_weight", "up_weight", "scaling", "activation", "down_bias", "up_bias")
-_MIXING = ("initial_residual", "lambda_", "dropout_p", "dropout_seed")
-_DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("weight", "bias", "down_bias", "up_bias", "initial_residual", "dropout_seed")),
-    "scaling": 1.0,
-    "activation": "tanh",
-    "lambda_": 0.0,
-    "dropout_p": 0.0,
-}
-_NAMES = {*_DEFAULTS, *_ADAPTER}
+_NAMES = Names("down_weight", "up_weight", "up_bias", "down_bias", "bottleneck")
 
 
-def _run(
-    base: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: tuple, mixing: tuple
-) -> Tensor:
-    settings, inputs = _prepared(base, x, weight, bias, adapter, mixing)
-    if settings.backend != "reference":
-        return fused(settings, inputs)
-    names = {**dict(zip(_ADAPTER, adapter, strict=True)), **dict(zip(_MIXING, mixing, strict=True))}
-    if weight is None:
-        assert base is not None
-        return reference.add_bottleneck(base, x, **names)
-    return reference.bottleneck_adapter(x, weight, bias, placement="parallel", **names)
-
-
-def _prepared(
-    base: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: tuple, mixing: tuple
-) -> tuple[Settings, Inputs]:
-    """The arguments, checked, and what computes them."""
-    down_weight, up_weight, scaling, activation, down_bias, up_bias = adapter
-    tokens, out_features = (base.shape[:-1], base.shape[-1]) if base is not None else (x.shape[:-1], len(up_weight))
-    _check_shapes(tokens, out_features, x, down_weight, up_weight, down_bias, up_bias)
-    check_activation(activation)
-    frozen = (None if base is x else base, x, weight, bias)
-    return checked(frozen, (down_weight, up_weight, up_bias, down_bias), scaling, mixing, activation)
-
-
-def _check_shapes(
-    tokens: torch.Size,
-    out_features: int,
-    x: Tensor,
-    down_weight: Tensor,
-    up_weight: Tensor,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-) -> None:
-    if tokens != x.shape[:-1]:
-        shape = [*tokens, out_features]
-        raise ValueError(f"base has shape {shape} and x {list(x.shape)}: both must hold the same tokens")
-    if down_weight.dim() != 2 or down_weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"down_weight has shape {list(down_weight.shape)}, but [bottleneck, {x.shape[-1]}] fits x")
-    fitting = [out_features, down_weight.shape[0]]
-    if list(up_weight.shape) != fitting:
-        raise ValueError(f"up_weight has shape {list(up_weight.shape)}, but {fitting} fits base and down_weight")
-    for name, bias, size in (("down_bias", down_bias, fitting[1]), ("up_bias", up_bias, fitting[0])):
-        if bias is not None and bias.shape != (size,):
-            raise ValueError(f"{name} has shape {list(bias.shape)}, but [{size}] fits the weights")
-        if bias is not None and bias.dtype != down_weight.dtype:
-            raise ValueError(f"{name} is {bias.dtype} and down_weight {down_weight.dtype}: they need one dtype")
-    if up_weight.dtype != down_weight.dtype:
-        raise ValueError(f"down_weight is {down_weight.dtype} and up_weight {up_weight.dtype}: they need one dtype")
+def _checked(base: Tensor | None, x: Tensor, layer: BottleneckArguments) -> tuple[Settings, Inputs]:
+    check_activation(layer.activation)
+    frozen = (None if base is x else base, x, layer.weight, layer.bias)
+    adapter = (layer.down_weight, layer.up_weight, layer.up_bias, layer.down_bias)
+    mixing = (layer.initial_residual, layer.lambda_, layer.dropout_p, layer.dropout_seed)
+    return checked(frozen, adapter, _NAMES, layer.scaling, mixing, layer.activation)

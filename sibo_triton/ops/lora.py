@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from sibo_triton import reference
-from sibo_triton.ops import repeated, small
+from sibo_triton.ops import repeated
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.dispatch import implementation, kernels_compute
 from sibo_triton.ops.group import Group
-from sibo_triton.ops.prepare import checked, fused, group_of, shares_passes
+from sibo_triton.ops.prepare import Names, checked, group_of, run, shares_passes
 
 
 class LoraArguments(NamedTuple):
@@ -83,10 +81,10 @@ def lora_linear(
         outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
             return outputs[0]
-    prepared = _prepared(None, x, *layer)
-    y = _low_rank(prepared)
+    settings, inputs = _checked(None, x, *layer)
+    y = run(settings, inputs)
     if form is not None and call is None:
-        repeated.remember(form, tensors, [prepared.settings], [prepared.inputs])
+        repeated.remember(form, tensors, [settings], [inputs])
     return y
 
 
@@ -116,8 +114,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[LoraArguments]) -> Group | Non
             return Group(outputs)
     if not shares_passes(x):
         return None
-    prepared = [_prepared(None, x, *layer) for layer in layers]
-    settings, inputs = [layer.settings for layer in prepared], [layer.inputs for layer in prepared]
+    settings, inputs = zip(*[_checked(None, x, *layer) for layer in layers], strict=True)
     result = group_of(settings, inputs)
     if result is not None and form is not None and call is None:
         repeated.remember(form, tensors, settings, inputs)
@@ -156,21 +153,14 @@ def add_lora(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`.
     """
-    if base.shape != (*x.shape[:-1], lora_b.shape[0]):
-        raise ValueError(f"base has shape {list(base.shape)}, but {[*x.shape[:-1], lora_b.shape[0]]} fits x and B")
     adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    return _low_rank(_prepared(base, x, None, None, *adapter))
+    return run(*_checked(base, x, None, None, *adapter))
 
 
-class Prepared(NamedTuple):
-    """A layer's arguments, checked, and what computes it."""
-
-    settings: Settings
-    inputs: Inputs
-    arguments: tuple  # of the definition, beside base, weight and bias
+_NAMES = Names("lora_a", "lora_b", "lora_bias", "down_bias", "r")
 
 
-def _prepared(
+def _checked(
     base: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
@@ -183,35 +173,8 @@ def _prepared(
     dropout_p: float,
     dropout_seed: Tensor | None,
     lora_bias: Tensor | None,
-) -> Prepared:
-    _check_shapes(x, lora_a, lora_b, lora_bias)
+) -> tuple[Settings, Inputs]:
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling requires grad, and gets no gradient here: detach it, or use sibo_triton.reference")
     mixing = initial_residual, lambda_, dropout_p, dropout_seed
-    settings, inputs = checked((base, x, weight, bias), (lora_a, lora_b, lora_bias, None), scaling, mixing)
-    arguments = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    return Prepared(settings, inputs, arguments)
-
-
-def _low_rank(prepared: Prepared) -> Tensor:
-    settings, inputs, arguments = prepared
-    if settings.backend == "reference":
-        if inputs.weight is None:
-            return reference.add_lora(inputs.base, inputs.x, *arguments)
-        return reference.lora_linear(inputs.x, inputs.weight, inputs.bias, *arguments)
-    if settings.backend == "torch" and inputs.x.numel() <= small.ELEMENTS and not torch.compiler.is_compiling():
-        return small.low_rank(inputs, arguments[2], arguments[4], settings.dropout_p)
-    return fused(settings, inputs)
-
-
-def _check_shapes(x: Tensor, lora_a: Tensor, lora_b: Tensor, lora_bias: Tensor | None) -> None:
-    if lora_a.dim() != 2 or lora_a.shape[1] != x.shape[-1]:
-        raise ValueError(f"lora_a has shape {list(lora_a.shape)}, but [r, {x.shape[-1]}] fits x")
-    if lora_b.dim() != 2 or lora_b.shape[1] != lora_a.shape[0]:
-        raise ValueError(f"lora_b has shape {list(lora_b.shape)}, but [N, {lora_a.shape[0]}] fits lora_a")
-    if lora_b.dtype != lora_a.dtype:
-        raise ValueError(f"lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}: they need one dtype")
-    if lora_bias is not None and lora_bias.shape != lora_b.shape[:1]:
-        raise ValueError(f"lora_bias has shape {list(lora_bias.shape)}, but [{lora_b.shape[0]}] fits lora_b")
-    if lora_bias is not None and lora_bias.dtype != lora_b.dtype:
-        raise ValueError(f"lora_b is {lora_b.dtype} and lora_bias {lora_bias.dtype}: they need one dtype")
+    return checked((base, x, weight, bias), (lora_a, lora_b, lora_bias, None), _NAMES, scaling, mixing)

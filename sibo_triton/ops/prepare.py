@@ -1,15 +1,17 @@
-"""What LoRA and bottleneck adapters have in common between their arguments and `products.py`."""
+"""What LoRA and bottleneck adapters have in common between their arguments and `products.py`: checks, and the path."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sibo_triton.dropout import check_dropout
+from sibo_triton import reference
+from sibo_triton.dropout import check_dropout, check_seed
 from sibo_triton.ops import small
-from sibo_triton.ops.arguments import Inputs, Settings
+from sibo_triton.ops.arguments import Inputs, Settings, lambda_of, scaling_of
 from sibo_triton.ops.autograd import outputs_with_gradients
 from sibo_triton.ops.dispatch import backend_for, warn_of_fallback
 from sibo_triton.ops.group import Group, group, has_few_rows
@@ -17,11 +19,45 @@ from sibo_triton.ops.products import forward
 from sibo_triton.ops.tensors import autocast_dtype, resolved
 from sibo_triton.reference import checked_mixing
 
+#: base, x, weight and bias of `Inputs`.
+Frozen = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
+#: lora_a, lora_b, lora_bias and down_bias of `Inputs`.
+Adapter = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
-def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor) -> None:
-    """Raise a ValueError unless x, the frozen linear and B fit together."""
-    if weight.dim() != 2 or weight.shape != (lora_b.shape[0], x.shape[-1]):
-        raise ValueError(f"weight has shape {list(weight.shape)}, but [{lora_b.shape[0]}, {x.shape[-1]}] fits x and B")
+
+class Names(NamedTuple):
+    """How the arguments of an adapter are called in errors."""
+
+    down: str
+    up: str
+    up_bias: str
+    down_bias: str
+    rank: str
+
+
+def _check_adapter(x: Tensor, adapter: Adapter, out_features: int | None, names: Names) -> None:
+    """Raise a ValueError unless the weights and biases of an adapter fit x, each other, and what they are added to."""
+    down, up, up_bias, down_bias = adapter
+    if down.dim() != 2 or down.shape[1] != x.shape[-1]:
+        raise ValueError(f"{names.down} has shape {list(down.shape)}, but [{names.rank}, {x.shape[-1]}] fits x")
+    rank = down.shape[0]
+    if up.dim() != 2 or up.shape[1] != rank or out_features not in (None, up.shape[0]):
+        fitting = f"[N, {rank}] fits {names.down}" if out_features is None else f"[{out_features}, {rank}] fits base"
+        raise ValueError(f"{names.up} has shape {list(up.shape)}, but {fitting}")
+    for name, bias, size in ((names.down_bias, down_bias, rank), (names.up_bias, up_bias, up.shape[0])):
+        if bias is not None and bias.shape != (size,):
+            weight = names.down if bias is down_bias else names.up
+            raise ValueError(f"{name} has shape {list(bias.shape)}, but [{size}] fits {weight}")
+    for name, tensor in ((names.up, up), (names.up_bias, up_bias), (names.down_bias, down_bias)):
+        if tensor is not None and tensor.dtype != down.dtype:
+            raise ValueError(f"{names.down} is {down.dtype} and {name} {tensor.dtype}: they need one dtype")
+
+
+def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, up_name: str) -> None:
+    """Raise a ValueError unless x, the frozen linear and the adapter fit together."""
+    fitting = [out_features, x.shape[-1]]
+    if list(weight.shape) != fitting:
+        raise ValueError(f"weight has shape {list(weight.shape)}, but {fitting} fits x and {up_name}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {list(bias.shape)}, but [{weight.shape[0]}] fits weight")
     if autocast_dtype(x.device.type) is not None:
@@ -32,46 +68,43 @@ def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor
         raise ValueError(f"x is {x.dtype} and bias {bias.dtype}: the frozen linear needs one dtype (or autocast)")
 
 
-def _check_scaling_and_dropout(scaling: float | Tensor, dropout_p: float, dropout_seed: Tensor | None) -> None:
-    """Raise a TypeError or ValueError for what is no scaling, no rate of dropout, or no seed of one that is not 0."""
+def _check_scaling(scaling: float | Tensor) -> None:
     if isinstance(scaling, Tensor) and (scaling.numel() != 1 or not scaling.is_floating_point()):
         description = f"a {scaling.dtype} tensor of shape {list(scaling.shape)}"
         raise ValueError(f"scaling is {description}: pass a number, or one floating point value")
-    check_dropout(dropout_p, dropout_seed)
-    if dropout_p == 0:
-        return
-    if not isinstance(dropout_seed, Tensor):
-        raise TypeError(f"dropout_seed is {dropout_seed!r}: pass a tensor, as draw_seed(x.device) returns it")
-    if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
-        description = f"a {dropout_seed.dtype} tensor of shape {list(dropout_seed.shape)}"
-        raise ValueError(f"dropout_seed is {description}: pass one int64 value, as draw_seed(x.device) returns it")
 
 
 def checked(
-    frozen: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None],  # base, x, weight and bias of `Inputs`
-    adapter: tuple[Tensor, Tensor, Tensor | None, Tensor | None],  # lora_a, lora_b, lora_bias and down_bias
+    frozen: Frozen,
+    adapter: Adapter,
+    names: Names,
     scaling: float | Tensor,
     mixing: tuple[Tensor | None, float | Tensor, float, Tensor | None],  # h0, lambda, the rate of dropout and its seed
     activation: str | None = None,
 ) -> tuple[Settings, Inputs]:
-    """The settings, with the chosen backend, and the tensors of an adapter of either kind, whose shapes were checked.
+    """The arguments of an adapter of either kind, checked, and with the chosen backend.
 
     Raises:
-        TypeError, ValueError: the rest does not fit: the frozen linear, h0, lambda, the scaling, or dropout.
+        TypeError, ValueError: they do not fit together.
     """
     (base, x, weight, bias), (initial_residual, lambda_, dropout_p, seed) = frozen, mixing
+    added_to = x if base is None else base
+    _check_adapter(x, adapter, added_to.shape[-1] if weight is None else None, names)
     if weight is not None:
-        _check_frozen(x, weight, bias, adapter[1])
+        _check_frozen(x, weight, bias, adapter[1].shape[0], names.up)
+    elif added_to.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"base has shape {list(added_to.shape)} and x {list(x.shape)}: both must hold the same tokens")
     checked_mixing(x, initial_residual, lambda_)
-    _check_scaling_and_dropout(scaling, dropout_p, seed)
+    _check_scaling(scaling)
+    check_dropout(dropout_p, seed)
+    if dropout_p != 0:
+        check_seed(seed)
     base, x = None if base is None else resolved(base), resolved(x)
     initial_residual = None if initial_residual is None else resolved(initial_residual)
     adapter_dtype = adapter[0].dtype
     autocast = None if torch.float64 in (x.dtype, adapter_dtype) else autocast_dtype(x.device.type)
     adapter_dtype = adapter_dtype if autocast is None else autocast
-    added_to = x if weight is None and base is None else base if weight is None else weight
-    assert added_to is not None
-    dtype = added_to.dtype if weight is None or autocast is None else autocast
+    dtype = added_to.dtype if weight is None else weight.dtype if autocast is None else autocast
     residual_dtype = None if initial_residual is None else initial_residual.dtype
     choice = backend_for(x.device, (dtype, x.dtype, residual_dtype or x.dtype, adapter_dtype))
     if choice.is_fallback:
@@ -86,18 +119,42 @@ def checked(
     return settings, inputs
 
 
-def fused(settings: Settings, inputs: Inputs) -> Tensor:
+def run(settings: Settings, inputs: Inputs) -> Tensor:
     """y, ``[..., N]``, of an adapter of either kind, by the backend that was chosen."""
+    if settings.backend == "reference":
+        return _by_definition(settings, inputs)
     if torch.compiler.is_compiling():
         from sibo_triton.ops.registered import low_rank  # registering takes time, and only compiled code needs it
 
         return low_rank(settings, inputs)
+    if settings.backend == "torch" and settings.activation is None and inputs.x.numel() <= small.ELEMENTS:
+        return small.low_rank(settings, inputs)
     outputs = outputs_with_gradients([settings], [inputs])
     if outputs is not None:
         return outputs[0]
     if has_few_rows(settings, inputs):
         return group([settings], [inputs]).output(0)
     return forward([settings], [inputs], [False])[0][0]
+
+
+def _by_definition(settings: Settings, inputs: Inputs) -> Tensor:
+    base, x, weight, bias, down, up, up_bias, down_bias, initial_residual, _, _, seed = inputs
+    adapter = down, up, scaling_of(settings, inputs)
+    options: dict[str, Any] = {
+        "initial_residual": initial_residual,
+        "lambda_": lambda_of(settings, inputs),
+        "dropout_p": settings.dropout_p,
+        "dropout_seed": seed,
+    }
+    if settings.activation is None:
+        options["lora_bias"] = up_bias
+        if weight is None:
+            return reference.add_lora(base, x, *adapter, **options)
+        return reference.lora_linear(x, weight, bias, *adapter, **options)
+    options |= {"activation": settings.activation, "down_bias": down_bias, "up_bias": up_bias}
+    if weight is None:
+        return reference.add_bottleneck(x if base is None else base, x, *adapter, **options)
+    return reference.bottleneck_adapter(x, weight, bias, *adapter, placement="parallel", **options)
 
 
 def group_of(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Group | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sibo_triton import reference
-from sibo_triton.ops.arguments import Inputs
+from sibo_triton.ops.arguments import Inputs, Settings, lambda_of, scaling_of
 from sibo_triton.ops.tensors import as_matrix, shaped_like
 from sibo_triton.ops.tiles import keep_whole
 
@@ -19,9 +19,10 @@ from sibo_triton.ops.tiles import keep_whole
 ELEMENTS = 2**13
 
 
-def low_rank(inputs: Inputs, scaling: float | Tensor, lambda_: float | Tensor, dropout_p: float) -> Tensor:
-    """y, ``[..., N]``: `sibo_triton.reference.lora_linear`, or `add_lora` where a base output is given."""
+def low_rank(settings: Settings, inputs: Inputs) -> Tensor:
+    """y, ``[..., N]``, of LoRA: `sibo_triton.reference.lora_linear`, or `add_lora` where a base output is given."""
     base, x, weight, bias, lora_a, lora_b, lora_bias, _, initial_residual, _, _, seed = inputs
+    scaling, lambda_, dropout_p = scaling_of(settings, inputs), lambda_of(settings, inputs), settings.dropout_p
     given = x
     if x.dim() != 2:  # once, or every product below would
         x = as_matrix(x)
