@@ -92,7 +92,7 @@ class LayerRow:
     @property
     def groups(self) -> list[tuple[str, ...]]:
         """The linears with adapters, grouped by the input that they share."""
-        groups = groups_of(self.architecture) if self.names is None else [self.names]
+        groups = self.architecture.linears.groups if self.names is None else (self.names,)
         targets = replace(self.setting, linears=self.architecture.linears).targets
         return [group for group in groups if set(group) & set(targets)]
 
@@ -268,13 +268,6 @@ class PartOfLayer(LayerComparison):
         return step.forward(0), lambda: step.inputs[0][1].grad
 
 
-def groups_of(architecture: Architecture) -> list[tuple[str, ...]]:
-    """The linears of a layer that share an input."""
-    if architecture.kind != "bert":
-        return list(architecture.linears.groups)
-    return [("query", "key", "value"), ("attention.output.dense",), ("intermediate.dense",), ("output.dense",)]
-
-
 def plan(quick: bool) -> list[LayerRow]:
     """The rows, the most important first."""
     both = (BF16, DEFAULTS)
@@ -282,7 +275,7 @@ def plan(quick: bool) -> list[LayerRow]:
     rows = [LayerRow(LLAMA_3_8B, 8192, setting, compiles=not quick) for setting in both]
     sweep = (2048, 512, 32768) if quick else (2048, 512, 32768, 1024, 4096, 16384)
     rows += [LayerRow(LLAMA_3_8B, M, setting, compiles=not quick) for M in sweep for setting in both]
-    rows += _parts(LLAMA_3_8B, groups_of(LLAMA_3_8B), (8192,), both)
+    rows += _parts(LLAMA_3_8B, LLAMA_3_8B.linears.groups, (8192,), both)
     rows += [LayerRow(LLAMA_3_8B, 8192, setting, compiles=not quick) for setting in ADAPTERS]
     others = ARCHITECTURES[1:]
     rows += [LayerRow(other, 8192, setting) for other in others for setting in both]
@@ -296,8 +289,8 @@ def plan(quick: bool) -> list[LayerRow]:
     rows += _parts(LLAMA_3_8B, [(name,) for name in LLAMA_3_8B.shapes()], (8192,), both)
     rows += [LayerRow(other, M, setting) for other in others for M in TOKENS if M != 8192 for setting in both]
     for other in others:
-        rows += _parts(other, groups_of(other), (8192,), both)
-    rows += _parts(LLAMA_3_8B, groups_of(LLAMA_3_8B), [M for M in TOKENS if M != 8192], both)
+        rows += _parts(other, other.linears.groups, (8192,), both)
+    rows += _parts(LLAMA_3_8B, LLAMA_3_8B.linears.groups, [M for M in TOKENS if M != 8192], both)
     return list(dict.fromkeys(rows))
 
 

@@ -35,7 +35,7 @@ from benchmarks.settings import Linears
 BERT_LINEARS = Linears(
     all=("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
     mixing=("query", "key", "value", "intermediate.dense"),
-    groups=(("query", "key", "value"), ("dense",)),
+    groups=(("query", "key", "value"), ("attention.output.dense",), ("intermediate.dense",), ("output.dense",)),
     feed_forward=("intermediate.dense",),
 )
 

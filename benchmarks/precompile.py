@@ -53,10 +53,10 @@ def jobs_of(quick: bool) -> list[Job]:
         jobs += _jobs(row.architecture, row.groups, [row.tokens], row.setting)
     for training in step.plan(quick):
         tokens = [training.tokens, step.CHECKED_TOKENS]
-        jobs += _jobs(training.architecture, layer.groups_of(training.architecture), tokens, training.setting)
+        jobs += _jobs(training.architecture, training.architecture.linears.groups, tokens, training.setting)
     for decoding in decode.plan(quick):
         tokens = [decoding.batch * length for length in (1, decode.PROMPT - 1, decode.PROMPT)]
-        groups = layer.groups_of(decoding.architecture)
+        groups = decoding.architecture.linears.groups
         jobs += _jobs(decoding.architecture, groups, tokens, decoding.setting, trains=False)
     return list(dict.fromkeys(jobs))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.results_file import FLOOR
-from benchmarks.settings import AdapterSetting, Linears, Setting
+from benchmarks.settings import AdapterSetting, Setting
 from sibo_triton import SiboLoraConfig, accelerate
 from sibo_triton.injection.siblings import attach_siblings, detach_siblings
 
@@ -100,10 +100,7 @@ class Addmm(Peft):
     """
 
     name = "addmm_ scheme"
-
-    def groups(self, linears: Linears) -> tuple[tuple[str, ...], ...]:
-        """The linears that form one autograd function, for each."""
-        return tuple((name,) for group in linears.groups for name in group)
+    groups_siblings = False
 
     def unavailable(self, setting: Setting) -> str | None:
         return "no dropout" if setting.dropout else None
@@ -113,9 +110,10 @@ class Addmm(Peft):
         layers = dict(_lora_linears(wrapped))
         for name in layers:
             parent, _, child = name.rpartition(".")
-            for group in self.groups(setting.linears):
-                if group[0] == child:
-                    _Siblings([layers[f"{parent}.{sibling}"] for sibling in group])
+            groups = setting.linears.groups if self.groups_siblings else ()
+            group = next((group for group in groups if child in group), (child,))
+            if group[0] == child:
+                _Siblings([layers[f"{parent}.{sibling}"] for sibling in group])
         return wrapped
 
 
@@ -127,9 +125,7 @@ class AddmmGrouped(Addmm):
     """
 
     name = "addmm_ scheme, siblings grouped"
-
-    def groups(self, linears: Linears) -> tuple[tuple[str, ...], ...]:
-        return linears.groups
+    groups_siblings = True
 
 
 class _Siblings:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import LLAMA_3_8B
 from benchmarks.results_file import FLOOR, MIB, RESULTS
+from benchmarks.settings import Linears
 from sibo_triton.finetune.demo.report import demo_table
 from sibo_triton.finetune.report import markdown_table
 
@@ -139,7 +139,7 @@ def other_layers(results: Path) -> str:
 def linears_tables(results: Path) -> str:
     """For each GPU a table of the groups of linears of README's layer, timed by themselves, and of all of them."""
     parts = []
-    groups = ["+".join(names) for names in LLAMA_3_8B.linears.groups]
+    groups = ["+".join(names) for names in Linears().groups]
     for where, rows in _layers(results, whole=False):
         table, by_adapters = [], {}
         for row in (row for row in rows if _is_first(row) and row["part"] in groups):

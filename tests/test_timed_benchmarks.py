@@ -393,7 +393,7 @@ def test_every_row_of_the_benchmarks_is_compiled_first():
     for quick in (True, False):
         jobs = {(job.architecture.name, job.names, job.tokens, job.setting) for job in precompile.jobs_of(quick)}
         for row in layer.plan(quick):
-            groups = [row.names] if row.names else layer.groups_of(row.architecture)
+            groups = [row.names] if row.names else row.architecture.linears.groups
             if isinstance(row.setting, BottleneckSetting):
                 groups = [("gate_proj", "up_proj")]  # of these rows' models
             assert all((row.architecture.name, names, row.tokens, row.setting) in jobs for names in groups), row.title
