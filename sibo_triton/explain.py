@@ -16,9 +16,9 @@ from sibo_triton.bottleneck.model import adapter_layers
 from sibo_triton.injection.siblings import siblings_below
 from sibo_triton.injection.sites import MixingSite, sibo_lambdas
 from sibo_triton.lora.acceleration import obstacle_to_acceleration
-from sibo_triton.lora.forward import SiboLoraVariant
-from sibo_triton.lora.layer import lora_layers
+from sibo_triton.lora.layer import SiboLoraVariant
 from sibo_triton.lora.paths import path_of
+from sibo_triton.lora.peft_layers import lora_layers
 from sibo_triton.ops import backend_for
 
 _PATHS = {

@@ -37,7 +37,8 @@ from sibo_triton.injection.snapshot import Snapshot
 from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
-from sibo_triton.lora.wrapping import wrap, wrap_layer_class, wrap_layer_classes
+from sibo_triton.lora.wrapping import wrap_layer_class, wrap_layer_classes
+from sibo_triton.patching import wrap
 
 
 def register() -> None:

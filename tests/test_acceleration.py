@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from sibo_triton import SiboLoraConfig, accelerate, accelerate_all, explain, reference, restore
-from sibo_triton.lora.forward import FusedLinear
+from sibo_triton.lora.layer import FusedLinear
 
 ALL = {"target_modules": "all-linear"}
 

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from peft.tuners.lora import LoraModel
 
 from sibo_triton import __version__, environment
-from sibo_triton.lora.wrapping import wrap
+from sibo_triton.patching import wrap
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_FILES = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))

@@ -29,10 +29,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-import sibo_triton.lora.forward as forward_file
+import sibo_triton.lora.layer as forward_file
 from sibo_triton import SiboLoraConfig, accelerate, explain
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
-from sibo_triton.lora.forward import FusedLinear
+from sibo_triton.lora.layer import FusedLinear
 
 
 @pytest.fixture

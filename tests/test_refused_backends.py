@@ -23,7 +23,7 @@ from tiny_models import llama, randomise_adapters, token_inputs
 from torch import nn
 
 from sibo_triton import SiboLoraConfig, explain
-from sibo_triton.lora.layer import dispatches_variants
+from sibo_triton.lora.peft_layers import dispatches_variants
 
 # --- Backends whose LoRA layers never look at `lora_variant`
 

@@ -22,7 +22,7 @@ import sibo_triton.injection.siblings as siblings_file
 from sibo_triton import SiboLoraConfig, accelerate, dropout, explain, reference, restore
 from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection.siblings import find_siblings, siblings_below
-from sibo_triton.lora.layer import lora_layers
+from sibo_triton.lora.peft_layers import lora_layers
 from sibo_triton.ops import torch_backend
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")

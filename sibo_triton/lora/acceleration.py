@@ -20,9 +20,9 @@ from torch import nn
 from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection.siblings import connect_siblings, detach_unused_siblings
 from sibo_triton.injection.sites import MixingSite, Notices
-from sibo_triton.lora.forward import AcceleratedLora, SiboLoraVariant
 from sibo_triton.lora.install import add_site, forget, is_linear
-from sibo_triton.lora.layer import belongs_to_x_lora, dispatches_variants, lora_layers
+from sibo_triton.lora.layer import AcceleratedLora, SiboLoraVariant
+from sibo_triton.lora.peft_layers import belongs_to_x_lora, dispatches_variants, lora_layers
 from sibo_triton.lora.wrapping import wrap_layer_classes
 
 _Model = TypeVar("_Model", bound=nn.Module)

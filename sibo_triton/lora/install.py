@@ -8,8 +8,8 @@ from torch import nn
 
 from sibo_triton.injection.sites import LORA_LAMBDA_NAME, MixingSite, sibo_adapters
 from sibo_triton.lora.config import SiboLoraConfig
-from sibo_triton.lora.forward import FusedLinear, SiboLoraVariant
-from sibo_triton.lora.layer import dispatches_variants
+from sibo_triton.lora.layer import FusedLinear, SiboLoraVariant
+from sibo_triton.lora.peft_layers import dispatches_variants
 from sibo_triton.mixing import SiboLambda
 
 _NOT_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d)

@@ -16,7 +16,7 @@ from sibo_triton.injection.reversible import inject_reversibly, note_config
 from sibo_triton.injection.siblings import connect_siblings
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.install import forget, install, is_linear, match_class
-from sibo_triton.lora.layer import belongs_to_x_lora, dispatches_variants, lora_layers
+from sibo_triton.lora.peft_layers import belongs_to_x_lora, dispatches_variants, lora_layers
 
 
 class XLoraRefusal(ValueError):

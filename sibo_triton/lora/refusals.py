@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from sibo_triton.injection.sites import sibo_adapters
-from sibo_triton.lora.forward import refuse_merge
-from sibo_triton.lora.layer import dispatches_variants, lora_layers
+from sibo_triton.lora.layer import refuse_merge
+from sibo_triton.lora.peft_layers import dispatches_variants, lora_layers
 
 
 def check_merge_allowed(model: nn.Module, adapter_names: Sequence[str] | None) -> None:

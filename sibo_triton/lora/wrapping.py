@@ -1,52 +1,18 @@
-"""`wrap`, by which PEFT's functions are changed, and what it changes of the classes of PEFT's LoRA layers."""
+"""What is changed of the methods of PEFT's LoRA layers."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
-import peft
-import transformers
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from sibo_triton.environment import tested_pairs
 from sibo_triton.injection.sites import mixed_batch, sibo_adapters, site_of
-from sibo_triton.lora.forward import AcceleratedLora, refuse_merge
-from sibo_triton.lora.layer import lora_layers
-
-_ORIGINAL = "_sibo_triton_wraps"  # attribute of a wrapper
-
-
-def wrap(owner: type | ModuleType, name: str, wrapper: Callable) -> None:
-    """Put `wrapper(original, *args, **kwargs)` in the place of a function of `owner`; a second time does nothing.
-
-    Raises:
-        ImportError: this PEFT or transformers has no such function.
-    """
-    try:
-        attribute = inspect.getattr_static(owner, name)
-    except AttributeError:
-        installed = f"transformers {transformers.__version__} with peft {peft.__version__}"
-        raise ImportError(
-            f"sibo_triton changes {owner.__name__}.{name}, which {installed} does not have. Install versions that "
-            f"it is tested with: {tested_pairs()}."
-        ) from None
-    is_classmethod = isinstance(attribute, classmethod)
-    original = attribute.__func__ if is_classmethod else attribute
-    if hasattr(original, _ORIGINAL):
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    setattr(wrapped, _ORIGINAL, original)
-    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+from sibo_triton.lora.layer import AcceleratedLora, refuse_merge
+from sibo_triton.lora.peft_layers import lora_layers
+from sibo_triton.patching import wrap
 
 
 def wrap_layer_classes(model: nn.Module) -> None:
