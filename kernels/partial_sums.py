@@ -42,14 +42,15 @@ def sum_parts_kernel(
 
     o = (i_block - first_own).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m = o < numel_own
-    b_total = tl.zeros([BLOCK], dtype=tl.float32)  # [BLOCK]
+    b_sums = tl.zeros([BP, BLOCK], dtype=tl.float32)  # [BP, BLOCK], added up once: warps share it in shared memory
     i_part = 0
     while i_part < parts_own:
         o_p = i_part + tl.arange(0, BP)  # [BP]
         b_p_parts = p_parts_own + o_p.to(tl.int64)[:, None] * numel_own + o[None, :]
         b_parts = tl.load(b_p_parts, mask=(o_p < parts_own)[:, None] & m[None, :], other=0.0)  # [BP, BLOCK]
-        b_total += tl.sum(b_parts, axis=0)
+        b_sums += b_parts
         i_part += BP
+    b_total = tl.sum(b_sums, axis=0)  # [BLOCK]
     for i in tl.static_range(SUMS):  # each total has a dtype of its own
         if i_own == i:
             tl.store(p_total[i] + o, b_total.to(p_total[i].dtype.element_ty), mask=m)

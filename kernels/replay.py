@@ -85,7 +85,8 @@ def _recorded(
     given = [tensor for tensor in tensors if tensor is not None]
     index = given[0].device.index
     if index is not None and index != torch.cuda.current_device():
-        return compute()
+        with torch.cuda.device(index):
+            return _recorded(tapes, key, tensors, compute)
     addresses = {tensor.data_ptr() for tensor in given}
     if len(addresses) < len(given) or 0 in addresses:
         return compute()  # two tensors at one address (h0 and the first layer's x) may be distinct in the next call
@@ -127,8 +128,8 @@ class Tape:
     """
 
     __slots__ = (
-        *("_aligned", "_alignment", "_alive", "_allocate", "_buffers", "_constants", "_device", "_hooks", "_launches"),
-        *("_offsets", "_pick_given", "_pick_outputs", "_pick_starts", "_pick_tuples", "_views"),
+        *("_aligned", "_alignment", "_alive", "_allocate", "_buffers", "_constants", "_device", "_hooks", "_index"),
+        *("_launches", "_offsets", "_pick_given", "_pick_outputs", "_pick_starts", "_pick_tuples", "_views"),
     )
 
     def __init__(
@@ -140,7 +141,7 @@ class Tape:
         addresses: list[tuple[int, int]],
         outputs: list[tuple[int, tuple | None] | None],
     ) -> None:
-        self._device = jit.driver.active.get_current_device()
+        self._device, self._index = jit.driver.active.get_current_device(), device.index
         given = [i for i, aligned in enumerate(alignment) if aligned is not None]
         self._pick_given = tuple_getter(given)
         self._alignment = [aligned for aligned in alignment if aligned is not None]
@@ -188,12 +189,17 @@ class Tape:
         """The returned tensors, for given ones with the recorded key; None where the launches do not fit these."""
         driver = jit.driver.active
         device = driver.get_current_device()
+        if device != self._device:  # of a model on several, with the first as the current one
+            if self._index is None:
+                return None
+            with torch.cuda.device(self._index):
+                return self(tensors)
         given = tuple(map(_data_ptr, self._pick_given(tensors)))
         if self._aligned:
             matches = reduce(or_, given) & 15 == 0
         else:
             matches = _alignment(given) == self._alignment
-        if not matches or device != self._device or any(self._hooks):
+        if not matches or any(self._hooks):
             return None
         buffers = list(starmap(self._allocate, self._buffers))
         starts = tuple(map(_data_ptr, buffers))

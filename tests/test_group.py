@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from op_cases import FP64, WANTABLE, OpCase
 
 from sibo_triton import reference
-from sibo_triton.ops import BACKEND_VARIABLE, lora_linear_group, small
+from sibo_triton.ops import BACKEND_VARIABLE, group, lora_linear_group, small
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -29,6 +29,13 @@ def test_values_and_gradients_are_as_good_as_the_definitions(name):
 def test_float64_gives_the_definition(name):
     """Where no rounding hides anything."""
     assert_group_as_good_as_the_definition([replace(of, dtype=FP64, adapter_dtype=None) for of in GROUPS[name]])
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing, few rows", "nothing, few rows, dropout"])
+def test_outputs_that_are_made_when_they_are_needed(name, monkeypatch):
+    monkeypatch.setattr(group, "FEW_BYTES", -1)
+    monkeypatch.setattr(group, "FEW_ROWS", -1)
+    assert_group_as_good_as_the_definition(GROUPS[name])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -95,8 +95,9 @@ def kept_of(node: Node, inputs: Sequence[Inputs], results: Sequence[Down]) -> li
     return [x, h0, *of_layers]
 
 
-#: The fields of `Saved` but for x and h0; the weight is the first.
-KEPT_PER_LAYER = len(Saved._fields) - 2
+#: x and h0, and the other fields of `Saved`, of which the weight is the first.
+KEPT_SHARED = 2
+KEPT_PER_LAYER = len(Saved._fields) - KEPT_SHARED
 
 
 def is_batched(grad_y: Tensor | None) -> bool:

@@ -11,17 +11,25 @@ from sibo_triton.kernels.siblings import UpProjection
 from sibo_triton.ops.arguments import Inputs, Settings, scaling_of
 from sibo_triton.ops.autograd import outputs_with_gradients
 from sibo_triton.ops.dispatch import implementation
-from sibo_triton.ops.products import Request, down, down_inputs, down_projections, output, with_frozen
+from sibo_triton.ops.products import Request, down, down_inputs, down_projections, forward, output, with_frozen
 from sibo_triton.ops.tensors import as_matrix, without_autocast
 
 #: Up to so many tokens, without gradients, all low-rank products are computed in the same launches.
 FEW_ROWS = 64
+#: Up to so many bytes of y in all, without gradients, they are computed at once, which takes the host less time.
+FEW_BYTES = 64 * 2**20
 
 
 def has_few_rows(settings: Settings, inputs: Inputs) -> bool:
     """Whether a layer's low-rank product takes the launches for few tokens, where no gradient is wanted."""
     few = inputs.x.shape[:-1].numel() <= FEW_ROWS
     return few and settings.activation is None and inputs.weight is not None
+
+
+def is_at_once(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> bool:
+    """Whether all outputs of layers that share x are computed together, where no gradient is wanted."""
+    features = sum(layer.lora_b.shape[0] for layer in inputs)
+    return inputs[0].x.shape[:-1].numel() * features * settings[0].dtype.itemsize <= FEW_BYTES
 
 
 class Group:
@@ -46,8 +54,9 @@ class Group:
 def group(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Group:
     """Compute layers that share x.
 
-    With gradients all outputs are computed here, and for few rows all low-rank products. Otherwise only t of each
-    layer is, and its output when it is taken: without gradients the peak of memory is what is alive at one time.
+    With gradients all outputs are computed here, also without where they are small, and for few rows all low-rank
+    products. Otherwise only t of each layer is, and its output when it is taken: without gradients the peak of memory
+    is what is alive at one time.
 
     Args:
         settings, inputs: of each layer. They have one backend, x, h0 (None where a layer does not mix), activation (or
@@ -67,6 +76,8 @@ def group(settings: Sequence[Settings], inputs: Sequence[Inputs]) -> Group:
 
     if has_few_rows(settings[0], inputs[0]):
         return Group(_low_rank_products(settings, inputs), with_frozen_product)
+    if is_at_once(settings, inputs):
+        return Group(forward(settings, inputs, [False] * len(inputs))[0])
     downs = down(settings, inputs, [False] * len(inputs))
     return Group([result.activated for result in downs], with_up_projection)
 

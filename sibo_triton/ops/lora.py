@@ -73,15 +73,20 @@ def lora_linear(
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
     layer = (weight, bias, lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
+    return _output(None, x, layer)
+
+
+def _output(base: Tensor | None, x: Tensor, layer: tuple) -> Tensor:
+    """y of a layer with these `LoraArguments`; without a weight it is added to ``base``."""
     form = call = None
     if _may_repeat(x):
-        tensors, numbers = repeated.flattened(x, initial_residual, (layer,))
+        tensors, numbers = repeated.flattened(x, layer[5], (layer,), base)
         form = repeated.form_of(tensors, numbers)
         call = repeated.known(form, tensors)
         outputs = None if call is None else repeated.outputs(call, tensors)
         if outputs is not None:
             return outputs[0]
-    settings, inputs = _checked(None, x, *layer)
+    settings, inputs = _checked(base, x, *layer)
     y = run(settings, inputs)
     if form is not None and call is None:
         repeated.remember(form, tensors, [settings], [inputs])
@@ -153,8 +158,8 @@ def add_lora(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`.
     """
-    adapter = (lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    return run(*_checked(base, x, None, None, *adapter))
+    layer = (None, None, lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
+    return _output(base, x, layer)
 
 
 _NAMES = Names("lora_a", "lora_b", "lora_bias", "down_bias", "r")

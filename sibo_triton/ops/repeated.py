@@ -1,4 +1,4 @@
-"""The short path of `lora_linear` and its groups on the kernels, for calls whose form has been seen before.
+"""The short path of LoRA's operations on the kernels, for calls whose form has been seen before.
 
 Training and generation call a layer with tensors of the same few shapes, strides and dtypes again and again. Everything
 between the arguments and the recorded launches (`kernels/replay.py`) follows from those: checks, the backend, what is
@@ -19,9 +19,19 @@ from torch import Tensor, nn
 
 from sibo_triton.kernels.tuple_getter import tuple_getter
 from sibo_triton.ops.arguments import Inputs, Settings
-from sibo_triton.ops.autograd import KEPT_PER_LAYER, Node, apply_of, gradients, is_batched, kept_of, node_of, saved_of
+from sibo_triton.ops.autograd import (
+    KEPT_PER_LAYER,
+    KEPT_SHARED,
+    Node,
+    apply_of,
+    gradients,
+    is_batched,
+    kept_of,
+    node_of,
+    saved_of,
+)
 from sibo_triton.ops.dispatch import implementation
-from sibo_triton.ops.group import few_rows_request, has_few_rows
+from sibo_triton.ops.group import few_rows_request, has_few_rows, is_at_once
 from sibo_triton.ops.products import PER_LAYER, Down, backward_request, forward_request
 from sibo_triton.ops.tensors import as_matrix, autocast_dtype, without_autocast
 
@@ -31,24 +41,28 @@ except ImportError:
     TensorGuards: Any = None  # type: ignore[no-redef]
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
-#: The tensors of a call, in this order: these two, and then those of each layer.
-_SHARED = ("x", "initial_residual")
-_OF_LAYER = tuple(name for name in Inputs._fields if name not in (*_SHARED, "base", "down_bias"))
-#: The gradients that recorded launches return; others are computed from their results, by `products.py`.
-_GRADIENTS = {"x", "initial_residual", "lora_a", "lora_b"}
+#: The tensors of a call, in this order: these, and then those of each layer.
+_SHARED = ("x", "initial_residual", "base")
+_OF_LAYER = tuple(name for name in Inputs._fields if name not in (*_SHARED, "down_bias"))
+_BASE = _SHARED.index("base")
+#: The gradients that recorded launches return, and dY itself; others are computed from results, by `products.py`.
+_GRADIENTS = {"x", "initial_residual", "lora_a", "lora_b", "base"}
 
 #: What remembers a form keeps at most so many that differ in their tensors only, and of one call so many backwards.
 _KEPT = 16
 
 
-def flattened(x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple]) -> tuple[tuple, tuple]:
+def flattened(
+    x: Tensor, initial_residual: Tensor | None, layers: Sequence[tuple], base: Tensor | None = None
+) -> tuple[tuple, tuple]:
     """The tensors of a call, None where there is none, and the rest of what identifies it.
 
     Args:
         initial_residual: h0 of those layers that have one.
         layers: the fields of `LoraArguments` of each.
+        base: what a single layer without a frozen weight is added to.
     """
-    tensors: list[Any] = [x, initial_residual]
+    tensors: list[Any] = [x, initial_residual, base]
     numbers: list[Any] = []
     for weight, bias, lora_a, lora_b, scaling, h0, lambda_, dropout_p, seed, lora_bias in layers:
         lambda_number = lambda_tensor = scaling_number = scaling_tensor = None
@@ -143,7 +157,7 @@ def _call_for(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inp
     few_rows = node is None and has_few_rows(settings[0], inputs[0])
     simple = all(map(_is_simple, settings, inputs))
     if node is None:
-        simple &= few_rows or len(inputs) == 1  # else each y is computed when it is taken
+        simple &= few_rows or len(inputs) == 1 or is_at_once(settings, inputs)
     else:
         simple &= {Inputs._fields[field] for _, field in node.places} <= _GRADIENTS
     if not simple:
@@ -161,9 +175,8 @@ def _call_for(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inp
 
 
 def _is_simple(settings: Settings, inputs: Inputs) -> bool:
-    """Whether a layer is one that a `Call` can compute: kernels, a frozen linear of one dtype, no activation."""
-    has_frozen = inputs.base is None and inputs.weight is not None
-    one_dtype = has_frozen and settings.dtype == settings.x_dtype == inputs.weight.dtype
+    """Whether a layer is one that a `Call` can compute: kernels, LoRA, and a frozen linear of one dtype if any."""
+    one_dtype = inputs.weight is None or settings.dtype == settings.x_dtype == inputs.weight.dtype
     return settings.backend == "triton" and settings.activation is None and one_dtype
 
 
@@ -176,14 +189,20 @@ def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inpu
         else:
             key, read, matrices = forward_request(settings, inputs, [False] * count)
     tape = implementation("triton").tape_of(key, read)
-    x, (matrix, *others) = tensors[0], read
-    if tape is None or matrix is None or matrix.data_ptr() != x.data_ptr():  # a copy is read, of an x that is no matrix
+    if tape is None:
         return None
-    # the index of each layer's weight among the tensors, and of its low-rank y among the launches' results
+    # of x and of the base these are matrices: views of them, or copies where there can be none
+    read, base = list(read), tensors[_BASE]
+    for i, given in ((0, tensors[0]), (2, base)):
+        if given is not None:
+            matrix = read[i]
+            if matrix is None or matrix.data_ptr() != given.data_ptr():
+                return None
+            read[i] = given
+    # the index of each layer's low-rank y among the launches' results, and of its weight among the tensors
     ys = [i if few_rows else PER_LAYER * (i + 1) - 1 for i in range(count)]
-    frozen = [(len(_SHARED) + len(_OF_LAYER) * i, y) for i, y in enumerate(ys)]
-    casts = _casts_of(inputs, matrices)
-    return Call(_Read(tape, [x, *others], tensors, casts), frozen)
+    weights = [] if base is not None else [len(_SHARED) + len(_OF_LAYER) * i for i in range(count)]
+    return Call(_Read(tape, read, tensors, _casts_of(inputs, matrices)), ys, weights)
 
 
 def _casts_of(layers: Sequence[Any], matrices: Sequence[tuple]) -> list[tuple[Tensor, Tensor]]:
@@ -241,27 +260,29 @@ class Call:
 
     Args:
         launches: its launches.
-        frozen: of each layer: the index of its frozen weight among the tensors, and of its low-rank y among the
-            launches' results.
+        ys: of each layer: the index of its low-rank y among the launches' results.
+        weights: of each layer: the index of its frozen weight among the tensors; empty where y is added to a base.
     """
 
-    def __init__(self, launches: _Read, frozen: list[tuple[int, int]]) -> None:
-        self.launches, self._frozen = launches, frozen
+    def __init__(self, launches: _Read, ys: list[int], weights: list[int]) -> None:
+        self.launches, self._ys, self._weights = launches, ys, weights
 
     def __call__(self, tensors: tuple) -> Sequence[Tensor] | None:
         """y of each layer; None where the launches do not fit these tensors."""
         tensors = (*tensors, None)
         results = self.launches(tensors)
-        return None if results is None else self.with_frozen(tensors, results)
+        return None if results is None else self.outputs(tensors, results)
 
-    def with_frozen(self, tensors: tuple, results: list[Any]) -> list[Tensor]:
+    def outputs(self, tensors: tuple, results: list[Any]) -> list[Tensor]:
         """y of each layer: the frozen products accumulate onto the low-rank ones, as in `products.with_frozen`."""
-        x = tensors[0]
+        x, ys = tensors[0], [results[y] for y in self._ys]
+        if self._weights:
+            matrix = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+            for y, weight in zip(ys, self._weights, strict=True):
+                y.addmm_(matrix, tensors[weight].t())
         if x.dim() == 2:
-            return [results[y].addmm_(x, tensors[weight].t()) for weight, y in self._frozen]
-        *leading, in_features = x.shape
-        matrix = x.view(-1, in_features)
-        ys = [results[y].addmm_(matrix, tensors[weight].t()) for weight, y in self._frozen]
+            return ys
+        leading = x.shape[:-1]
         return [y.resize_(*leading, y.shape[1]) for y in ys]
 
 
@@ -296,7 +317,7 @@ class CallWithGradients:
         """The gradients; None where the launches are not known, or do not fit these tensors."""
         gs = [as_matrix(grad_y) for grad_y in grads_y]
         known = _first_that_fits(self._backwards[implementation("triton").float32_is_exact()], (*gs, *kept))
-        return None if known is None else known(kept, gs, grads_y[0].shape[:-1])
+        return None if known is None else known(kept, gs, grads_y)
 
     def remember_backward(self, kept: Sequence[Any], grads_y: Sequence[Any]) -> None:
         """Remember a backward that has taken the long path, which has recorded its launches.
@@ -318,9 +339,9 @@ class CallWithGradients:
             self._backwards[exact] = _with(self._backwards[exact], tensors, known)
 
     def _weights(self) -> list[int]:
-        """The index of each layer's frozen weight among the saved tensors; not used where dx is not wanted."""
-        starts = [len(_SHARED) + KEPT_PER_LAYER * i for i in range(len(self.node.settings))]
-        return [sum(self._is_kept[:start]) for start in starts]
+        """The index of each layer's frozen weight among the saved tensors: if dx is wanted and there is one."""
+        starts = [KEPT_SHARED + KEPT_PER_LAYER * i for i in range(len(self.node.settings))]
+        return [sum(self._is_kept[:start]) for start in starts if self._is_kept[start]]
 
 
 class _Backward:
@@ -332,23 +353,28 @@ class _Backward:
         by_field = {
             "x": lambda i: 0,
             "initial_residual": lambda i: 1,
-            "lora_a": lambda i: len(_SHARED) + i,
-            "lora_b": lambda i: len(_SHARED) + count + PER_LAYER * i + 1,
+            "lora_a": lambda i: 2 + i,
+            "lora_b": lambda i: 2 + count + PER_LAYER * i + 1,
+            "base": lambda i: 2 + count + PER_LAYER * count,  # dY, which follows the results
         }
         self._places = tuple_getter([by_field[Inputs._fields[field]](i) for i, field in node.places])
 
-    def __call__(self, kept: Sequence[Any], gs: list[Tensor], leading: torch.Size) -> Sequence[Tensor | None] | None:
+    def __call__(
+        self, kept: Sequence[Any], gs: list[Tensor], grads_y: Sequence[Tensor]
+    ) -> Sequence[Tensor | None] | None:
         results = self._launches((*gs, *kept, None))
         if results is None:
             return None
+        leading = grads_y[0].shape[:-1]
         dx, dh0, *_ = results
         if dx is not None:
-            for g, weight in zip(gs, self._weights, strict=True):
-                dx.addmm_(g, kept[weight])
+            if self._weights:
+                for g, weight in zip(gs, self._weights, strict=True):
+                    dx.addmm_(g, kept[weight])
             results[0] = dx.view(*leading, dx.shape[1])
         if dh0 is not None:
             results[1] = dh0.view(*leading, dh0.shape[1])
-        return self._places(results)
+        return self._places((*results, grads_y[0]))
 
 
 class _Repeated(torch.autograd.Function):
@@ -358,7 +384,7 @@ class _Repeated(torch.autograd.Function):
     def forward(
         ctx: Any, call: CallWithGradients, tensors: tuple, results: list[Tensor | None], *_: Tensor
     ) -> tuple[Tensor, ...]:
-        ys = call.forward.with_frozen(tensors, results)
+        ys = call.forward.outputs(tensors, results)
         ctx.call = call
         ctx.save_for_backward(*call.keeps((*tensors[:-1], *results, None)))
         ctx.set_materialize_grads(False)

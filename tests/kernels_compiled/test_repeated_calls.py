@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -14,13 +15,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from driver import Driver, tensors_of
 from group_cases import arguments_of, make_group, outputs_of_group, results_of
-from op_cases import OpCase, make, output_and_gradients
+from op_cases import OpCase, make, operations, output_and_gradients
 
 from sibo_triton import reference
 from sibo_triton.kernels import launching
 from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.up import up_kernel
-from sibo_triton.ops import autograd, lora, repeated
+from sibo_triton.ops import LoraArguments, autograd, group, lora, lora_linear_group, repeated
 
 pytestmark = pytest.mark.skipif(
     not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
@@ -49,12 +50,13 @@ def expected_of(driver, step, tensors):
 def the_long_path_is_closed(backward=True):
     """Neither arguments are prepared nor gradients put together."""
     closed = mock.Mock(side_effect=AssertionError("the call is not known"))
-    with mock.patch.object(lora, "_prepared", closed):
+    with mock.patch.object(lora, "_checked", closed):
         with mock.patch.object(repeated, "gradients", closed if backward else autograd.gradients):
             yield
 
 
-def step_of(arguments, of=MIXING, operation=lora.lora_linear):
+def step_of(arguments, of=MIXING, operation=None):
+    operation = operation or operations(of)[0]
     grad_y = torch.ones(*of.tokens, of.out_features, dtype=arguments["x"].dtype)
     return lambda: output_and_gradients(operation, arguments, grad_y)
 
@@ -68,6 +70,9 @@ CALLS = {
     "dropout": OpCase((70,), 48, 40, 4, mixes="number", dropout_p=0.1, wants=("x", "lora_a", "lora_b")),
     "nothing wanted, few rows": OpCase((3,), 48, 40, 4, mixes="number", wants=()),
     "nothing wanted": OpCase((70,), 48, 40, 4, mixes="number", wants=()),
+    "on a base": OpCase((2, 70), 48, 40, 4, mixes="number", on_base=True, wants=("x", "base", "lora_a", "lora_b")),
+    "on a base, which gets no gradient": OpCase((70,), 48, 40, 4, dropout_p=0.1, on_base=True),
+    "on a base, nothing wanted": OpCase((2, 3), 48, 40, 4, mixes="number", on_base=True, wants=()),
 }
 
 
@@ -105,6 +110,29 @@ def test_under_autocast_the_adapter_is_cast_in_each_call(tokens):
                 assert driver.run(alone, tensors) == expected
             with the_long_path_is_closed():
                 assert driver.run(alone, tensors) == expected
+
+
+def test_layers_that_share_x_take_one_step_without_gradients(monkeypatch):
+    """But where their outputs are so large that each is to be made when it is needed."""
+    cases = [OpCase((2, 70), 48, n, 4, mixes="number", wants=()) for n in (40, 24)]
+    layers = make_group(cases)
+    tensors = tensors_of(*layers)
+
+    def step():
+        return results_of(outputs_of_group, layers, [None, None])
+
+    with driver_with_nothing_known() as driver:
+        expected = expected_of(driver, step, tensors)
+        for _ in range(2):
+            assert driver.run(step, tensors) == expected
+        with the_long_path_is_closed():
+            assert driver.run(step, tensors) == expected
+        forget_launches()
+        monkeypatch.setattr(group, "FEW_BYTES", 140 * (40 + 24) * 4 - 1)
+        for _ in range(3):
+            names, results = driver.run(step, tensors)
+            assert results.keys() == expected[1].keys() and len(names) == len(expected[0])
+            assert driver.tapes == 0 and names != expected[0]  # a frozen product comes before the other layer's `up`
 
 
 @pytest.mark.parametrize("mixes", [("no", "no", "no"), ("no", "number", "tensor")])
@@ -167,14 +195,42 @@ VARIANTS = {
     "A frozen": lambda of: {"lora_a": of["lora_a"].detach()},
     "B negated when read": lambda of: {"lora_b": torch._neg_view(-of["lora_b"].detach())},
 }
+ON_BASE = {
+    "dtype of the base": lambda of: {"base": of["base"].detach().bfloat16().requires_grad_()},
+    "strides of the base": lambda of: {"base": torch.randn(2, 70, 96)[..., :40].requires_grad_()},
+    "a base that is no matrix": lambda of: {"base": of["base"].detach()[:1].expand(2, 70, 40).requires_grad_()},
+    "a base negated when read": lambda of: {"base": torch._neg_view(-of["base"].detach()).requires_grad_()},
+    "a base without gradient": lambda of: {"base": of["base"].detach()},
+}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("case", [MIXING, CALLS["nothing wanted"], CALLS["on a base"]])
+def test_nothing_is_launched_on_fake_tensors(case):
+    """Which have no memory. Their address is 0, and Triton takes it."""
+    with driver_with_nothing_known() as driver, FakeTensorMode() as fake:
+        arguments = {
+            name: fake.from_tensor(of) if isinstance(of, torch.Tensor) else of for name, of in make(case).items()
+        }
+        found = output_and_gradients(operations(case)[0], arguments, torch.ones(*case.tokens, case.out_features))
+        assert not driver.launches and not driver.tapes
+        expected = output_and_gradients(operations(case)[1], arguments, torch.ones(*case.tokens, case.out_features))
+        assert {name: (of.shape, of.dtype) for name, of in found.items()} == {
+            name: (of.shape, of.dtype) for name, of in expected.items()
+        }
+        if not case.on_base:
+            layer = LoraArguments(**{name: of for name, of in arguments.items() if name != "x"})
+            assert lora_linear_group(arguments["x"], [layer, layer]) is None
+
+
+@pytest.mark.parametrize("name", VARIANTS | ON_BASE)
 def test_what_differs_in_one_property_is_another_call(name):
-    arguments = make(replace(MIXING, bias=True))
-    other = arguments | VARIANTS[name](arguments)
+    of = replace(MIXING, bias=True)
+    if name in ON_BASE:
+        of = replace(MIXING, on_base=True, wants=(*MIXING.wants, "base"))
+    arguments = make(of)
+    other = arguments | (VARIANTS | ON_BASE)[name](arguments)
     tensors = tensors_of(arguments, other)
-    steps = [step_of(arguments), step_of(other)]
+    steps = [step_of(arguments, of), step_of(other, of)]
     with driver_with_nothing_known() as driver:
         expected = [expected_of(driver, step, tensors) for step in steps]
         assert expected[0] != expected[1]

@@ -1,6 +1,6 @@
 """Recorded launches hand the driver what the launchers do, address for address, and only where they may."""
 
-import math
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -18,14 +18,14 @@ from driver import Driver, tensors_of
 from group_cases import GROUPS, make_group, outputs_of_group, results_of
 from op_cases import CASES, OpCase, make, name_of, operations, output_and_gradients
 from triton import knobs
+from triton.runtime import jit
 
 from sibo_triton.kernels import launching, replay
 from sibo_triton.kernels.down import down_siblings
 from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.siblings import DownProjection
 from sibo_triton.kernels.up import up_kernel
-from sibo_triton.ops import add_bottleneck, lora
-from sibo_triton.ops.group import FEW_ROWS
+from sibo_triton.ops import add_bottleneck, lora, triton_backend
 
 pytestmark = pytest.mark.skipif(
     not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
@@ -48,10 +48,7 @@ def tapes_of(*cases):
     """Of a forward and, where anything is wanted, of the backward; none for what has no elements."""
     if 0 in (*cases[0].tokens, cases[0].in_features):
         return 0
-    if any(case.wants or case.mixes == "learnable" for case in cases):
-        return 2
-    # without gradients layers that share x make their outputs one by one, but for few rows
-    return int(len(cases) == 1 or math.prod(cases[0].tokens) <= FEW_ROWS)
+    return 2 if any(case.wants or case.mixes == "learnable" for case in cases) else 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -150,6 +147,31 @@ def test_what_lies_on_another_device_is_of_another_form():
         assert launching.tensor_key(torch.empty(1))[-1] == -1
     else:
         assert launching.tensor_key(torch.empty(1)) != launching.tensor_key(torch.empty(1, device="cuda"))
+
+
+def test_tensors_on_another_device_than_the_current_one(monkeypatch):
+    """Recorded launches make theirs the current one, as the launchers do."""
+    arguments, current = make(MIXING), ["another"]
+
+    @contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    with Driver() as driver:
+        for taped in (0, 1):
+            driver.run(forward_of(arguments), tensors_of(arguments))
+            assert driver.tapes == taped
+        expected = driver.launches
+        (tape,) = (of for of in triton_backend._tapes._kept.values() if of is not None)
+        tape._device = tape._index = 1
+        monkeypatch.setattr(torch.cuda, "device", device)
+        monkeypatch.setattr(jit.driver.active, "get_current_device", lambda: current[0])
+        monkeypatch.setattr(jit.driver.active, "get_current_stream", "stream of {}".format)
+        driver.run(forward_of(arguments), tensors_of(arguments))
+    assert [of[0] for of in driver.launches] == [of[0] for of in expected]
+    assert {of[1] for of in driver.launches if len(of) > 2} == {"stream of 1"}
 
 
 def test_another_alignment_and_hooks_are_left_to_the_launchers(monkeypatch):
