@@ -70,6 +70,11 @@ class _Run:
     def _key_of(x: torch.Tensor, adapter_name: str) -> tuple:
         return x._version, adapter_name, autocast_dtype(x.device.type), _autograd_mode()
 
+    def take_first(self, name: str) -> torch.Tensor:
+        """The output of the layer whose call computed the group."""
+        place, _ = self.waiting.pop(name)
+        return self._group.output(place)
+
     def take(self, name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output, once; None if something has changed since it was computed."""
         place, read = self.waiting.pop(name)
@@ -121,7 +126,8 @@ class _Scope:
     def _output(self, names: tuple[str, ...], name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         if names not in self._runs:
             self._runs[names] = None  # kept where no group can be made: every layer then runs alone
-            self._runs[names] = self._start(names, name, x)
+            run = self._runs[names] = self._start(names, name, x)
+            return None if run is None else run.take_first(name)
         run = self._runs[names]
         if run is None or name not in run.waiting:
             return None
