@@ -1,5 +1,7 @@
 """The operations by their recorded launches give the bits that they give through every launcher."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from bottleneck_cases import BOTTLENECK_CASES
 from bottleneck_cases import make as make_bottleneck
 from bottleneck_cases import name_of as name_of_bottleneck
 from bottleneck_cases import run as run_bottleneck
+from captured import Captured
 from group_cases import GROUPS, make_group, outputs_of_group, results_of
 from op_cases import CASES, OpCase, make, name_of, operations, output_and_gradients
 from peft import get_peft_model
@@ -97,10 +100,29 @@ def test_layers_that_share_x(name, device, replays, monkeypatch):
     check(run, replays, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"][: 1 if INTERPRETED else 2])
-def test_training(name, device, replays, monkeypatch):
+def checkpointed(use_reentrant):
+    def change(model):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        return nullcontext()
+
+    return change
+
+
+#: In which a model trains: what is done to it, and a context.
+WAYS = {
+    "": lambda model: nullcontext(),
+    "checkpointed": checkpointed(False),
+    "checkpointed, reentrant": checkpointed(True),
+    "saved tensors on the CPU": lambda model: torch.autograd.graph.save_on_cpu(),
+}
+TRAININGS = [("bert", ""), *(("llama", way) for way in WAYS)]
+
+
+@pytest.mark.parametrize(("name", "way"), TRAININGS)
+def test_training(name, way, device, replays, monkeypatch):
     """Layers of one form share what was recorded; of BERT's first, x is h0."""
-    architecture, steps = ARCHITECTURES[name], 1 if INTERPRETED else 4
+    architecture, steps = ARCHITECTURES[name], 2
     config = SiboLoraConfig(r=4, target_modules=list(architecture.targets), sibo_lambda=0.4, lora_dropout=0.1)
 
     def run(seed):
@@ -109,9 +131,10 @@ def test_training(name, device, replays, monkeypatch):
         randomise_adapters(model)
         model, inputs = model.to(device), {key: value.to(device) for key, value in inputs.items()}
         trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
-        results = {}
+        context, results = WAYS[way](model), {}
         for step in range(steps):
-            loss = model(**inputs).loss
+            with context:
+                loss = model(**inputs).loss
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             with torch.no_grad():
                 for value, gradient in zip(trained.values(), gradients, strict=True):
@@ -122,6 +145,86 @@ def test_training(name, device, replays, monkeypatch):
 
     # torch's attention need not give the same bits twice
     check(run, replays, monkeypatch, 1 if INTERPRETED else 2, lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-6))
+
+
+def known_step(arguments, wanted, grad_y):
+    """A forward and backward of a layer, whose next call is known."""
+
+    def step():
+        y = lora_linear(**arguments)
+        return dict(
+            zip(["y", *wanted], [y.detach(), *torch.autograd.grad(y, list(wanted.values()), grad_y)], strict=True)
+        )
+
+    for _ in range(3):
+        step()
+    return step
+
+
+def a_layer(device, seed=0):
+    """Its arguments, the tensors whose gradients are wanted, and dY."""
+    case = OpCase((130,), 200, 96, 16, torch.bfloat16, torch.float32, "number", 0.1)
+    arguments = make(case, device, seed)
+    wanted = {name: arguments[name] for name in case.wants}
+    return arguments, wanted, torch.randn(130, 96, device=device).bfloat16()
+
+
+def test_known_calls_in_a_graph(device, replays):
+    """Captured as they run; what the graph reads may change between its replays."""
+    arguments, wanted, grad_y = a_layer(device)
+    forget_launches()
+    step = known_step(arguments, wanted, grad_y)
+    count = len(replays)
+    captured = Captured(step, device)
+    assert INTERPRETED or len(replays) > count
+    for _ in range(3):
+        with torch.no_grad():
+            arguments["x"].mul_(-1.25)
+            arguments["dropout_seed"].add_(1)
+        results = {name: of.clone() for name, of in captured.replay().items()}
+        again = step()
+        assert all(torch.equal(results[name], again[name]) for name in again)
+    forget_launches()
+
+
+def test_known_calls_on_two_streams(device, replays):
+    """Each runs on the stream that is current, with scratch of its own."""
+    layers = [a_layer(device, seed) for seed in range(2)]
+    forget_launches()
+    steps = [known_step(*layer) for layer in layers]
+    expected = [step() for step in steps]
+    streams = [torch.cuda.Stream() if device == "cuda" else None for _ in steps]
+    results = []
+    for _ in range(2 if INTERPRETED else 20):
+        for i, stream in enumerate(streams):
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results.append((i, steps[i]()))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert all(torch.equal(expected[i][name], found[name]) for i, found in results for name in found)
+    assert INTERPRETED or len(replays) > 40
+    forget_launches()
+
+
+def test_known_calls_on_the_second_device(device, replays):
+    """While the first is the current one."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices, there is one")
+    on_first = a_layer(device)
+    second = "cuda:1" if device == "cuda" else device
+    arguments, _, _ = a_layer(second)
+    wanted = {name: arguments[name] for name in on_first[1]}
+    forget_launches()
+    steps = [known_step(*on_first), known_step(arguments, wanted, on_first[2].to(second))]
+    count = len(replays)
+    first, other = (step() for step in steps)
+    assert INTERPRETED or len(replays) == count + 4
+    for name, result in other.items():
+        assert result.device == arguments["x"].device
+        torch.testing.assert_close(result.to(first[name].device), first[name], rtol=1e-2, atol=1e-2)
+    forget_launches()
 
 
 def test_two_tensors_that_are_one_here_are_not_taken_for_one_elsewhere(device, replays):
