@@ -119,10 +119,10 @@ WAYS = {
 TRAININGS = [("bert", ""), *(("llama", way) for way in WAYS)]
 
 
-@pytest.mark.parametrize(("name", "way"), TRAININGS)
+@pytest.mark.parametrize(("name", "way"), TRAININGS[: 1 if INTERPRETED else None])
 def test_training(name, way, device, replays, monkeypatch):
     """Layers of one form share what was recorded; of BERT's first, x is h0."""
-    architecture, steps = ARCHITECTURES[name], 2
+    architecture, steps = ARCHITECTURES[name], 1 if INTERPRETED else 4
     config = SiboLoraConfig(r=4, target_modules=list(architecture.targets), sibo_lambda=0.4, lora_dropout=0.1)
 
     def run(seed):
@@ -152,21 +152,21 @@ def known_step(arguments, wanted, grad_y):
 
     def step():
         y = lora_linear(**arguments)
-        return dict(
-            zip(["y", *wanted], [y.detach(), *torch.autograd.grad(y, list(wanted.values()), grad_y)], strict=True)
-        )
+        gradients = torch.autograd.grad(y, list(wanted.values()), grad_y)
+        return {"y": y.detach()} | dict(zip(wanted, gradients, strict=True))
 
-    for _ in range(3):
+    for _ in range(1 if INTERPRETED else 3):
         step()
     return step
 
 
 def a_layer(device, seed=0):
     """Its arguments, the tensors whose gradients are wanted, and dY."""
-    case = OpCase((130,), 200, 96, 16, torch.bfloat16, torch.float32, "number", 0.1)
+    tokens, in_features, out_features = (5, 16, 24) if INTERPRETED else (130, 200, 96)
+    case = OpCase((tokens,), in_features, out_features, 16, torch.bfloat16, torch.float32, "number", 0.1)
     arguments = make(case, device, seed)
     wanted = {name: arguments[name] for name in case.wants}
-    return arguments, wanted, torch.randn(130, 96, device=device).bfloat16()
+    return arguments, wanted, torch.randn(tokens, out_features, device=device).bfloat16()
 
 
 def test_known_calls_in_a_graph(device, replays):
@@ -177,7 +177,7 @@ def test_known_calls_in_a_graph(device, replays):
     count = len(replays)
     captured = Captured(step, device)
     assert INTERPRETED or len(replays) > count
-    for _ in range(3):
+    for _ in range(1 if INTERPRETED else 3):
         with torch.no_grad():
             arguments["x"].mul_(-1.25)
             arguments["dropout_seed"].add_(1)
@@ -195,7 +195,7 @@ def test_known_calls_on_two_streams(device, replays):
     expected = [step() for step in steps]
     streams = [torch.cuda.Stream() if device == "cuda" else None for _ in steps]
     results = []
-    for _ in range(2 if INTERPRETED else 20):
+    for _ in range(1 if INTERPRETED else 20):
         for i, stream in enumerate(streams):
             if stream is not None:
                 stream.wait_stream(torch.cuda.current_stream())
@@ -220,7 +220,7 @@ def test_known_calls_on_the_second_device(device, replays):
     steps = [known_step(*on_first), known_step(arguments, wanted, on_first[2].to(second))]
     count = len(replays)
     first, other = (step() for step in steps)
-    assert INTERPRETED or len(replays) == count + 4
+    assert INTERPRETED or len(replays) >= count + 4
     for name, result in other.items():
         assert result.device == arguments["x"].device
         torch.testing.assert_close(result.to(first[name].device), first[name], rtol=1e-2, atol=1e-2)
