@@ -31,6 +31,7 @@ from benchmarks.ahead_of_time.without_gpu import kernels_chosen
 from benchmarks.launch_traffic import Traffic, recorded_launches
 from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.kernels import autotune, targets
+from sibo_triton.ops import prepare
 
 aten = torch.ops.aten
 
@@ -181,6 +182,7 @@ def as_on_a_gpu(target: targets.Target) -> Iterator[None]:
         stack.enter_context(kernels_chosen())
         stack.enter_context(patch(targets, "target_of", lambda device: target))
         stack.enter_context(patch(autotune, "ENABLED", False))
+        stack.enter_context(patch(prepare, "lacks_memory", lambda backend, x: False))  # launches are counted instead
         stack.enter_context(patch(F, "dropout", _dropout_of_gpu))
         # A dispatch mode such as the counter makes the frozen product run out of place.
         stack.enter_context(patch(torch._C, "_len_torch_dispatch_stack", lambda: 0))

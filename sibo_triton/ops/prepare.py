@@ -124,7 +124,7 @@ def run(settings: Settings, inputs: Inputs) -> Tensor:
     """y, ``[..., N]``, of an adapter of either kind, by the backend that was chosen."""
     if settings.backend == "reference":
         return _by_definition(settings, inputs)
-    if torch.compiler.is_compiling() or _is_fake(settings.backend, inputs.x):
+    if torch.compiler.is_compiling() or lacks_memory(settings.backend, inputs.x):
         from sibo_triton.ops.registered import low_rank  # registering takes time, and only compiled code needs it
 
         return low_rank(settings, inputs)
@@ -174,11 +174,11 @@ def shares_passes(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     backend = backend_for(x.device, (x.dtype,)).name
-    if backend == "reference" or _is_fake(backend, x):
+    if backend == "reference" or lacks_memory(backend, x):
         return False
     return backend != "torch" or x.numel() > small.ELEMENTS
 
 
-def _is_fake(backend: str, x: Tensor) -> bool:
+def lacks_memory(backend: str, x: Tensor) -> bool:
     """Whether kernels would be launched on a tensor that has no memory: its address is 0, which they would read."""
     return backend == "triton" and isinstance(x, FakeTensor)
