@@ -21,7 +21,7 @@ from benchmarks.counting import to_fake
 from benchmarks.model_counts import Workload, frozen_model
 from benchmarks.providers import Provider
 from benchmarks.settings import AdapterSetting, Setting
-from sibo_triton.finetune.saved_activations import saved_activation_bytes
+from sibo_triton.saved_activations import saved_activation_bytes
 
 
 def kept_bytes(provider: Provider, setting: AdapterSetting, work: Workload) -> int:

@@ -29,9 +29,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from benchmarks.ahead_of_time.without_gpu import kernels_chosen
 from benchmarks.launch_traffic import Traffic, recorded_launches
-from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.kernels import autotune, targets
 from sibo_triton.ops import prepare
+from sibo_triton.saved_activations import saved_activation_bytes
 
 aten = torch.ops.aten
 

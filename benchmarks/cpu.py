@@ -27,7 +27,7 @@ from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.results_file import FLOOR, RESULTS
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
-from sibo_triton.finetune.report import markdown_table
+from sibo_triton.markdown import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TURNS, TOKENS = 9, 512

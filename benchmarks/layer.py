@@ -39,7 +39,7 @@ from benchmarks.providers import Provider
 from benchmarks.results_file import FLOOR, MIB, parser_of
 from benchmarks.settings import ADAPTERS, BF16, DEFAULTS, AdapterSetting, least_moved
 from benchmarks.timing import Effort, buffers_beyond_cache
-from sibo_triton.finetune.saved_activations import saved_activation_bytes
+from sibo_triton.saved_activations import saved_activation_bytes
 
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DTYPE = torch.bfloat16

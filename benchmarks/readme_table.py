@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.results_file import FLOOR, MIB, RESULTS
 from benchmarks.settings import Linears
 from sibo_triton.finetune.demo.report import demo_table
-from sibo_triton.finetune.report import markdown_table
+from sibo_triton.markdown import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "operations.md")

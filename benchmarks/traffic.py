@@ -37,7 +37,7 @@ from benchmarks.providers import APART, PROVIDERS, Peft, PeftMixed, Provider
 from benchmarks.results_file import FLOOR, MIB, RESULTS
 from benchmarks.settings import ADAPTERS, BF16, DEFAULTS, AdapterSetting, least_moved
 from sibo_triton.environment import provenance
-from sibo_triton.finetune.report import markdown_row, markdown_table
+from sibo_triton.markdown import markdown_row, markdown_table
 
 COMMAND = "python -m benchmarks.traffic"
 OUTPUT = RESULTS / "traffic.json"

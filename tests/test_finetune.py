@@ -23,9 +23,9 @@ from sibo_triton.finetune.data import Examples, read_examples
 from sibo_triton.finetune.demo import task as demo_task
 from sibo_triton.finetune.options import FinetuneOptions, InputError
 from sibo_triton.finetune.progress import ProgressAndLog
-from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.finetune.tokens import NO_LOSS, completion_collator, tokenize_examples
 from sibo_triton.finetune.train import finetune
+from sibo_triton.saved_activations import saved_activation_bytes
 
 QUIET = Console(quiet=True)
 TINY = demo_task.Scale(layers=2, hidden=16, intermediate=24, heads=2, batch=8)

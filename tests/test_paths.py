@@ -31,8 +31,8 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import sibo_triton.lora.layer as forward_file
 from sibo_triton import SiboLoraConfig, accelerate, explain
-from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.lora.layer import FusedLinear
+from sibo_triton.saved_activations import saved_activation_bytes
 
 
 @pytest.fixture

@@ -26,10 +26,10 @@ from sibo_triton.injection.mixing_modules import (
     remove_unused_hooks,
     requested_modules,
 )
+from sibo_triton.injection.module_names import matches, shortest_names
 from sibo_triton.injection.reversible import inject_reversibly, note_config
 from sibo_triton.injection.siblings import connect_siblings
 from sibo_triton.injection.sites import BOTTLENECK_PREFIX, MixingSite, Notices
-from sibo_triton.injection.targets import matches, shortest_names
 from sibo_triton.mixing import SiboLambda
 
 

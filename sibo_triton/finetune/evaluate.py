@@ -22,9 +22,9 @@ from sibo_triton.finetune.instructions import Question, read_questions
 from sibo_triton.finetune.model import load_base
 from sibo_triton.finetune.options import DTYPES, InputError, check_output, first_line
 from sibo_triton.finetune.recipes import Recipe
-from sibo_triton.finetune.report import markdown_table
 from sibo_triton.finetune.scoring import AnswerKind, kind_of, response_of
 from sibo_triton.finetune.tokens import ensure_pad_token, without_end
+from sibo_triton.markdown import markdown_table
 
 REPORT, TABLE, PREDICTIONS = "evaluation.json", "evaluation.md", "predictions.jsonl"
 
@@ -173,12 +173,9 @@ def _kind(recipe: Recipe, path: Path, questions: Sequence[Question]) -> AnswerKi
 
 def _load(options: EvaluateOptions, console: Console) -> tuple[Any, Any]:
     model, tokenizer = load_base(options.model, str(options.dtype))
-    if model.config.model_type != options.recipe.model_type:
-        console.print(
-            f"- the recipe {options.recipe.name} is for {options.recipe.model_type} models, this is a "
-            f"{model.config.model_type}",
-            highlight=False,
-        )
+    note = options.recipe.note_on(model.config.model_type)
+    if note is not None:
+        console.print(f"- {note}", highlight=False)
     if options.adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, str(options.adapter))

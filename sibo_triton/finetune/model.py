@@ -187,9 +187,9 @@ def _target_modules(model: Any, options: FinetuneOptions, notes: list[str]) -> l
     wanted = list(options.target_modules)
     if wanted == [ALL_LINEAR]:
         return ALL_LINEAR
-    recipe = options.recipe
-    if recipe is not None and recipe.model_type != model.config.model_type:
-        notes.append(f"the recipe {recipe.name} is for {recipe.model_type} models, this is a {model.config.model_type}")
+    note = None if options.recipe is None else options.recipe.note_on(model.config.model_type)
+    if note is not None:
+        notes.append(note)
     # PEFT raises only if no name matches at all, so a mistyped name among others would go unnoticed.
     names = [name for name, _ in model.named_modules()]
     for target in wanted:

@@ -82,6 +82,12 @@ class Recipe:
     num_beams: int
     max_new_tokens: int
 
+    def note_on(self, model_type: str) -> str | None:
+        """What to say of a model that is of another architecture than the recipe's; None of one that is not."""
+        if self.model_type == model_type:
+            return None
+        return f"the recipe {self.name} is for {self.model_type} models, this is a {model_type}"
+
 
 def recipe_folder() -> Path:
     """The folder of the recipes: in the installed package, or `examples/recipes/` of a checkout."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sibo_triton._version import __version__
 from sibo_triton.environment import installed_version
 from sibo_triton.finetune.plots import NO_PLOTS, Curve, can_plot, plot
 from sibo_triton.finetune.result import FinetuneResult
+from sibo_triton.markdown import markdown_table
 
 REPORT = "report.md"
 LOSS_PLOT = "loss.png"
@@ -35,16 +35,6 @@ def write_report(result: FinetuneResult, output: Path) -> None:
         _how_to_load(result, output),
     ]
     (output / REPORT).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; a vertical bar within a cell is escaped."""
-    return "\n".join([markdown_row(header), "|" + "---|" * len(header), *map(markdown_row, rows)])
-
-
-def markdown_row(cells: Iterable[object]) -> str:
-    """A row of such a table."""
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def format_bytes(count: int) -> str:

@@ -20,10 +20,10 @@ from sibo_triton.finetune.options import CAUSAL_LM, FinetuneOptions, InputError,
 from sibo_triton.finetune.progress import ProgressAndLog
 from sibo_triton.finetune.report import write_report
 from sibo_triton.finetune.result import FinetuneResult
-from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.finetune.tasks import task_of
 from sibo_triton.finetune.tokens import TokenizedExamples
 from sibo_triton.mixing import SiboLambda
+from sibo_triton.saved_activations import saved_activation_bytes
 from sibo_triton.similarity import similarity_by_layer
 
 CHECKPOINTS = "checkpoints"

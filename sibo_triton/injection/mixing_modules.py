@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from sibo_triton.initial_residual import BlockStack, TrialRun, attach, attached, detach
+from sibo_triton.injection.module_names import matches, shortest_names
 from sibo_triton.injection.options import SiboOptions
 from sibo_triton.injection.reversible import is_loading
 from sibo_triton.injection.saved_weights import check_state_dict
 from sibo_triton.injection.siblings import detach_unused_siblings
 from sibo_triton.injection.sites import MixingSite, Notices, tuner_layers
-from sibo_triton.injection.targets import matches, shortest_names
 
 _ON_TRUST = "named by sibo_target_modules, not verified"
 

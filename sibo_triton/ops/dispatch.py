@@ -96,7 +96,7 @@ def backend_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> Choice:
 def kernels_compute(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether :func:`backend_for` chooses the kernels, unless a `torch.func` transform or `torch.jit.trace` is active.
 
-    A known call (`repeated.py`) need not look for these: under them no tensor fits its guards.
+    A known call (`known_calls.py`) need not look for these: under them no tensor fits its guards.
 
     Raises:
         ValueError, RuntimeError: as :func:`backend_for`.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sibo_triton.ops import repeated
+from sibo_triton.ops import known_calls
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.dispatch import implementation, kernels_compute
 from sibo_triton.ops.group import Group
@@ -80,16 +80,16 @@ def _output(base: Tensor | None, x: Tensor, layer: tuple) -> Tensor:
     """y of a layer with these `LoraArguments`; without a weight it is added to ``base``."""
     form = call = None
     if _may_repeat(x):
-        tensors, numbers = repeated.flattened(x, layer[5], (layer,), base)
-        form = repeated.form_of(tensors, numbers)
-        call = repeated.known(form, tensors)
-        outputs = None if call is None else repeated.outputs(call, tensors)
+        tensors, numbers = known_calls.flattened(x, layer[5], (layer,), base)
+        form = known_calls.form_of(tensors, numbers)
+        call = known_calls.known(form, tensors)
+        outputs = None if call is None else known_calls.outputs(call, tensors)
         if outputs is not None:
             return outputs[0]
     settings, inputs = _checked(base, x, *layer)
     y = run(settings, inputs)
     if form is not None and call is None:
-        repeated.remember(form, tensors, [settings], [inputs])
+        known_calls.remember(form, tensors, [settings], [inputs])
     return y
 
 
@@ -111,10 +111,10 @@ def lora_linear_group(x: Tensor, layers: Sequence[LoraArguments]) -> Group | Non
     form = call = None
     h0s = [layer.initial_residual for layer in layers if layer.initial_residual is not None]
     if _may_repeat(x) and all([h0 is h0s[0] for h0 in h0s]):  # noqa: C419 (a list is faster)
-        tensors, numbers = repeated.flattened(x, h0s[0] if h0s else None, layers)
-        form = repeated.form_of(tensors, numbers)
-        call = repeated.known(form, tensors)
-        outputs = None if call is None else repeated.outputs(call, tensors)
+        tensors, numbers = known_calls.flattened(x, h0s[0] if h0s else None, layers)
+        form = known_calls.form_of(tensors, numbers)
+        call = known_calls.known(form, tensors)
+        outputs = None if call is None else known_calls.outputs(call, tensors)
         if outputs is not None:
             return Group(outputs)
     if not shares_passes(x):
@@ -122,12 +122,12 @@ def lora_linear_group(x: Tensor, layers: Sequence[LoraArguments]) -> Group | Non
     settings, inputs = zip(*[_checked(None, x, *layer) for layer in layers], strict=True)
     result = group_of(settings, inputs)
     if result is not None and form is not None and call is None:
-        repeated.remember(form, tensors, settings, inputs)
+        known_calls.remember(form, tensors, settings, inputs)
     return result
 
 
 def _may_repeat(x: Tensor) -> bool:
-    """Whether a call on x may take the short path of `repeated.py`."""
+    """Whether a call on x may take the short path of `known_calls.py`."""
     return kernels_compute(x.device, x.dtype) and implementation("triton").repeats()
 
 

@@ -94,7 +94,7 @@ def keep_whole(rows: int, cols: int, p: float, seed: Tensor, device: torch.devic
         TypeError, ValueError: for what is no seed.
     """
     readable = type(seed) is Tensor and seed.device.type == "cpu" == device.type
-    if readable and seed.dtype == torch.int64 and seed.numel() == 1 and rows * cols <= SMALL:
+    if readable and seed.dtype == torch.int64 and seed.numel() == 1 and rows * ((cols + 1) // 2) <= SMALL:
         keep_from, scale = _keep_from_and_scale(p)
         return _keep_in_numpy(rows, cols, keep_from, int(seed)), scale
     mask = KeepTiles(rows, cols, p, checked_seed(seed, device))

@@ -89,5 +89,5 @@ def _with_forms(key: Hashable, tensors: Sequence[Tensor | None]) -> Hashable:
 
 
 _tapes = BoundedCache()
-#: `ops/repeated.py`'s, which are forgotten with the launches that they repeat.
+#: `ops/known_calls.py`'s, which are forgotten with the launches that they repeat.
 calls = BoundedCache()

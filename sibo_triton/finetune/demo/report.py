@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sibo_triton.finetune.plots import NO_PLOTS, Curve, can_plot, plot
-from sibo_triton.finetune.report import LOSS_PLOT, REPORT, SIMILARITY_PLOT, format_bytes, markdown_table, versions
+from sibo_triton.finetune.report import LOSS_PLOT, REPORT, SIMILARITY_PLOT, format_bytes, versions
 from sibo_triton.finetune.result import FinetuneResult
+from sibo_triton.markdown import markdown_table
 
 METHOD_NAMES = {
     "base": "base",

@@ -31,9 +31,9 @@ from sibo_triton.finetune.demo.report import METHOD_NAMES, print_outcome, write_
 from sibo_triton.finetune.demo.timing import seconds_per_step
 from sibo_triton.finetune.options import ADAPTER_METHODS, LORA_METHODS, METHODS, FinetuneOptions, InputError
 from sibo_triton.finetune.result import FinetuneResult
-from sibo_triton.finetune.saved_activations import saved_activation_bytes
 from sibo_triton.finetune.tokens import completion_collator, tokenize_examples
 from sibo_triton.finetune.train import finetune
+from sibo_triton.saved_activations import saved_activation_bytes
 
 RESULTS = "results.json"
 

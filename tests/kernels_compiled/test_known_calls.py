@@ -21,7 +21,7 @@ from sibo_triton import reference
 from sibo_triton.kernels import launching
 from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.up import up_kernel
-from sibo_triton.ops import LoraArguments, autograd, group, lora, lora_linear_group, repeated
+from sibo_triton.ops import LoraArguments, autograd, group, known_calls, lora, lora_linear_group
 
 pytestmark = pytest.mark.skipif(
     not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
@@ -51,7 +51,7 @@ def the_long_path_is_closed(backward=True):
     """Neither arguments are prepared nor gradients put together."""
     closed = mock.Mock(side_effect=AssertionError("the call is not known"))
     with mock.patch.object(lora, "_checked", closed):
-        with mock.patch.object(repeated, "gradients", closed if backward else autograd.gradients):
+        with mock.patch.object(known_calls, "gradients", closed if backward else autograd.gradients):
             yield
 
 
@@ -343,9 +343,9 @@ def test_errors_backends_and_autocast_are_those_of_the_long_path(monkeypatch):
             patch.setattr(launching, "_DIRECT", False)
             driver.run(step_of(arguments), tensors_of(arguments))
             assert driver.tapes == 0
-        kept = dict(repeated.implementation("triton").calls._kept)
+        kept = dict(known_calls.implementation("triton").calls._kept)
         assert kept
-    repeated.implementation("triton").calls._kept.update(kept)
+    known_calls.implementation("triton").calls._kept.update(kept)
     try:  # no driver stands in any more: the backend is chosen anew
         torch.testing.assert_close(lora.lora_linear(**arguments), reference.lora_linear(**arguments))
     finally:
@@ -408,7 +408,7 @@ def test_a_call_that_goes_the_long_path_leaves_what_is_known():
             driver.run(step_of(arguments), tensors_of(arguments))
         learns = make(replace(MIXING, mixes="learnable"))
         driver.run(step_of(learns), tensors_of(learns))
-        with mock.patch.object(repeated, "remember", side_effect=AssertionError("it is known never to repeat")):
+        with mock.patch.object(known_calls, "remember", side_effect=AssertionError("it is known never to repeat")):
             driver.run(step_of(learns), tensors_of(learns))
 
 
@@ -417,10 +417,10 @@ def test_numbers_are_those_of_the_long_path():
     with driver_with_nothing_known():
         for _ in range(2):
             lora.lora_linear(**arguments)
-        count = len(repeated.implementation("triton").calls._kept)
+        count = len(known_calls.implementation("triton").calls._kept)
         lora.lora_linear(**arguments | {"scaling": np.array(1.5)})
         lora.lora_linear(**arguments | {"scaling": float("nan")})
-        assert len(repeated.implementation("triton").calls._kept) == count
+        assert len(known_calls.implementation("triton").calls._kept) == count
         layers = arguments_of(make_group([MIXING] * 2))
         for _ in range(2):
             lora.lora_linear_group(arguments["x"], layers)
