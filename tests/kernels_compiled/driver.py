@@ -38,6 +38,9 @@ class Driver:
                 replay, "_empty_strided_of", lambda kind, of=replay._empty_strided_of: self._keeping(of(kind))
             ),
             mock.patch.object(torch.Tensor, "new_empty", self._keeping(torch.Tensor.new_empty)),
+            mock.patch.object(
+                torch.Tensor, "flatten", self._keeping(torch.Tensor.flatten)
+            ),  # copies of what is no matrix
             mock.patch.object(torch.Tensor, "to", self._keeping(torch.Tensor.to)),  # what autocast casts
             mock.patch.object(torch, "empty", self._keeping(torch.empty)),
             mock.patch.object(torch, "empty_like", self._keeping(torch.empty_like)),
