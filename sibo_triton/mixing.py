@@ -52,6 +52,24 @@ def validate_source(source: Any) -> None:
 class Float32Module(nn.Module):
     """A module of a few numbers that stay float32 when the model is cast (in bfloat16 0.3 would become 0.30078)."""
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None:  # what FSDP puts in its place, in a dtype of its own, has no mark
+            param._sibo_float32 = param.detach().clone()  # type: ignore[attr-defined]
+
+    def in_float32(self, name: str) -> nn.Parameter:
+        """A parameter, in float32 again if its `data` was cast, which no module sees.
+
+        TRL's trainers do so on a quantised base, to every trainable parameter. In bfloat16 a step of an optimizer is
+        less than the spacing of the numbers, and it would never move.
+        """
+        parameter = self._parameters.get(name)
+        if parameter is None:  # FSDP has an attribute in its place
+            return getattr(self, name)
+        if parameter.dtype != torch.float32:
+            _restore_float32(parameter)
+        return parameter
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that saved weights must hold, by their names in this module."""
         return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
@@ -71,6 +89,17 @@ class Float32Module(nn.Module):
             if key in state_dict:  # load_state_dict(assign=True) would take the checkpoint's dtype
                 state_dict[key] = state_dict[key].to(torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@torch.compiler.disable
+def _restore_float32(parameter: nn.Parameter) -> None:
+    registered = getattr(parameter, "_sibo_float32", None)
+    if registered is None or getattr(parameter, "_fsdp_flattened", False):
+        return
+    with torch.no_grad():
+        registered = registered.to(parameter.device)
+        is_as_registered = torch.equal(registered.to(parameter.dtype), parameter)
+        parameter.data = registered if is_as_registered else parameter.data.to(torch.float32)
 
 
 class SiboLambda(Float32Module):
@@ -105,7 +134,12 @@ class SiboLambda(Float32Module):
 
     def forward(self) -> torch.Tensor:
         """Return lambda: fp32, shape [1]."""
-        return self.gate * torch.sigmoid(self.logit_bias) if self.learnable else self._fixed
+        return self.gate * torch.sigmoid(self.in_float32("logit_bias")) if self.learnable else self._fixed
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.__dict__.get("learnable"):
+            return self.logit_bias  # PEFT's policy for FSDP asks each module whether its weight is trained
+        return super().__getattr__(name)
 
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:

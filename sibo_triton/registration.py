@@ -18,6 +18,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.optimizers import lorafa
 from peft.tuners.lora import LoraModel, intruders
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.mixed import MixedModel
@@ -32,7 +33,7 @@ from sibo_triton.bottleneck.model import SiboAdapterModel
 from sibo_triton.injection import saved_weights
 from sibo_triton.injection.options import SiboOptions
 from sibo_triton.injection.reversible import loading
-from sibo_triton.injection.sites import BOTTLENECK_TYPE
+from sibo_triton.injection.sites import BOTTLENECK_LAMBDA_NAME, BOTTLENECK_TYPE, LORA_LAMBDA_NAME
 from sibo_triton.injection.snapshot import Snapshot
 from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
@@ -55,6 +56,7 @@ def register() -> None:
     wrap_layer_class(LoraLinear)
     wrap(MixedModel, "inject_adapter", _refuse_mixed_model)
     wrap(XLoraModel, "__init__", _x_lora)
+    wrap(lorafa.LoraFAOptimizer, "__init__", _lorafa)
     wrap(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
     wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap)
     _wrap_everywhere_in_peft(save_and_load, "get_peft_model_state_dict", _get_state_dict)
@@ -103,6 +105,16 @@ def _reduce_intruders(
 ) -> None:
     refusals.check_reducing_intruders_allowed(peft_model, old_adapter_name)
     original(peft_model, old_adapter_name, *args, **kwargs)
+
+
+def _lorafa(original: Callable, optimizer: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+    """LoRA-FA takes every two parameters with "lora" in their names for A and B: lambda goes by another name."""
+    groups = list(params)
+    for i, group in enumerate(groups):
+        if isinstance(group, dict) and "names" in group:
+            names = [name.replace(LORA_LAMBDA_NAME, BOTTLENECK_LAMBDA_NAME) for name in group["names"]]
+            groups[i] = group | {"names": names}
+    original(optimizer, groups, *args, **kwargs)
 
 
 def _merge_adapter(original: Callable, tuner: LoraModel, adapter_names: Any = None, *args: Any, **kwargs: Any) -> Any:

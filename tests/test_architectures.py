@@ -115,6 +115,28 @@ def test_embedding_source_mixes_what_the_token_embedding_returned(name: str) -> 
         assert (block_input.eval()(**inputs).logits - model(**inputs).logits).abs().max() > 1e-4
 
 
+def test_embedding_source_sees_what_hooks_make_of_it_whenever_they_came() -> None:
+    """As NEFTune's noise, whose hook `Trainer` registers when training begins."""
+    architecture, results = ARCHITECTURES["llama"], []
+    inputs = architecture.inputs()
+    for runs_before in (False, True):
+        torch.manual_seed(0)
+        config = SiboLoraConfig(**_lora_kwargs(architecture), sibo_lambda=LAMBDA, sibo_source="embedding")
+        model = get_peft_model(architecture.build(), config).eval()
+        model.add_adapter("other", SiboLoraConfig(**_lora_kwargs(architecture), sibo_source="embedding"))
+        torch.manual_seed(0)
+        randomise_adapters(model)
+        without = model(**inputs).logits if runs_before else None
+        embedding = model.get_input_embeddings()
+        handle = embedding.register_forward_hook(lambda module, args, output: output * 1.5)
+        results.append(model(**inputs).logits)
+        handle.remove()
+        if without is not None:
+            assert torch.equal(model(**inputs).logits, without)
+            assert not torch.allclose(without, results[0], atol=1e-3)
+    assert torch.equal(*results)
+
+
 def test_embedding_source_is_refused_where_the_embedding_does_not_fit() -> None:
     vit = ARCHITECTURES["vit"]
     with pytest.raises(ValueError, match=r"sibo_source='embedding'.*block_input"):

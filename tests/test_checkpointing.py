@@ -25,6 +25,7 @@ from oracle import oracle_like
 from peft import get_peft_model
 from tiny_models import ARCHITECTURES, llama, randomise_adapters
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -289,6 +290,53 @@ def test_functional_call_over_the_embedding_gets_the_exact_gradient() -> None:
         torch.func.functional_call(base, weights, (), _batches()[0], tie_weights=False).loss.backward()
         gradients.append(table.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_functional_call_over_what_the_embedding_is_computed_from_gets_the_exact_gradient() -> None:
+    """As coefficients of task vectors: the swapped tensor is no leaf."""
+    gradients = []
+    for each in _with_oracle():
+        base = each.get_base_model()
+        table = base.get_input_embeddings().weight.detach()
+        coefficient = torch.tensor(0.5, requires_grad=True)
+        weights = {"model.embed_tokens.weight": table + coefficient * torch.linspace(-1, 1, table.shape[1])}
+        torch.func.functional_call(base, weights, (), _batches()[0], tie_weights=False).loss.backward()
+        gradients.append(coefficient.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", ["jvp", "jacfwd", "forward_ad", "of the embedding"])
+def test_forward_mode_takes_the_path_through_h0(way: str) -> None:
+    derivatives = []
+    embedded = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).double()
+    tangent = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1)).double()
+    for each in _with_oracle():
+        base = each.get_base_model().double().eval()
+        base.set_attn_implementation("eager")
+        name = "model.embed_tokens.weight"
+        table = base.get_parameter(name).detach()
+        of_table = torch.linspace(-1, 1, table.numel(), dtype=torch.float64).view_as(table)
+
+        def logits(x: torch.Tensor, base: nn.Module = base) -> torch.Tensor:
+            return base(inputs_embeds=x).logits.mean((0, 1))
+
+        def of_embedding(x: torch.Tensor, base: nn.Module = base, name: str = name) -> torch.Tensor:
+            ids = {"input_ids": torch.arange(5)[None]}
+            return torch.func.functional_call(base, {name: x}, (), ids, tie_weights=False).logits
+
+        if way == "jvp":
+            derivatives.append(torch.func.jvp(logits, (embedded,), (tangent,))[1])
+        elif way == "jacfwd":
+            derivatives.append(
+                torch.func.jacfwd(lambda s, f=logits: f(embedded + s * tangent))(torch.zeros(()).double())
+            )
+        elif way == "of the embedding":
+            derivatives.append(torch.func.jvp(of_embedding, (table,), (of_table,))[1])
+        else:
+            with forward_ad.dual_level():
+                derivatives.append(forward_ad.unpack_dual(logits(forward_ad.make_dual(embedded, tangent))).tangent)
+    # lambda is stored in float32
+    torch.testing.assert_close(*derivatives, rtol=1e-5, atol=1e-6)
 
 
 class _Nested(nn.Module):

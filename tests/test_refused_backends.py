@@ -9,7 +9,7 @@ from pathlib import Path
 import peft.import_utils
 import pytest
 import torch
-from peft import LoraConfig, PeftMixedModel, XLoraConfig, get_peft_model
+from peft import ArrowConfig, LoraConfig, PeftMixedModel, XLoraConfig, create_arrow_model, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from refusals import (
@@ -240,6 +240,41 @@ def test_peft_mixed_model_is_refused(tmp_path):
     assert list(mixed.peft_config) == ["default"]
     assert_as_it_was(mixed, inputs, before)
     mixed.add_adapter("new", SiboLoraConfig(r=2, target_modules=["q_proj"], sibo_lambda=0))  # plain LoRA is welcome
+
+
+@pytest.mark.parametrize("folders", [("sibo",), ("plain", "sibo"), ("plain",)])
+@pytest.mark.parametrize("general", ["plain", "sibo"])
+def test_arrow_s_experts_may_not_mix(tmp_path, folders, general):
+    configs = {
+        "sibo": SiboLoraConfig(r=2, target_modules=["q_proj"], sibo_lambda=0.3, task_type="CAUSAL_LM"),
+        "plain": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    }
+    for name, config in configs.items():
+        get_peft_model(llama(), config).save_pretrained(tmp_path / name)
+    paths = [str(tmp_path / name) for name in folders]
+
+    def create():
+        config = ArrowConfig(top_k=1, use_gks=True)
+        return create_arrow_model(llama(), paths, config, general_adapter_paths=[str(tmp_path / general)])
+
+    if "sibo" not in (*folders, general):
+        create()(**token_inputs())
+        return
+    with pytest.raises(ValueError, match="is a SIBO adapter, which the router 'arrow_router'.*plain LoRA experts"):
+        create()
+
+
+def test_a_model_with_sibo_adapters_is_left_as_it_was_where_a_router_is_refused():
+    model = get_peft_model(llama(), SiboLoraConfig(r=2, target_modules=["q_proj"], sibo_lambda=0.3))
+    inputs = token_inputs()
+    before = fingerprint(model, inputs)
+    arrow = ArrowConfig()
+    arrow.task_adapter_names = ["default"]
+    router = LoraConfig(r=2, target_modules=["q_proj"], arrow_config=arrow)
+    with pytest.raises(ValueError, match="'default' is a SIBO adapter, which the router 'router'"):
+        model.add_adapter("router", router)
+    assert list(model.peft_config) == ["default"]
+    assert_as_it_was(model, inputs, before)
 
 
 @pytest.mark.parametrize("folders", [("sibo",), ("plain", "sibo"), ("sibo", "plain")])

@@ -61,7 +61,7 @@ class LearnableScaling(Float32Module):
 
     def forward(self) -> torch.Tensor:
         """Return s: fp32, shape [1]."""
-        return self.weight
+        return self.in_float32("weight")
 
 
 class SiboAdapterLayer(nn.Module, BaseTunerLayer):

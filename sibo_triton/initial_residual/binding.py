@@ -226,8 +226,8 @@ class InitialResidual:
                 "that stack, so there is none. "
                 + (
                     "It was recomputed in the backward by a checkpoint around a part of a block, which cannot carry "
-                    "it: checkpoint whole blocks (gradient_checkpointing_enable(), or checkpoint_wrapper "
-                    "on the blocks)."
+                    "it, or around the block's `forward` itself: checkpoint whole blocks "
+                    "(gradient_checkpointing_enable(), or checkpoint_wrapper on the blocks)."
                     if torch._C._current_graph_task_id() != -1
                     else "Call the whole model (or the module that owns the blocks) instead of a block or layer alone; "
                     "if the model runs its blocks in another way, name their list in sibo_blocks."

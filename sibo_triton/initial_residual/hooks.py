@@ -61,10 +61,7 @@ class _ScopeEnter(_Hook):
         if not torch.compiler.is_compiling():
             frame.call = sys._getframe(1)  # torch's, which calls this hook, and then the module's forward
         if self.embedding is not None:  # at each forward: adapters may have wrapped it since
-            embedding = module.get_submodule(self.embedding)
-            hooks = embedding._forward_hooks.values()
-            if not any(isinstance(hook, _EmbeddingExit) and hook.residual is self.residual for hook in hooks):
-                embedding.register_forward_hook(_EmbeddingExit(self.residual))
+            self._come_last(module.get_submodule(self.embedding))
         # at each forward: checkpointing may be enabled, and blocks may be wrapped, at any time
         for i, block in enumerate(module.get_submodule(self.block_list).children()):
             if i == 0 and not is_block_of(unwrap_block(block), self.residual):
@@ -78,6 +75,19 @@ class _ScopeEnter(_Hook):
                     for below in wrapper.modules():  # its own blocks (Swin's stages), which recompute apart from it
                         self._wrap_checkpointing(below)
         self._wrap_checkpointing(module.get_submodule(self.owner), owner=True)
+
+    def _come_last(self, embedding: nn.Module) -> None:
+        """See what the embedding returns after all its hooks, also those that came since (NEFTune's noise)."""
+        hooks = embedding._forward_hooks
+        own = None
+        for key, hook in hooks.items():
+            if isinstance(hook, _EmbeddingExit):
+                own = key if hook.residual is self.residual else own
+            elif own is not None:
+                hooks[own] = hooks.pop(own)
+                return
+        if own is None:
+            embedding.register_forward_hook(_EmbeddingExit(self.residual))
 
     def _wrap_checkpointing(self, module: nn.Module, owner: bool = False) -> bool:
         """Whether there is a function that checkpoints the module, and checkpoints are enabled."""

@@ -7,10 +7,11 @@ from types import FunctionType, MethodType, ModuleType
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 def needs_gradient(initial_residual: torch.Tensor, called_with_gradient: bool, outermost: nn.Module | None) -> bool:
-    """Whether the gradient of h0 reaches a parameter or an input of the model.
+    """Whether the gradient of h0 reaches a parameter or an input of the model, or a tangent reaches h0.
 
     `requires_grad` alone does not tell: `enable_input_require_grads()` makes the output of a frozen embedding require
     grad, and computing it would cost an [M, K] accumulation for every mixing module.
@@ -21,11 +22,13 @@ def needs_gradient(initial_residual: torch.Tensor, called_with_gradient: bool, o
             soft prompts).
         outermost: the outermost model that was called, or None if it is not known.
     """
+    if torch.compiler.is_compiling():  # what it was computed from cannot be traced; the gradient is never wrong
+        return initial_residual.requires_grad
+    if forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(initial_residual):
+        return True
     if not initial_residual.requires_grad:
         return False
-    if torch.compiler.is_compiling():  # what it was computed from cannot be traced; the gradient is never wrong
-        return True
-    if called_with_gradient or outermost is None or torch._C._functorch.is_functorch_wrapped_tensor(initial_residual):
+    if called_with_gradient or outermost is None:
         return True
     if initial_residual.grad_fn is None:
         return _is_parameter(initial_residual, outermost)
@@ -49,8 +52,10 @@ def _reaches_parameter(node: torch.autograd.graph.Node, outermost: nn.Module) ->
 
 
 def _is_parameter(leaf: torch.Tensor, outermost: nn.Module) -> bool:
-    # torch.func.functional_call puts plain tensors where the parameters were
-    return isinstance(leaf, nn.Parameter) or any(leaf is parameter for parameter in outermost.parameters())
+    # torch.func.functional_call puts plain tensors where the parameters were, which may have been computed of the leaf
+    if isinstance(leaf, nn.Parameter):
+        return True
+    return any(leaf is parameter or not parameter.is_leaf for parameter in outermost.parameters())
 
 
 def any_requires_grad(values: object) -> bool:

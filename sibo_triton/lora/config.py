@@ -94,10 +94,15 @@ class SiboLoraConfig(SiboOptions, LoraConfig):
                 )
         init = self.init_lora_weights
         if init not in _SAFE_INITS:
+            why = (
+                "makes another method of LoRA, which does not go with a mix"
+                if init == "mica"
+                else "changes the base weights so that base plus fresh adapter equals the original, which does not "
+                "hold when the adapter reads a mix"
+            )
             raise ValueError(
-                f"init_lora_weights={init!r} changes the base weights so that base plus fresh adapter equals the "
-                f"original, which does not hold when the adapter reads a mix (sibo_lambda={self.sibo_lambda}). Use "
-                "init_lora_weights=True, 'gaussian', 'orthogonal' or 'eva', or peft.LoraConfig."
+                f"init_lora_weights={init!r} {why} (sibo_lambda={self.sibo_lambda}). Use init_lora_weights=True, "
+                "'gaussian', 'orthogonal' or 'eva', or peft.LoraConfig."
             )
         if self.layer_replication:
             raise ValueError(

@@ -17,6 +17,7 @@ from sibo_triton.injection.siblings import connect_siblings
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.install import forget, install, is_linear, match_class
 from sibo_triton.lora.peft_layers import belongs_to_x_lora, dispatches_variants, lora_layers
+from sibo_triton.lora.refusals import check_experts_allowed
 
 
 class XLoraRefusal(ValueError):
@@ -35,6 +36,7 @@ def inject_adapter(
     mixes = isinstance(config, SiboLoraConfig) and config.mixes
 
     def inject() -> None:
+        check_experts_allowed(tuner.peft_config)
         for _, layer in lora_layers(model):
             forget(layer, adapter_name)  # an earlier adapter of this name
         if mixes:
@@ -42,7 +44,8 @@ def inject_adapter(
         else:
             original(tuner, model, adapter_name, *args, **kwargs)
 
-    if mixes or any(adapter_name in getattr(layer, "sibo_sites", {}) for _, layer in lora_layers(model)):
+    is_router = getattr(config, "arrow_config", None) is not None
+    if mixes or is_router or any(adapter_name in getattr(layer, "sibo_sites", {}) for _, layer in lora_layers(model)):
         inject_reversibly(inject, tuner, model, adapter_name, remove_unused_hooks)
     else:
         original(tuner, model, adapter_name, *args, **kwargs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from sibo_triton.injection.sites import sibo_adapters
+from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.layer import refuse_merge
 from sibo_triton.lora.peft_layers import dispatches_variants, lora_layers
 
@@ -38,6 +40,20 @@ def check_reducing_intruders_allowed(model: nn.Module, adapter_name: str) -> Non
                 f"Cannot reduce the intruder dimensions of adapter {adapter_name!r} ({name} mixes): it reads a mix, so "
                 "W0 + s B A is not the weight that it amounts to. Use a plain LoRA adapter (sibo_lambda=0)."
             )
+
+
+def check_experts_allowed(configs: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a router among the adapters (Arrow, GenKnowSub) has a SIBO adapter for an expert."""
+    for router, config in configs.items():
+        arrow = getattr(config, "arrow_config", None)
+        for name in [] if arrow is None else [*(arrow.task_adapter_names or ()), *(arrow.gks_adapter_names or ())]:
+            expert = configs.get(name)
+            if isinstance(expert, SiboLoraConfig) and expert.mixes:
+                raise ValueError(
+                    f"Adapter {name!r} is a SIBO adapter, which the router {router!r} (Arrow) would run as plain LoRA: "
+                    "it multiplies by the experts' A and B itself. Give it plain LoRA experts (sibo_lambda=0, or "
+                    "peft.LoraConfig)."
+                )
 
 
 def check_mixed_batch_allowed(model: nn.Module, adapter_names: Sequence[str]) -> None:
