@@ -1,9 +1,10 @@
 """Python and dispatch time of LoRA modules on tiny tensors: `python -m benchmarks.host_time`.
 
-Forward + backward, and forward without gradients, of one linear and of three that share x. Printed is the time that a
-provider adds to the frozen linears, divided by their number: medians over runs in turn, in microseconds, and of these
-the median over some processes, as memory is laid out otherwise in each, which alone makes a difference of some percent.
-It includes h0's hooks for providers that mix.
+Forward + backward, and forward without gradients, of one linear, of one whose base layer runs by its own forward, as a
+quantised one does, and of three that share x. Printed is the time that a provider adds to the
+frozen linears, divided by their number: medians over runs in turn, in microseconds, and of these the median over some
+processes, as memory is laid out otherwise in each, which alone makes a difference of some percent. It includes h0's
+hooks for providers that mix.
 
 On the CPU, where computing on such small tensors costs almost nothing, it is process time. "kernels' path" is then the
 host's work for a GPU, except for the driver and the additional cost of torch's CUDA allocator and operations: kernels
@@ -42,7 +43,8 @@ from sibo_triton.environment import provenance
 
 TINY = replace(LLAMA_3_8B, hidden=16, ffn=16, heads=1, kv_heads=1, head=16)
 TOKENS, REPEATS = 2, 20
-GROUPS = {"one linear": ("o_proj",), "three that share x": ("q_proj", "k_proj", "v_proj")}
+OTHER_BASE = "one on another base"
+GROUPS = {"one linear": ("o_proj",), OTHER_BASE: ("o_proj",), "three that share x": ("q_proj", "k_proj", "v_proj")}
 
 
 def simulated_h100() -> AbstractContextManager[None]:
@@ -50,16 +52,23 @@ def simulated_h100() -> AbstractContextManager[None]:
     return launching_for(TARGETS["sm_90"][0])
 
 
+class OtherLinear(nn.Linear):
+    """Stands for a quantised linear: PEFT's layer calls its forward, and then the adapter."""
+
+
 class Run:
     """A provider on linears that share x."""
 
-    def __init__(
-        self, provider: Provider, names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device: str
-    ) -> None:
+    def __init__(self, provider: Provider, title: str, dtype: torch.dtype, setting: Setting, device: str) -> None:
         torch.manual_seed(0)
+        names = GROUPS[title]
+        part = Part(TINY, names, device, dtype)
+        for module in part.modules():
+            if title == OTHER_BASE and type(module) is nn.Linear:
+                module.__class__ = OtherLinear
         with without_known_warnings():
             part_setting = replace(setting, linears=part_linears(TINY, names))
-            self.model: nn.Module = provider.wrap(Part(TINY, names, device, dtype), part_setting)
+            self.model: nn.Module = provider.wrap(part, part_setting)
         self.choice: AbstractContextManager[Any] = nullcontext()
         self._now = now_on_gpu if device == "cuda" else time.process_time
 
@@ -82,13 +91,13 @@ def now_on_gpu() -> float:
     return time.perf_counter()
 
 
-def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device: str) -> dict[str, Run]:
+def runs_of(title: str, dtype: torch.dtype, setting: Setting, device: str) -> dict[str, Run]:
     """The runs by name, the frozen linears first."""
     providers = (Provider(), Peft(), OursLora(), PeftMixed(), OursSibo())
     runs = {
-        provider.name: Run(provider, names, dtype, setting, device)
+        provider.name: Run(provider, title, dtype, setting, device)
         for provider in providers
-        if not (provider.mixes and names == ("o_proj",))
+        if not (provider.mixes and GROUPS[title] == ("o_proj",))
     }
     if device == "cuda":
         return runs
@@ -96,7 +105,7 @@ def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device
         if not provider.name.startswith("ours") or provider.name not in runs:
             continue
         name = f"{provider.name}, kernels' path"
-        runs[name] = Run(provider, names, dtype, setting, device)
+        runs[name] = Run(provider, title, dtype, setting, device)
         runs[name].choice = kernels_chosen()
     return runs
 
@@ -104,7 +113,7 @@ def runs_of(names: tuple[str, ...], dtype: torch.dtype, setting: Setting, device
 def measured(title: str, dtype: torch.dtype, setting: Setting, rounds: int, device: str) -> list[dict[str, Any]]:
     """A row for each provider, printed as well."""
     names = GROUPS[title]
-    runs = runs_of(names, dtype, setting, device)
+    runs = runs_of(title, dtype, setting, device)
     h0, x = (torch.randn(1, TOKENS, TINY.hidden, dtype=dtype, device=device) for _ in range(2))
     grads = [torch.randn(1, TOKENS, TINY.shapes()[name][1], dtype=dtype, device=device) for name in names]
     x.requires_grad_()

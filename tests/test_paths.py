@@ -21,7 +21,7 @@ from adapter_models import (
     sibo,
     without_mixing,
 )
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
@@ -187,6 +187,40 @@ def test_other_base_layers_run_their_own_forward_and_the_adapter_fused(calls):
         model(**token_inputs()).loss.backward()
     assert calls == ["add_lora"] * 12
     assert {(row.runs, row.mixes) for row in explain(model)} == {("adapter", True), ("adapter", False)}
+
+
+class Quantised(nn.Linear):
+    """Stands for a layer of a quantisation library, which keeps no x."""
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("mixed_with", [None, "plain", "modules"])
+def test_other_base_layers_read_x_as_it_is(adapters, mixed_with):
+    """PEFT casts it to the adapter's dtype for each layer, and the copies would be kept for the backward."""
+    torch.manual_seed(0)
+    base = nn.Sequential(Quantised(64, 48)).bfloat16()
+    names = ["default", "other"][:adapters]
+    models = [get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=["0"])) for _ in range(2)]
+    for model in models:
+        for name in names[1:]:
+            model.add_adapter(name, LoraConfig(r=4, target_modules=["0"]))
+        model.base_model.set_adapter(names)
+        randomise_adapters(model)
+    peft, ours = models
+    ours.load_state_dict(peft.state_dict())
+    accelerate(ours, names[:1] if mixed_with == "plain" else None)
+    if mixed_with == "modules":
+        ours.base_model.model[0].lora_A["default"].register_forward_hook(lambda *_: None)
+    x = torch.randn(32, 64).bfloat16().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the hook
+        y, expected = ours(x), peft(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+        of_ours, of_peft = (saved_activation_bytes(model, lambda m=model: m(x)) for model in (ours, peft))
+    if mixed_with is None:  # beside x itself: t of each adapter, and nothing of the size of x
+        assert of_ours == x.numel() * 2 + adapters * 32 * 4 * 4
+        assert of_peft >= of_ours - x.numel() * 2 + x.numel() * 4
 
 
 def test_every_dense_layer_of_a_sibo_adapter_runs_fused(calls):

@@ -80,6 +80,11 @@ def mixed_batch(adapter_names: Sequence[str]) -> Iterator[None]:
         _mixed_batch.adapter_names = previous
 
 
+def in_mixed_batch() -> Sequence[str] | None:
+    """The adapters' names in the batch that is split now in this thread, one for each row, or None."""
+    return _mixed_batch.adapter_names
+
+
 def site_of(module: nn.Module, adapter_name: str) -> MixingSite:
     """The mixing site of a layer for an adapter."""
     sites: dict[str, MixingSite] = module.__dict__["sibo_sites"]

@@ -34,10 +34,15 @@ class FusedLinear(LoraLinear):
             y = shared_output(self, x)
             if y is not None:
                 return y
-        adapter_name = self.fused_adapter(x)
+        adapter_name = self._own_adapter(x)
         if adapter_name is None:
             return super().forward(x)
-        return lora_linear(x, *self.arguments_of([self], adapter_name, x)[0])
+        obstacle = obstacle_to_fusing(self, x)
+        if obstacle is None:
+            return lora_linear(x, *self.arguments_of([self], adapter_name, x)[0])
+        site = site_of(self, adapter_name)
+        site.notices.warn_once(site.name, "the frozen layer and its adapter run apart", obstacle)
+        return add_lora(self.base_layer(x), x, *_adapter_arguments([self], adapter_name, x)[0])
 
     @staticmethod
     def arguments_of(layers: Sequence[FusedLinear], adapter_name: str, x: torch.Tensor) -> list[LoraArguments]:
@@ -67,17 +72,18 @@ class FusedLinear(LoraLinear):
 
     def fused_adapter(self, x: torch.Tensor) -> str | None:
         """The active adapter, if it is the only one and can run as one operation with the frozen linear; else None."""
+        name = self._own_adapter(x)
+        return None if name is None or obstacle_to_fusing(self, x) is not None else name
+
+    def _own_adapter(self, x: torch.Tensor) -> str | None:
+        """The active adapter, if it is the only one, SIBO or accelerated, and runs as one operation; else None.
+
+        Else PEFT's forward calls the variant, which looks again and warns.
+        """
         name = self.only_active()
         if name is None or name not in self.__dict__.get("sibo_sites", ()):
             return None
-        if obstacle_to_lora(self, name, x) is not None:
-            return None  # PEFT's forward calls the variant, which looks again and warns
-        obstacle = obstacle_to_fusing(self, x)
-        if obstacle is not None:
-            site = site_of(self, name)
-            site.notices.warn_once(site.name, "the frozen layer and its adapter run apart", obstacle)
-            return None
-        return name
+        return None if obstacle_to_lora(self, name, x) is not None else name
 
     def only_active(self) -> str | None:
         """The active adapter of this layer, if there is exactly one and none is merged; else None."""
@@ -110,7 +116,7 @@ class SiboLoraVariant(LoraVariant):
         Args:
             module: the LoRA layer.
             active_adapter: the adapter that runs.
-            x: [..., K], which PEFT has cast to the adapter's dtype.
+            x: [..., K].
             result: [..., N].
 
         Returns:
@@ -125,6 +131,8 @@ class SiboLoraVariant(LoraVariant):
             return add_lora(result, x, *_adapter_arguments([module], active_adapter, x)[0])
         site = site_of(module, active_adapter)
         site.notices.warn_once(site.name, "the adapter's modules are called one by one", obstacle)
+        if getattr(module, "cast_input_dtype_enabled", True):  # as PEFT does where no variant is ours
+            x = x.to(module.lora_A[active_adapter].weight.dtype)
         if site.residual is not None:
             h0 = initial_residual_for(module, active_adapter, x)
             x = reference.mix(x, h0, getattr(module, LORA_LAMBDA_NAME)[active_adapter]())

@@ -9,8 +9,8 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from sibo_triton.injection.sites import mixed_batch, sibo_adapters, site_of
-from sibo_triton.lora.layer import AcceleratedLora, refuse_merge
+from sibo_triton.injection.sites import in_mixed_batch, mixed_batch, sibo_adapters, site_of
+from sibo_triton.lora.layer import AcceleratedLora, SiboLoraVariant, refuse_merge
 from sibo_triton.lora.peft_layers import lora_layers
 from sibo_triton.patching import wrap
 
@@ -54,7 +54,18 @@ def _mixed_batch_forward(original: Callable, layer: LoraLayer, x: Any, *args: An
         return original(layer, x, *args, **kwargs)
 
 
+def _cast_input_dtype(original: Callable, layer: Any, x: Any, dtype: Any) -> Any:
+    """Our variants read x as it is: a copy in the adapter's dtype would be kept for the backward by each layer."""
+    sites = layer.__dict__.get("sibo_sites")
+    if sites and isinstance(layer, LoraLayer) and in_mixed_batch() is None:
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if all(isinstance(layer.lora_variant.get(name), SiboLoraVariant) for name in active):
+            return x
+    return original(layer, x, dtype)
+
+
 _LAYER_WRAPPERS: dict[str, Callable] = {
+    "_cast_input_dtype": _cast_input_dtype,
     "merge": _merge_layer,
     "unmerge": _unmerge_layer,
     "supports_lora_conversion": _supports_lora_conversion,

@@ -95,9 +95,10 @@ def kept_of(node: Node, inputs: Sequence[Inputs], results: Sequence[Down]) -> li
     return [x, h0, *of_layers]
 
 
-#: x and h0, and the other fields of `Saved`, of which the weight is the first.
+#: x and h0, and the other fields of `Saved`.
 KEPT_SHARED = 2
-KEPT_PER_LAYER = len(Saved._fields) - KEPT_SHARED
+KEPT_PER_LAYER_FIELDS = tuple(name for name in Saved._fields if name not in ("x", "initial_residual"))
+KEPT_PER_LAYER = len(KEPT_PER_LAYER_FIELDS)
 
 
 def is_batched(grad_y: Tensor | None) -> bool:

@@ -21,6 +21,7 @@ from sibo_triton.kernels.tuple_getter import tuple_getter
 from sibo_triton.ops.arguments import Inputs, Settings
 from sibo_triton.ops.autograd import (
     KEPT_PER_LAYER,
+    KEPT_PER_LAYER_FIELDS,
     KEPT_SHARED,
     Node,
     apply_of,
@@ -45,8 +46,8 @@ _PLAIN = {Tensor, nn.Parameter, type(None)}
 _SHARED = ("x", "initial_residual", "base")
 _OF_LAYER = tuple(name for name in Inputs._fields if name not in (*_SHARED, "down_bias"))
 _BASE = _SHARED.index("base")
-#: The gradients that recorded launches return, and dY itself; others are computed from results, by `products.py`.
-_GRADIENTS = {"x", "initial_residual", "lora_a", "lora_b", "base"}
+#: The gradients that recorded launches return, dY itself, and that of lambda; others are left to `products.py`.
+_GRADIENTS = {"x", "initial_residual", "lora_a", "lora_b", "bias", "base", "lambda_"}
 
 #: What remembers a form keeps at most so many that differ in their tensors only, and of one call so many backwards.
 _KEPT = 16
@@ -162,12 +163,14 @@ def _call_for(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inp
         simple &= {Inputs._fields[field] for _, field in node.places} <= _GRADIENTS
     if not simple:
         return _LONG_PATH
-    call = _call_of(tensors, settings, inputs, few_rows) if _differ(tensors) else None
+    learns = [node is not None and node.wants[i].lambda_ for i in range(len(inputs))]
+    call = _call_of(tensors, settings, inputs, None if few_rows else learns) if _differ(tensors) else None
     if call is None or node is None:
         return call
     # Which of the tensors and of the launches' results are saved for the backward: objects stand for the results.
     results = [object() for _ in range(PER_LAYER * len(inputs))]
-    downs = [Down(results[i], None, None) for i in range(0, len(results), PER_LAYER)]
+    starts = range(0, len(results), PER_LAYER)
+    downs = [Down(results[i], results[i + 1] if own else None, None) for i, own in zip(starts, learns, strict=True)]
     kept = kept_of(node, inputs, downs)
     keeps = _places([one for one in kept if one is not None], (*tensors, *results))
     wants = _places([inputs[i][field] for i, field in node.places], tensors)
@@ -180,14 +183,20 @@ def _is_simple(settings: Settings, inputs: Inputs) -> bool:
     return settings.backend == "triton" and settings.activation is None and one_dtype
 
 
-def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs], few_rows: bool) -> Call | None:
-    """The call without gradients; None where its launches are not recorded."""
+def _call_of(
+    tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inputs], learns: list[bool] | None
+) -> Call | None:
+    """The call without gradients; None where its launches are not recorded.
+
+    Args:
+        learns: of each layer, whether its lambda gets a gradient; None: the launches are those for few rows.
+    """
     count = len(inputs)
     with without_autocast(tensors[0].device.type):
-        if few_rows:
+        if learns is None:
             key, read, matrices = few_rows_request(settings, inputs)
         else:
-            key, read, matrices = forward_request(settings, inputs, [False] * count)
+            key, read, matrices = forward_request(settings, inputs, learns)
     tape = implementation("triton").tape_of(key, read)
     if tape is None:
         return None
@@ -200,7 +209,7 @@ def _call_of(tensors: tuple, settings: Sequence[Settings], inputs: Sequence[Inpu
                 return None
             read[i] = given
     # the index of each layer's low-rank y among the launches' results, and of its weight among the tensors
-    ys = [i if few_rows else PER_LAYER * (i + 1) - 1 for i in range(count)]
+    ys = [i if learns is None else PER_LAYER * (i + 1) - 1 for i in range(count)]
     weights = [] if base is not None else [len(_SHARED) + len(_OF_LAYER) * i for i in range(count)]
     return Call(_Read(tape, read, tensors, _casts_of(inputs, matrices)), ys, weights)
 
@@ -335,27 +344,46 @@ class CallWithGradients:
         tape = implementation("triton").tape_of(key, read)
         if tape is not None:
             launches = _Read(tape, read, tensors, _casts_of(saved, matrices))
-            known = _Backward(node, launches, self._weights())
+            known = _Backward(node, launches, self._places_of("weight"), self._places_of("lambda_", "difference"))
             self._backwards[exact] = _with(self._backwards[exact], tensors, known)
 
-    def _weights(self) -> list[int]:
-        """The index of each layer's frozen weight among the saved tensors: if dx is wanted and there is one."""
-        starts = [KEPT_SHARED + KEPT_PER_LAYER * i for i in range(len(self.node.settings))]
-        return [sum(self._is_kept[:start]) for start in starts if self._is_kept[start]]
+    def _places_of(self, *fields: str) -> list[tuple[int, ...]]:
+        """Of each layer that has the last of these fields of `Saved` among the saved tensors: their indices."""
+        at = [KEPT_PER_LAYER_FIELDS.index(field) for field in fields]
+        places = []
+        for start in range(KEPT_SHARED, len(self._is_kept), KEPT_PER_LAYER):
+            if self._is_kept[start + at[-1]]:
+                places.append(tuple([sum(self._is_kept[: start + i]) for i in at]))
+        return places
 
 
 class _Backward:
-    """The backward of a call, for dY of some form."""
+    """The backward of a call, for dY of some form.
 
-    def __init__(self, node: Node, launches: _Read, weights: list[int]) -> None:
+    Args:
+        node: what it needs beside tensors.
+        launches: its launches.
+        weights: the index of each layer's frozen weight among the saved tensors; empty where there is none.
+        learning: of each layer whose lambda gets a gradient: the indices of lambda and of d.
+    """
+
+    def __init__(
+        self, node: Node, launches: _Read, weights: list[tuple[int, ...]], learning: list[tuple[int, ...]]
+    ) -> None:
         count = len(node.settings)
-        self._launches, self._weights = launches, weights
+        ups = range(2 + count, 2 + count + PER_LAYER * count, PER_LAYER)  # where each layer's u, dB... begin
+        after = 2 + count + PER_LAYER * count  # what follows the results: dY, and the gradients of lambdas
+        layers = [i for i, wanted in enumerate(node.wants) if wanted.lambda_]
+        self._launches, self._weights = launches, [weight for (weight,) in weights]
+        self._learning = [(ups[i], *places) for i, places in zip(layers, learning, strict=True)]
         by_field = {
             "x": lambda i: 0,
             "initial_residual": lambda i: 1,
             "lora_a": lambda i: 2 + i,
-            "lora_b": lambda i: 2 + count + PER_LAYER * i + 1,
-            "base": lambda i: 2 + count + PER_LAYER * count,  # dY, which follows the results
+            "lora_b": lambda i: ups[i] + 1,
+            "bias": lambda i: ups[i] + 2,
+            "base": lambda i: after,
+            "lambda_": lambda i: after + 1 + layers.index(i),
         }
         self._places = tuple_getter([by_field[Inputs._fields[field]](i) for i, field in node.places])
 
@@ -374,7 +402,10 @@ class _Backward:
             results[0] = dx.view(*leading, dx.shape[1])
         if dh0 is not None:
             results[1] = dh0.view(*leading, dh0.shape[1])
-        return self._places((*results, grads_y[0]))
+        results.append(grads_y[0])
+        for u, lambda_, difference in self._learning:
+            results.append((results[u] * kept[difference]).sum().reshape(kept[lambda_].shape))
+        return self._places(results)
 
 
 class _Repeated(torch.autograd.Function):

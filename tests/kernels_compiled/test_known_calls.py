@@ -70,6 +70,10 @@ CALLS = {
     "dropout": OpCase((70,), 48, 40, 4, mixes="number", dropout_p=0.1, wants=("x", "lora_a", "lora_b")),
     "nothing wanted, few rows": OpCase((3,), 48, 40, 4, mixes="number", wants=()),
     "nothing wanted": OpCase((70,), 48, 40, 4, mixes="number", wants=()),
+    "lambda learns": OpCase((2, 70), 48, 40, 4, mixes="learnable"),
+    "lambda alone learns": OpCase((2, 70), 48, 40, 4, mixes="learnable", wants=()),
+    "the bias learns": OpCase((70,), 48, 40, 4, mixes="number", bias=True, wants=("x", "bias", "lora_b")),
+    "on a base, lambda learns": OpCase((70,), 48, 40, 4, mixes="learnable", on_base=True, wants=("base", "lora_a")),
     "on a base": OpCase((2, 70), 48, 40, 4, mixes="number", on_base=True, wants=("x", "base", "lora_a", "lora_b")),
     "on a base, which gets no gradient": OpCase((70,), 48, 40, 4, dropout_p=0.1, on_base=True),
     "on a base, nothing wanted": OpCase((2, 3), 48, 40, 4, mixes="number", on_base=True, wants=()),
@@ -135,7 +139,9 @@ def test_layers_that_share_x_take_one_step_without_gradients(monkeypatch):
             assert driver.tapes == 0 and names != expected[0]  # a frozen product comes before the other layer's `up`
 
 
-@pytest.mark.parametrize("mixes", [("no", "no", "no"), ("no", "number", "tensor")])
+@pytest.mark.parametrize(
+    "mixes", [("no", "no", "no"), ("no", "number", "tensor"), ("learnable", "number", "learnable")]
+)
 def test_layers_that_share_x_take_one_step(mixes):
     cases = [OpCase((2, 70), 48, n, r, mixes=of) for n, r, of in zip((40, 24, 24), (4, 16, 3), mixes, strict=True)]
     layers = make_group(cases)
@@ -406,10 +412,10 @@ def test_a_call_that_goes_the_long_path_leaves_what_is_known():
             driver.run(step_of(of), tensors_of(of))
         with the_long_path_is_closed():
             driver.run(step_of(arguments), tensors_of(arguments))
-        learns = make(replace(MIXING, mixes="learnable"))
-        driver.run(step_of(learns), tensors_of(learns))
+        never = make(replace(MIXING, lora_bias=True, wants=("lora_bias",)))
+        driver.run(step_of(never), tensors_of(never))
         with mock.patch.object(known_calls, "remember", side_effect=AssertionError("it is known never to repeat")):
-            driver.run(step_of(learns), tensors_of(learns))
+            driver.run(step_of(never), tensors_of(never))
 
 
 def test_numbers_are_those_of_the_long_path():
