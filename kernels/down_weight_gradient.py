@@ -197,7 +197,7 @@ def plan(
 
     # Where columns are few, a tile has those of all siblings, and x is read once. Not where x is mixed or masked for
     # one of them, nor on AMD's GPUs, whose compiler takes no tile of several pointers. Columns start at multiples of
-    # 16: u is loaded 16 bytes at a time.
+    # 16, but u, whose pointer depends on the column, is loaded 4 bytes at a time.
     columns = sum(cdiv(r, 16) * 16 for r in ranks)
     shares_tiles = len(ranks) > 1 and columns <= 64 and not (mix_first or drops or target.hip)
     BR = triton.next_power_of_2(columns) if shares_tiles else rank_block(max(ranks))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from oracle import mix_by_hooks
 from peft import LoraConfig, get_peft_model
 from tiny_models import llama, randomise_adapters
 
@@ -66,20 +67,12 @@ def oracle_of(model, **configs):
             twin.add_adapter(name, stock)
     twin.load_state_dict({key: value for key, value in model.state_dict().items() if "sibo_lambda" not in key})
     twin.train(model.training)
-    twin.seen = {}
-
-    def keep(block, args, kwargs):
-        twin.seen["h0"] = args[0] if args else kwargs["hidden_states"]
-
-    first = twin.base_model.model.model.layers[0]
-    first.register_forward_pre_hook(keep, with_kwargs=True)
     for name, config in configs.items():
         value = getattr(config, "sibo_lambda", 0.0)
-        for layer_name, layer in lora_layers(twin, name):
-            if value and layer_name.endswith(MIXING):
-                layer.lora_dropout[name].register_forward_pre_hook(
-                    lambda _, args, value=value: ((1 - value) * args[0] + value * twin.seen["h0"],)
-                )
+        if value:
+            layers = lora_layers(twin.get_base_model(), name)
+            mixing = [layer_name for layer_name, _ in layers if layer_name.endswith(MIXING)]
+            mix_by_hooks(twin.get_base_model(), value, mixing, name)
     return twin
 
 

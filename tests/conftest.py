@@ -44,6 +44,16 @@ def tiny_layers_run_as_large_ones_do():
 
 
 @pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A SIBO adapter of each kind in a folder. Tests that change a folder copy it (`adapter_folders.py`)."""
+    from adapter_folders import KINDS, save_adapter, saved_base
+
+    root = tmp_path_factory.mktemp("saved")
+    saved_base(root / "base")
+    return {kind: save_adapter(root / kind, root / "base", kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
 def source_copy(tmp_path_factory):
     """A copy of everything that builds look at: they leave files behind, and two may run at a time."""
     copy = tmp_path_factory.mktemp("source")

@@ -1,4 +1,4 @@
-"""An independent SIBO: plain PEFT LoRA and hooks that mix in front of lora_A. It shares no code with the library."""
+"""An independent SIBO: plain PEFT LoRA and hooks that mix in front of its dropout. It shares no code with ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 def oracle_like(
     build: Callable[[], nn.Module], config_kwargs: dict, sibo_model: nn.Module, lambda_: float, mixing: Iterable[str]
 ) -> nn.Module:
-    """A plain LoRA model with the weights of `sibo_model`, whose lora_A modules named in `mixing` read the mix.
+    """A plain LoRA model with the weights of `sibo_model`, whose adapters on the modules in `mixing` read the mix.
 
     Args:
         build: makes the base model.
@@ -54,4 +54,4 @@ def mix_by_hooks(base: nn.Module, lambda_: float, mixing: Iterable[str], adapter
         if stack not in captured:
             modules[f"{stack}.0"].register_forward_pre_hook(capture(stack), with_kwargs=True)
             captured.add(stack)
-        modules[f"{name}.lora_A.{adapter}"].register_forward_pre_hook(mix(stack))
+        modules[f"{name}.lora_dropout.{adapter}"].register_forward_pre_hook(mix(stack))

@@ -338,3 +338,8 @@ def test_a_benchmark_runs_as_a_command(monkeypatch, tmp_path, capsys):
         main("--providers", "nobody", *common)
     with pytest.raises(SystemExit, match="no row's title holds 'nothing'"):
         main("--only", "nothing", *common)
+
+
+def test_every_kind_of_gpu_that_kernels_are_compiled_for_has_a_name_in_the_table():
+    targets = pytest.importorskip("sibo_triton.kernels.targets", reason="triton is not installed")
+    assert readme_table.GPUS.keys() == targets.KNOWN.keys()

@@ -37,13 +37,6 @@ pytestmark = pytest.mark.oldest
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root = tmp_path_factory.mktemp("entry")
-    saved_base(root / "base")
-    return {kind: save_adapter(root / kind, root / "base", kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
 def saved_16(tmp_path_factory):
     root = tmp_path_factory.mktemp("entry-bf16")
     saved_base(root / "base", torch.bfloat16)

@@ -21,8 +21,6 @@ from adapter_folders import (
     logits_of,
     make_up_weights,
     read_weights,
-    save_adapter,
-    saved_base,
     sibo_config,
     with_weights,
 )
@@ -40,13 +38,6 @@ from sibo_triton.injection.saved_weights import with_guard
 pytestmark = pytest.mark.oldest
 
 GUARD = "base_model.model.model.layers.0.input_layernorm.weight"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root = tmp_path_factory.mktemp("guard")
-    saved_base(root / "base")
-    return {kind: save_adapter(root / kind, root / "base", kind) for kind in KINDS}
 
 
 def guards_in(tensors):

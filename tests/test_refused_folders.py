@@ -18,7 +18,6 @@ from adapter_folders import (
     make_up_weights,
     read_weights,
     save_adapter,
-    saved_base,
     sibo_config,
     with_config,
     with_weights,
@@ -31,13 +30,6 @@ pytestmark = pytest.mark.oldest
 
 BROKEN = "model.layers.1.mlp.up_proj"  # one module of several, not the first
 KEY = f"base_model.model.{BROKEN}.lora_sibo_lambda."
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root = tmp_path_factory.mktemp("refused")
-    saved_base(root / "base")
-    return {kind: save_adapter(root / kind, root / "base", kind) for kind in KINDS}
 
 
 def removed(entry):

@@ -30,13 +30,6 @@ NAMES = [f"model.layers.{block}.{part}" for block in range(BLOCKS) for part in (
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root = tmp_path_factory.mktemp("fp32")
-    saved_base(root / "base")
-    return {kind: save_adapter(root / kind, root / "base", kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
 def saved_16(tmp_path_factory):
     """On a bfloat16 base, with adapters in fp32 (PEFT's default) and in bfloat16."""
     root = tmp_path_factory.mktemp("bf16")

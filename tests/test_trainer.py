@@ -9,8 +9,6 @@ from adapter_folders import (
     logits_of,
     make_up_weights,
     read_weights,
-    save_adapter,
-    saved_base,
     sibo_config,
     with_weights,
 )
@@ -20,13 +18,6 @@ from trainers import losses, trainer_for
 pytestmark = pytest.mark.oldest
 
 STEPS, HALF = 6, 3  # of `trainer_for`
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root = tmp_path_factory.mktemp("trainer")
-    saved_base(root / "base")
-    return {kind: save_adapter(root / kind, root / "base", kind) for kind in KINDS}
 
 
 def start(case, kind, **options):
