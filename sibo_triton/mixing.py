@@ -136,11 +136,6 @@ class SiboLambda(Float32Module):
         """Return lambda: fp32, shape [1]."""
         return self.gate * torch.sigmoid(self.in_float32("logit_bias")) if self.learnable else self._fixed
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.__dict__.get("learnable"):
-            return self.logit_bias  # PEFT's policy for FSDP asks each module whether its weight is trained
-        return super().__getattr__(name)
-
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:
         """The tensors that lambda is computed from."""

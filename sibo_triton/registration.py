@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraModel, intruders
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.mixed import MixedModel
 from peft.tuners.xlora import XLoraModel
-from peft.utils import PeftType, hotswap, register_peft_method, save_and_load
+from peft.utils import PeftType, hotswap, other, register_peft_method, save_and_load
 from torch import nn
 from transformers import modeling_utils
 from transformers.integrations.peft import PeftAdapterMixin
@@ -39,6 +39,7 @@ from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
 from sibo_triton.lora.wrapping import wrap_layer_class, wrap_layer_classes
+from sibo_triton.mixing import Float32Module
 from sibo_triton.patching import wrap
 
 
@@ -57,6 +58,7 @@ def register() -> None:
     wrap(MixedModel, "inject_adapter", _refuse_mixed_model)
     wrap(XLoraModel, "__init__", _x_lora)
     wrap(lorafa.LoraFAOptimizer, "__init__", _lorafa)
+    _wrap_everywhere_in_peft(other, "fsdp_auto_wrap_policy", _fsdp_policy)
     wrap(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
     wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap)
     _wrap_everywhere_in_peft(save_and_load, "get_peft_model_state_dict", _get_state_dict)
@@ -115,6 +117,18 @@ def _lorafa(original: Callable, optimizer: Any, params: Any, *args: Any, **kwarg
             names = [name.replace(LORA_LAMBDA_NAME, BOTTLENECK_LAMBDA_NAME) for name in group["names"]]
             groups[i] = group | {"names": names}
     original(optimizer, groups, *args, **kwargs)
+
+
+def _fsdp_policy(original: Callable, model: nn.Module) -> Callable[..., bool]:
+    """PEFT's policy, which wraps modules without children whose `weight` is trained, and a learnable lambda."""
+    policy = original(model)
+
+    def with_numbers(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        if not recurse and isinstance(module, Float32Module):
+            return any(parameter.requires_grad for parameter in module.parameters())
+        return policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
+
+    return with_numbers
 
 
 def _merge_adapter(original: Callable, tuner: LoraModel, adapter_names: Any = None, *args: Any, **kwargs: Any) -> Any:

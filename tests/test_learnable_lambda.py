@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from peft.optimizers import create_lorafa_optimizer
-from peft.utils.other import fsdp_auto_wrap_policy
+from peft.utils import other
 from tiny_models import llama, randomise_adapters, token_inputs
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -96,7 +96,7 @@ def test_peft_s_policy_for_fsdp_wraps_it_as_it_wraps_a_and_b(config, use_orig_pa
     model.zero_grad()
     sharded = FullyShardedDataParallel(
         model,
-        auto_wrap_policy=fsdp_auto_wrap_policy(model),
+        auto_wrap_policy=other.fsdp_auto_wrap_policy(model),
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )
