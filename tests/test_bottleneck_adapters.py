@@ -359,3 +359,44 @@ def test_explain_lists_the_layers():
 
 def test_series_input_is_the_default():
     assert SERIES_INPUT.items() <= vars(SiboAdapterConfig()).items()
+
+
+SUB_LAYERS = [{"placement": "parallel", "target_modules": ["mlp"]}, {"side": "output", "target_modules": ["self_attn"]}]
+
+
+@pytest.mark.parametrize("options", SUB_LAYERS)
+def test_sub_layers_are_unloaded(options):
+    model, inputs = build(default=adapter(0.3, **options)), token_inputs()
+    with model.disable_adapter():
+        expected = output(model, inputs)
+    assert different(output(model, inputs), expected)
+    unloaded = model.unload()
+    assert unloaded.state_dict().keys() == base_model().state_dict().keys() and residual_hooks_on(unloaded) == []
+    close(output(unloaded, inputs), expected)
+
+
+@pytest.mark.parametrize("options", SUB_LAYERS)
+def test_sub_layers_give_their_adapters_device_and_dtype(options):
+    model = get_peft_model(base_model().bfloat16(), adapter(0.3, **options), autocast_adapter_dtype=False)
+    model.add_adapter("two", adapter(0.3, **options), autocast_adapter_dtype=False)
+    for name in ("default", "two"):
+        for layer in layers_of(model, name).values():
+            assert (
+                layer.sibo_adapter_down[name].weight.dtype == layer.sibo_adapter_up[name].weight.dtype == torch.bfloat16
+            )
+            assert layer._get_base_layer_device_and_dtype(layer.base_layer) == (torch.device("cpu"), torch.bfloat16)
+
+
+def test_adapters_inside_of_one_another_are_refused():
+    """A wrapped sub-layer renames the weights below it: they could not be loaded any more."""
+    around = adapter(0.3, **SUB_LAYERS[0])
+    model, inputs = build(default=adapter(0.3, target_modules=["gate_proj"])), token_inputs()
+    before = fingerprint(model, inputs)
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp holds gate_proj, which have adapters already"):
+        model.add_adapter("around", around)
+    assert_as_it_was(model, inputs, before)
+    model = build(default=around)
+    before = fingerprint(model, inputs)
+    with pytest.raises(ValueError, match="outside of mlp, which have adapters as a whole. Name the modules"):
+        model.add_adapter("inside", adapter(0.3))
+    assert_as_it_was(model, inputs, before)

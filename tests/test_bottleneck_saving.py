@@ -280,7 +280,7 @@ def test_a_refused_folder_leaves_the_model_as_it_was(saved, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("activation", "gelu"), ("scaling", 2.5), ("sibo_source", "embedding")],
+    [("activation", "gelu"), ("scaling", 2.5), ("sibo_source", "embedding"), ("adapter_bias", False)],
 )
 def test_weights_that_an_adapter_would_make_something_else_of_are_refused(saved, name, value, tmp_path):
     """What is in no tensor: PEFT compares no configs when it loads weights onto an adapter that is there."""

@@ -458,7 +458,7 @@ def test_here_a_plain_adapter_refuses_the_weights_before_it_takes_any(saved, way
     before = everything_about(model, case.input_ids)
     named = "input_layernorm" if change is only_the_guard else "lora_sibo_lambda"
     with pytest.raises(
-        ValueError, match=rf"The weights hold \S*{named}[\s\S]*'default' computes plain LoRA[\s\S]*SiboL"
+        ValueError, match=rf"The weights hold \S*{named}[\s\S]*'default' computes the plain method[\s\S]*SiboL"
     ):
         load(model, folder)
     if "config" in way:  # the plain adapter was made, and is fresh

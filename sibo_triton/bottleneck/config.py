@@ -146,7 +146,8 @@ class SiboAdapterConfig(SiboOptions, PeftConfig):
         update_model_card(str(save_directory), *options, method="SIBO adapter")
 
     def options_outside_weights(self) -> tuple[str, ...]:
-        return ("activation", "placement", "side", "scaling", *super().options_outside_weights())
+        # loaders drop biases that an adapter does not have, and leave those that the weights do not have
+        return ("activation", "placement", "side", "scaling", "adapter_bias", *super().options_outside_weights())
 
     def _check_placement(self) -> None:
         if self.placement not in ("series", "parallel"):

@@ -353,6 +353,11 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
 class SubLayer(SiboAdapterLayer):
     """A frozen sub-layer ("mlp", "self_attn") with adapters, on which the sub-layer's attributes are found too."""
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        """Of its first weight that is not quantised: a sub-layer has none of its own, where PEFT looks."""
+        weights = [weight for weight in base_layer.parameters() if weight.is_floating_point() and weight.itemsize > 1]
+        return (weights[0].device, weights[0].dtype) if weights else (None, None)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -130,7 +130,20 @@ class SiboAdapterModel(BaseTuner):
                 "out of target_modules; whole sub-layers of a block can have adapters with placement='parallel' or "
                 "side='output'."
             )
+        inner = [child for child, module in target.named_modules() if isinstance(module, BaseTunerLayer)]
+        if inner:
+            raise ValueError(
+                f"{name} holds {abbreviated(dict.fromkeys(inner))}, which have adapters already: one around them would "
+                "rename their weights, and they could not be saved and loaded any more. Target other modules, or give "
+                "all of them adapters in another model."
+            )
         return SubLayer(target, width, width)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, SubLayer):  # to be unloaded: PEFT would copy a weight, which a sub-layer does not have
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -230,7 +243,10 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: Tri
         if stack.holds(name) and trial.reads_into_feed_forward(name, stack)
     ]
     if not names:
+        around = {name: None for name, module in model.named_modules() if isinstance(module, SubLayer)}
         problems = "".join(f"; {name}: {problem}" for name, problem in trial.problems.items())
+        if around:
+            problems += f", outside of {abbreviated(around)}, which have adapters as a whole"
         raise ValueError(
             f"No linear of a feed-forward network that reads the residual stream was found in {type(model).__name__}"
             f"{problems}. Name the modules in target_modules."

@@ -180,9 +180,9 @@ def _refuse_without_place(adapter_name: str, keys: Sequence[str]) -> None:
     if keys:
         raise ValueError(
             f"The weights hold {keys[0]}{' and others' if len(keys) > 1 else ''}, but adapter {adapter_name!r} "
-            "computes plain LoRA there (or what else its config says), which is not what was trained. Load the folder "
-            "as an adapter of another name, or make this one with the SiboLoraConfig or SiboAdapterConfig that was "
-            "saved with the weights."
+            "computes the plain method there (or what else its config says), which is not what was trained. Load the "
+            "folder as an adapter of another name, or make this one with the SiboLoraConfig or SiboAdapterConfig that "
+            "was saved with the weights."
         )
 
 
