@@ -98,6 +98,13 @@ def finetune(
             rich_help_panel=_ADAPTER,
         ),
     ] = None,
+    sibo_blocks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The lists of blocks with an initial residual each, as model.layers. Default: by structure.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="r of LoRA. Default: 16.", rich_help_panel=_ADAPTER)] = None,
     alpha: Annotated[
         int | None, typer.Option(help="alpha of LoRA. Default: twice the rank.", rich_help_panel=_ADAPTER)
@@ -190,6 +197,7 @@ def finetune(
         sibo_lambda=sibo_lambda,
         sibo_learnable=sibo_learnable,
         sibo_target_modules=_split(sibo_target_modules),
+        sibo_blocks=_split(sibo_blocks),
         rank=rank,
         alpha=alpha,
         bottleneck_size=bottleneck_size,

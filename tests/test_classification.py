@@ -154,6 +154,71 @@ def test_a_decoder_classifies_too(options, tmp_path):
     assert result.task.names == ["bad", "good"] and result.steps == 2
 
 
+def save(model, folder):
+    torch.manual_seed(0)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+COMMON = {"vocab_size": len(SPECIAL) + len(WORDS), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+
+
+def test_an_encoder_decoder_classifies_and_its_encoders_similarity_is_reported(options, tmp_path):
+    config = tf.BartConfig(
+        **COMMON, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32, decoder_start_token_id=3,
+    )  # fmt: skip
+    model = save(tf.BartForConditionalGeneration(config), tmp_path / "bart")
+    result = finetune(replace(options, model=model, max_steps=2), QUIET)
+    assert len(result.similarity) == len(result.base_similarity) == 3 and result.mixing_modules > 0
+
+
+def test_what_cannot_be_measured_is_noted_and_the_adapter_is_saved(options, tmp_path):
+    config = tf.LlamaConfig(
+        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )  # fmt: skip
+    model = save(tf.LlamaForCausalLM(config), tmp_path / "llama")
+    reader = tf.AutoTokenizer.from_pretrained(model)
+    reader.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    reader.save_pretrained(model)
+    data = write(tmp_path / "words.jsonl", [{"text": word, "label": word} for word in ("good", "bad")] * 4)
+    result = finetune(replace(options, model=model, data=data, eval_data=data, max_steps=2), QUIET)
+    report = (options.output / "report.md").read_text()
+    assert "token similarity was not measured: token similarity needs at least one sequence of two tokens" in report
+    assert "## Token similarity" not in report and (options.output / "adapter_model.safetensors").exists()
+    assert result.similarity == result.base_similarity == []
+
+
+def test_positions_behind_that_of_padding_are_counted(options, tmp_path):
+    """RoBERTa's first token has the position after the padding's."""
+    config = tf.RobertaConfig(
+        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=20, type_vocab_size=2,
+    )  # fmt: skip
+    model = save(tf.RobertaForMaskedLM(config), tmp_path / "roberta")
+    rows = [{"text": "film " * 40 + word, "label": word} for word in ("good", "bad")] * 4
+    options = replace(options, model=model, data=write(tmp_path / "long.jsonl", rows), eval_data=None, max_steps=1)
+    assert finetune(options, QUIET).max_length == 19
+    with pytest.raises(InputError, match="--max-length 20 is more than the model's 19 positions"):
+        finetune(replace(options, max_length=20, output=tmp_path / "other"), QUIET)
+
+
+def test_a_head_for_other_classes_is_named(options, bases, tmp_path):
+    model = tf.AutoModelForSequenceClassification.from_pretrained(bases["bare"], num_labels=5)
+    folder = save(model, tmp_path / "five")
+    with pytest.raises(
+        InputError, match="its head has another number of outputs than the data's 2"
+    ):
+        finetune(replace(options, model=folder), QUIET)
+
+
+def test_single_texts_do_not_evaluate_pairs(options, tmp_path):
+    rows = [{"text": f"the film {i}", "text_pair": "a", "label": "good"} for i in range(4)]
+    with pytest.raises(InputError, match="has pairs of texts, where --data has single texts"):
+        finetune(replace(options, eval_data=write(tmp_path / "pairs.jsonl", rows)), QUIET)
+
+
 def test_long_texts_are_cut_and_counted(options, tmp_path):
     rows = [{"text": "film " * 40, "label": 0}, {"text": "film", "label": 1}]
     data = write(tmp_path / "long.jsonl", rows)
@@ -238,6 +303,7 @@ def test_classes_are_ordered_by_number_or_by_name(tmp_path):
         return class_names(read_labelled(write(tmp_path / "d.jsonl", rows), regression=False))
 
     assert names([10, 9, 10, "2"]) == ["2", "9", "10"]
+    assert names([10, 9, -2]) == ["-2", "9", "10"] and names(["1", "01", "0"]) == ["0", "01", "1"]
     assert names(["no", "maybe", "10"]) == ["10", "maybe", "no"]
 
 
@@ -271,6 +337,19 @@ def test_bad_numbers_and_unknown_classes_are_refused(options, tmp_path):
     path = write(tmp_path / "bad.jsonl", [{"text": "a", "label": "often"}])
     with pytest.raises(InputError, match="line 1, column `label`: expected a number, got 'often'"):
         finetune(replace(options, data=path, task="regression"), QUIET)
+    for row in ('{"text": "a", "label": 1' + "0" * 400 + "}", '{"text": "a", "label": 1' + "0" * 5000 + "}"):
+        path.write_text(row)
+        with pytest.raises(InputError, match=r"line 1(, column `label`: expected a number|: cannot be read as JSON)"):
+            finetune(replace(options, data=path, task="regression"), QUIET)
+    path.write_text('{"text": ' + "[" * 100_000)
+    with pytest.raises(InputError, match="line 1: cannot be read as JSON"):
+        finetune(replace(options, data=path), QUIET)
+    write(path, [{"text": "a", "label": -1.0}] * 3)
+    with pytest.raises(InputError, match="every `label` is -1"):
+        finetune(replace(options, data=path, task="regression"), QUIET)
+    write(path, [{"text": "a", "label": -1}, {"text": "b", "label": 2}])
+    assert read_labelled(path, regression=True).labels == [-1.0, 2.0]
+    write(path, [{"text": "a", "label": "often"}])
     with pytest.raises(
         InputError, match="line 1, column `label` is 'often': the training data has the labels bad, good"
     ):

@@ -87,6 +87,11 @@ REFUSED = {
         {"--method": "adapter", "--placement": "beside"},
         "--placement is 'beside': choose one of series, parallel",
     ),
+    "side": (
+        {"--method": "adapter", "--placement": "parallel", "--side": "output"},
+        "--side output is for --placement series",
+    ),
+    "blocks of LoRA": ({"--method": "lora", "--sibo-blocks": "model.layers"}, "--sibo-blocks has no effect with"),
     "learnable from 0": ({"--sibo-lambda": "0", "--sibo-learnable": None}, "cannot start from --sibo-lambda 0.0"),
     "rank": ({"--rank": "0"}, "--rank is 0: it must be at least 1"),
     "alpha": ({"--alpha": "-1"}, "--alpha is -1: it must be at least 1"),

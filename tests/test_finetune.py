@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pyarrow
@@ -21,7 +22,7 @@ from sibo_triton.finetune import model as finetune_model
 from sibo_triton.finetune import train as finetune_train
 from sibo_triton.finetune.data import Examples, read_examples
 from sibo_triton.finetune.demo import task as demo_task
-from sibo_triton.finetune.options import FinetuneOptions, InputError
+from sibo_triton.finetune.options import CHECKPOINTS, FinetuneOptions, InputError
 from sibo_triton.finetune.progress import ProgressAndLog
 from sibo_triton.finetune.tokens import NO_LOSS, completion_collator, tokenize_examples
 from sibo_triton.finetune.train import finetune
@@ -419,10 +420,33 @@ def test_an_earlier_run_is_replaced_only_on_request_and_only_in_the_end(options,
         with pytest.raises(RuntimeError, match="out of memory"):
             finetune(again, QUIET)
     assert weights.read_bytes() == before
-    (options.output / "mine.txt").write_text("keep")
+    mine = [options.output / "mine.txt", options.output / CHECKPOINTS / "mine.txt"]
+    for file in mine:
+        file.write_text("keep")
+    (options.output / CHECKPOINTS / "checkpoint-999").mkdir()
     finetune(again, QUIET)
+    assert not (options.output / CHECKPOINTS / "checkpoint-999").exists()
     assert weights.read_bytes() != before
-    assert (options.output / "mine.txt").read_text() == "keep"
+    assert [file.read_text() for file in mine] == ["keep", "keep"]
+
+
+@pytest.mark.parametrize("name", ["model", "data", "eval_data"])
+def test_what_lies_among_the_checkpoints_is_not_removed(name, options):
+    finetune(options, QUIET)
+    path = options.output / CHECKPOINTS / "here"
+    shutil.copytree(options.model, path) if name == "model" else shutil.copy(options.data, path)
+    value = str(path) if name == "model" else path
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} .* lies in .*checkpoints, where a run replaces"):
+        finetune(replace(options, overwrite=True, eval_fraction=0.0, **{name: value}), QUIET)
+    assert path.exists()
+
+
+def test_a_plain_adapter_s_card_says_nothing_of_an_earlier_sibo_adapter(options):
+    finetune(options, QUIET)
+    card = options.output / "README.md"
+    assert "SIBO" in card.read_text()
+    finetune(replace(options, method="lora", sibo_lambda=None, sibo_learnable=False, overwrite=True), QUIET)
+    assert "SIBO" not in card.read_text() and "library_name: peft" in card.read_text()
 
 
 def test_nothing_is_written_when_the_input_is_refused(options, tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sibo_triton.finetune.options import InputError
+from sibo_triton.finetune.options import InputError, first_line
 
 _PAIR = ("prompt", "completion")
 _NEEDED = "it needs a column `text`, or the two columns `prompt` and `completion`"
@@ -146,6 +146,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[_Place, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}, {place}, character {error.colno}: is not JSON ({error.msg}).") from error
+            except (RecursionError, ValueError) as error:  # too deep; a number with thousands of digits
+                raise InputError(f"{path}, {place}: cannot be read as JSON ({first_line(error)}).") from error
             yield place, row
 
 
@@ -161,6 +163,8 @@ def _read_json(path: Path) -> Iterator[tuple[_Place, Any]]:
         items = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, character {error.colno}: is not JSON ({error.msg}).") from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({first_line(error)}).") from error
     for number, item in enumerate(items, start=1):
         yield f"item {number}", item
 

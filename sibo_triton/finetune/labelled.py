@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,10 @@ def read_labelled(path: Path, regression: bool) -> LabelledTexts:
         examples.ignored.update(name for name in row if name not in (*examples.columns, _LABEL))
     if examples is None:
         raise InputError(f"{path}: holds no examples; {_NEEDED}.")
+    if regression and set(examples.labels) == {float(_UNLABELLED)}:
+        raise InputError(
+            f"{path}: every `label` is -1, which stands for none in GLUE's test sets; use the validation set."
+        )
     return examples
 
 
@@ -75,7 +80,9 @@ def class_names(examples: LabelledTexts) -> list[str]:
         raise InputError(
             f"{examples.path}: every `label` is {examples.labels[0]!r}; a classifier needs two classes at least."
         )
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def class_ids(examples: LabelledTexts, names: Sequence[str]) -> list[int]:
@@ -108,10 +115,10 @@ def _label(path: Path, place: str, row: Mapping[str, Any], regression: bool) -> 
     if _LABEL not in row:
         raise InputError(f"{where}: missing; {_NEEDED}.")
     value = row[_LABEL]
-    if str(value) == _UNLABELLED:
-        raise InputError(f"{where} is -1, which stands for no label in GLUE's test sets; use the validation set.")
     if regression:
         return _number(where, value)
+    if str(value) == _UNLABELLED:
+        raise InputError(f"{where} is -1, which stands for no label in GLUE's test sets; use the validation set.")
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise InputError(f"{where}: expected a name or an integer, got {value!r:.60}; --task regression takes numbers.")
     return str(value)
@@ -120,7 +127,7 @@ def _label(path: Path, place: str, row: Mapping[str, Any], regression: bool) -> 
 def _number(where: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise InputError(f"{where}: expected a number, got {value!r:.60}; --task classification takes names.")

@@ -71,7 +71,10 @@ def load_classifier(name: str, dtype: str, names: Sequence[str], regression: boo
             output_loading_info=True,
         )
     except (*_LOADING_ERRORS, RuntimeError) as error:
-        raise InputError(f"--model {name} cannot be loaded as a sequence classifier: {first_line(error)}") from error
+        reason = first_line(error)
+        if "ignore_mismatched_sizes" in str(error):
+            reason = f"its head has another number of outputs than the data's {len(names)}. Give the base model."
+        raise InputError(f"--model {name} cannot be loaded as a sequence classifier: {reason}") from error
     ensure_pad_token(tokenizer, name)
     if model.config.pad_token_id is None:  # a decoder reads it to find the last token of a text
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -106,6 +109,9 @@ def choose_max_length(options: FinetuneOptions, model: Any) -> int:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 2:
         return options.max_length or _DEFAULT_MAX_LENGTH
+    for name, module in model.named_modules():  # RoBERTa counts positions from behind that of padding
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = min(positions, module.num_embeddings - module.padding_idx - 1)
     if options.max_length is not None and options.max_length > positions:
         raise InputError(f"--max-length {options.max_length} is more than the model's {positions} positions.")
     return options.max_length or min(_DEFAULT_MAX_LENGTH, positions)
@@ -152,8 +158,9 @@ def _adapter_config(options: FinetuneOptions, target_modules: list[str] | str | 
     """The PEFT config of the chosen method; a plain method and its SIBO differ in lambda alone."""
     common: dict[str, Any] = {"task_type": task_type, "target_modules": target_modules}
     mixing: dict[str, Any] = {"sibo_lambda": options.lambda_, "sibo_learnable": options.sibo_learnable}
-    if options.sibo_target_modules is not None:
-        mixing["sibo_target_modules"] = list(options.sibo_target_modules)
+    for name in ("sibo_target_modules", "sibo_blocks"):
+        if getattr(options, name) is not None:
+            mixing[name] = list(getattr(options, name))
     if not options.is_lora:
         chosen: dict[str, Any] = {"init_weights": True if options.init_weights in (None, "zero") else "bert"}
         for name in ("activation", "placement", "side"):

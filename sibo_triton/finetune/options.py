@@ -17,6 +17,8 @@ TASKS = (CAUSAL_LM, CLASSIFICATION, REGRESSION)
 LORA_METHODS = ("lora", "sibo-lora")
 ADAPTER_METHODS = ("adapter", "sibo-adapter")
 METHODS = LORA_METHODS + ADAPTER_METHODS
+CHECKPOINTS = "checkpoints"  # the Trainer's folder in the output folder
+
 PLACEMENTS = ("series", "parallel")
 SIDES = ("input", "output")
 INITS = ("zero", "bert")
@@ -43,10 +45,10 @@ def first_line(error: BaseException) -> str:
 class FinetuneOptions:
     """The options of one fine-tuning run; `sibo-triton finetune --help` says what each means.
 
-    `None` means that the default depends: `target_modules` and `sibo_target_modules` on the architecture, `rank`,
-    `bottleneck_size`, `activation`, `placement`, `side`, `init_weights` and `sibo_lambda` on the method, `alpha` on the
-    rank, `warmup_steps` on the number of steps, `max_length` on the model. `recipe`: its prompt and labels are used;
-    its other settings are already in the options.
+    `None` means that the default depends: `target_modules`, `sibo_target_modules` and `sibo_blocks` on the
+    architecture, `rank`, `bottleneck_size`, `activation`, `placement`, `side`, `init_weights` and `sibo_lambda` on the
+    method, `alpha` on the rank, `warmup_steps` on the number of steps, `max_length` on the model. `recipe`: its prompt
+    and labels are used; its other settings are already in the options.
     """
 
     model: str
@@ -58,6 +60,7 @@ class FinetuneOptions:
     sibo_lambda: float | None = None
     sibo_learnable: bool = False
     sibo_target_modules: tuple[str, ...] | None = None
+    sibo_blocks: tuple[str, ...] | None = None
     rank: int | None = None
     alpha: int | None = None
     bottleneck_size: int | None = None
@@ -144,6 +147,13 @@ def check_options(options: FinetuneOptions) -> None:
         raise InputError("--eval-fraction and --eval-data are both given: keep the one that says what to evaluate on.")
     _check_method(options)
     check_output(options.output, options.model, options.overwrite)
+    for name in ("model", "data", "eval_data"):
+        path = getattr(options, name)
+        if path is not None and Path(path).resolve().is_relative_to((options.output / CHECKPOINTS).resolve()):
+            raise InputError(
+                f"{_flag(name)} {path} lies in {options.output / CHECKPOINTS}, where a run replaces checkpoints: name "
+                "another folder in --output."
+            )
 
 
 _OF_ADAPTERS = ("bottleneck_size", "activation", "placement", "side", "init_weights")
@@ -153,6 +163,10 @@ def _check_method(options: FinetuneOptions) -> None:
     for name, choices in (("placement", PLACEMENTS), ("side", SIDES), ("init_weights", INITS)):
         if getattr(options, name) is not None:
             _one_of(_flag(name), getattr(options, name), choices)
+    if options.placement == "parallel" and options.side == "output":
+        raise InputError(
+            "--side output is for --placement series: a parallel adapter reads the module's input. Drop one of the two."
+        )
     if options.activation is not None:
         try:
             check_activation(options.activation)
@@ -172,6 +186,7 @@ def _check_method(options: FinetuneOptions) -> None:
                 ("--sibo-lambda", options.sibo_lambda is not None),
                 ("--sibo-learnable", options.sibo_learnable),
                 ("--sibo-target-modules", options.sibo_target_modules is not None),
+                ("--sibo-blocks", options.sibo_blocks is not None),
             )
             if used
         ]

@@ -22,7 +22,8 @@ def write_report(result: FinetuneResult, output: Path) -> None:
     """Write report.md and, with matplotlib, its two plots into the folder `output`."""
     if can_plot():
         _plot_loss(result, output / LOSS_PLOT)
-        _plot_similarity(result, output / SIMILARITY_PLOT)
+        if result.base_similarity and result.similarity:
+            _plot_similarity(result, output / SIMILARITY_PLOT)
     sections = [
         f"# Fine-tuning report: {result.options.method}",
         *_warnings(result),
@@ -105,6 +106,8 @@ def _loss(result: FinetuneResult) -> str:
 
 
 def _similarity(result: FinetuneResult) -> str:
+    if not (result.base_similarity and result.similarity):  # a note says why
+        return ""
     image = f"![Token similarity by layer]({SIMILARITY_PLOT})\n\n" if can_plot() else ""
     table = markdown_table(
         ("layer", "base", result.options.method),

@@ -16,7 +16,7 @@ from sibo_triton.finetune.instructions import read_training_examples
 from sibo_triton.finetune.labelled import LabelledTexts, class_ids, class_names, read_labelled
 from sibo_triton.finetune.metrics import classification_metrics, regression_metrics, require_metrics
 from sibo_triton.finetune.model import load_base, load_classifier
-from sibo_triton.finetune.options import CAUSAL_LM, REGRESSION, FinetuneOptions
+from sibo_triton.finetune.options import CAUSAL_LM, REGRESSION, FinetuneOptions, InputError
 from sibo_triton.finetune.tokens import TokenizedExamples, completion_collator, tokenize_examples
 
 
@@ -72,17 +72,25 @@ class SequenceClassification:
         self._options = options
         self._regression = options.task == REGRESSION
         self.names: list[str] = []
+        self._texts: int | None = None  # in a row of the training data
         self.compute_metrics = regression_metrics if self._regression else classification_metrics
 
     @property
     def load_arguments(self) -> str:
         """Further arguments to `from_pretrained`, as source text."""
         labels = ", ".join(f"{i}: {name!r}" for i, name in enumerate(self.names))
-        return f", num_labels={len(self.names)}" + ("" if self._regression else f", id2label={{{labels}}}")
+        ids = ", ".join(f"{name!r}: {i}" for i, name in enumerate(self.names))
+        names = "" if self._regression else f", id2label={{{labels}}}, label2id={{{ids}}}"
+        return f", num_labels={len(self.names)}{names}"
 
     def read(self, path: Path) -> LabelledTexts:
-        """The examples of a file."""
-        return read_labelled(path, self._regression)
+        """The examples of a file: first of the training data, then of the evaluation's."""
+        examples = read_labelled(path, self._regression)
+        self._texts = self._texts or len(examples.columns)
+        if len(examples.columns) != self._texts:
+            kinds = {1: "single texts", 2: "pairs of texts"}
+            raise InputError(f"{path}: has {kinds[len(examples.columns)]}, where --data has {kinds[self._texts]}.")
+        return examples
 
     def load(self, train: Any) -> tuple[Any, Any, list[str]]:
         """The model with a head for the training data's classes, its tokenizer, and other modules without weights."""

@@ -16,17 +16,17 @@ from rich.markup import escape
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from sibo_triton.finetune.model import add_adapter, check_vocabulary, choose_max_length
-from sibo_triton.finetune.options import CAUSAL_LM, FinetuneOptions, InputError, check_options, first_line
+from sibo_triton.finetune.options import CAUSAL_LM, CHECKPOINTS, FinetuneOptions, InputError, check_options, first_line
 from sibo_triton.finetune.progress import ProgressAndLog
 from sibo_triton.finetune.report import write_report
 from sibo_triton.finetune.result import FinetuneResult
 from sibo_triton.finetune.tasks import task_of
 from sibo_triton.finetune.tokens import TokenizedExamples
+from sibo_triton.injection.model_card import remove_from_model_card
 from sibo_triton.mixing import SiboLambda
 from sibo_triton.saved_activations import saved_activation_bytes
 from sibo_triton.similarity import similarity_by_layer
 
-CHECKPOINTS = "checkpoints"
 LOSS_LOG = "loss.csv"
 
 _LOG_ROWS = 200  # per run, so that a long run's log stays readable
@@ -186,8 +186,9 @@ def _prepare_output(options: FinetuneOptions) -> Path:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {output} cannot be made: {error.strerror}.") from error
-    if (output / CHECKPOINTS).is_dir():  # only with --overwrite: the Trainer would count them as its own
-        shutil.rmtree(output / CHECKPOINTS)
+    for earlier in (output / CHECKPOINTS).glob("checkpoint-*"):  # only with --overwrite
+        shutil.rmtree(earlier)  # the Trainer would count it as its own
+    remove_from_model_card(str(output))  # a plain adapter's is written by PEFT, which keeps what is there
     return output
 
 
@@ -261,18 +262,28 @@ def _measure_before(result: FinetuneResult, trainer: Trainer) -> None:
     model.train()
     result.saved_activation_bytes = saved_activation_bytes(model, lambda: model(**batch).loss)
     with model.disable_adapter():  # a fresh one may change the outputs: init_weights="bert"
-        result.base_similarity = _similarity(trainer)
+        result.base_similarity = _similarity(result, trainer)
 
 
 def _measure_after(result: FinetuneResult, trainer: Trainer) -> None:
-    result.similarity = _similarity(trainer)
+    result.similarity = _similarity(result, trainer)
     result.lambdas = _lambdas(trainer.model)
 
 
-def _similarity(trainer: Trainer) -> list[float]:
-    """Token similarity by layer over the first examples of the evaluation set, or of the training set."""
+def _similarity(result: FinetuneResult, trainer: Trainer) -> list[float]:
+    """Token similarity by layer over the first examples of the evaluation set, or of the training set.
+
+    Of an encoder-decoder model that of the encoder; empty, and a note, where it cannot be measured.
+    """
     examples = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    return similarity_by_layer(trainer.model, _batches(trainer, examples, _SIMILARITY_EXAMPLES))
+    output = "encoder_hidden_states" if trainer.model.config.is_encoder_decoder else "hidden_states"
+    try:
+        return similarity_by_layer(trainer.model, _batches(trainer, examples, _SIMILARITY_EXAMPLES), output)
+    except ValueError as error:
+        note = f"token similarity was not measured: {error}"
+        if note not in result.notes:
+            result.notes.append(note)
+        return []
 
 
 def _train(result: FinetuneResult, trainer: Trainer, console: Console, output: Path) -> None:
