@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 InitialResidualSource = Literal["block_input", "embedding"]
@@ -50,29 +52,53 @@ def validate_source(source: Any) -> None:
 
 
 class Float32Module(nn.Module):
-    """A module of a few numbers that stay float32 when the model is cast (in bfloat16 0.3 would become 0.30078)."""
+    """A module of a few numbers that stay float32 when the model is cast (in bfloat16 0.3 would become 0.30078).
+
+    Also where a parameter's `data` is cast, which no module sees: TRL's trainers do so on a quantised base, to every
+    trainable parameter. In bfloat16 a step of an optimizer is less than the spacing of the numbers, and it would never
+    move. It is float32 again before anything takes hold of it: from `train()` on, which trainers call, or when a
+    wrapper such as DDP collects the parameters; else from the next forward on.
+    """
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
-        if param is not None:  # what FSDP puts in its place, in a dtype of its own, has no mark
-            param._sibo_float32 = param.detach().clone()  # type: ignore[attr-defined]
+        if param is not None:  # what FSDP puts in its place, in a dtype of its own, is not registered
+            self.__dict__.setdefault("_registered", {})[name] = param, param.detach().clone()
 
-    def in_float32(self, name: str) -> nn.Parameter:
-        """A parameter, in float32 again if its `data` was cast, which no module sees.
+    def train(self, mode: bool = True) -> Float32Module:
+        self._restore_float32()
+        return super().train(mode)
 
-        TRL's trainers do so on a quantised base, to every trainable parameter. In bfloat16 a step of an optimizer is
-        less than the spacing of the numbers, and it would never move.
-        """
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._restore_float32()
+        return super().named_parameters(*args, **kwargs)
+
+    def in_float32(self, name: str) -> torch.Tensor:
+        """A parameter, for a forward."""
         parameter = self._parameters.get(name)
         if parameter is None:  # FSDP has an attribute in its place
             return getattr(self, name)
         if parameter.dtype != torch.float32:
-            _restore_float32(parameter)
+            if torch.compiler.is_compiling() or (dist.is_available() and dist.is_initialized()):
+                return parameter.float()  # DDP would lose track of one that is changed now
+            self._restore_float32()
         return parameter
+
+    @torch.no_grad()
+    def _restore_float32(self) -> None:
+        all_registered: dict[str, tuple[nn.Parameter, torch.Tensor]] = self.__dict__.get("_registered", {})
+        for name, (parameter, registered) in all_registered.items():
+            is_cast = parameter.dtype != torch.float32 and not parameter.is_meta
+            if not is_cast or self._parameters.get(name) is not parameter or hasattr(parameter, "_fsdp_flattened"):
+                continue
+            registered = registered.to(parameter.device)
+            is_as_registered = torch.equal(registered.to(parameter.dtype), parameter)
+            parameter.data = registered if is_as_registered else parameter.data.to(torch.float32)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that saved weights must hold, by their names in this module."""
-        return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+        parameters = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+        return {**parameters, **dict(self.named_buffers(recurse=False))}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Float32Module:
         before = {name: tensor.detach() for name, tensor in self.tensors().items()}
@@ -89,17 +115,6 @@ class Float32Module(nn.Module):
             if key in state_dict:  # load_state_dict(assign=True) would take the checkpoint's dtype
                 state_dict[key] = state_dict[key].to(torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-@torch.compiler.disable
-def _restore_float32(parameter: nn.Parameter) -> None:
-    registered = getattr(parameter, "_sibo_float32", None)
-    if registered is None or getattr(parameter, "_fsdp_flattened", False):
-        return
-    with torch.no_grad():
-        registered = registered.to(parameter.device)
-        is_as_registered = torch.equal(registered.to(parameter.dtype), parameter)
-        parameter.data = registered if is_as_registered else parameter.data.to(torch.float32)
 
 
 class SiboLambda(Float32Module):

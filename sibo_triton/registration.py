@@ -33,7 +33,7 @@ from sibo_triton.bottleneck.model import SiboAdapterModel
 from sibo_triton.injection import saved_weights
 from sibo_triton.injection.options import SiboOptions
 from sibo_triton.injection.reversible import loading
-from sibo_triton.injection.sites import BOTTLENECK_LAMBDA_NAME, BOTTLENECK_TYPE, LORA_LAMBDA_NAME
+from sibo_triton.injection.sites import BOTTLENECK_TYPE, LORA_LAMBDA_NAME
 from sibo_triton.injection.snapshot import Snapshot
 from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
@@ -114,7 +114,7 @@ def _lorafa(original: Callable, optimizer: Any, params: Any, *args: Any, **kwarg
     groups = list(params)
     for i, group in enumerate(groups):
         if isinstance(group, dict) and "names" in group:
-            names = [name.replace(LORA_LAMBDA_NAME, BOTTLENECK_LAMBDA_NAME) for name in group["names"]]
+            names = [name.replace("lora", "") if LORA_LAMBDA_NAME in name else name for name in group["names"]]
             groups[i] = group | {"names": names}
     original(optimizer, groups, *args, **kwargs)
 

@@ -19,6 +19,10 @@ from torch import nn
 _OUTPUTS = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 
 
+class NoPairs(ValueError):
+    """No sequence has two tokens."""
+
+
 def token_similarity(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean pairwise cosine similarity between the tokens of each sequence.
 
@@ -101,7 +105,7 @@ def similarity_by_layer(
         for module, training in modes.items():
             module.training = training
     if totals is None or sequences == 0:
-        raise ValueError("token similarity needs at least one sequence of two tokens, and `batches` held none.")
+        raise NoPairs("token similarity needs at least one sequence of two tokens, and `batches` held none.")
     return (totals / sequences).tolist()
 
 

@@ -129,6 +129,10 @@ def test_embedding_source_sees_what_hooks_make_of_it_whenever_they_came() -> Non
         without = model(**inputs).logits if runs_before else None
         embedding = model.get_input_embeddings()
         handle = embedding.register_forward_hook(lambda module, args, output: output * 1.5)
+        if runs_before:
+            compiled = torch.compile(model, backend="aot_eager")(**inputs).logits
+            torch.testing.assert_close(compiled, results[0])
+            torch._dynamo.reset()
         results.append(model(**inputs).logits)
         handle.remove()
         if without is not None:

@@ -395,6 +395,11 @@ def test_adapters_inside_of_one_another_are_refused():
     with pytest.raises(ValueError, match=r"model.layers.0.mlp holds gate_proj, which have adapters already"):
         model.add_adapter("around", around)
     assert_as_it_was(model, inputs, before)
+    base = base_model()
+    before = fingerprint(base, inputs)
+    with pytest.raises(ValueError, match=r"mlp.up_proj lies inside of model.layers.0.mlp, which has an adapter"):
+        get_peft_model(base, adapter(0.3, placement="parallel", target_modules=["up_proj", "mlp"]))
+    assert_as_it_was(base, inputs, before)
     model = build(default=around)
     before = fingerprint(model, inputs)
     with pytest.raises(ValueError, match="outside of mlp, which have adapters as a whole. Name the modules"):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -420,12 +421,18 @@ def test_an_earlier_run_is_replaced_only_on_request_and_only_in_the_end(options,
         with pytest.raises(RuntimeError, match="out of memory"):
             finetune(again, QUIET)
     assert weights.read_bytes() == before
-    mine = [options.output / "mine.txt", options.output / CHECKPOINTS / "mine.txt"]
+    mine = [options.output / "mine.txt", options.output / CHECKPOINTS / "checkpoint-notes.txt"]
     for file in mine:
         file.write_text("keep")
-    (options.output / CHECKPOINTS / "checkpoint-999").mkdir()
+    of_trainer = [options.output / CHECKPOINTS / f"checkpoint-{step}" for step in (998, 999)]
+    of_trainer[0].mkdir()
+    elsewhere = options.data.parent / "elsewhere"
+    elsewhere.mkdir()
+    of_trainer[1].symlink_to(elsewhere)
+    (options.output / CHECKPOINTS / "checkpoint-best").mkdir()
     finetune(again, QUIET)
-    assert not (options.output / CHECKPOINTS / "checkpoint-999").exists()
+    assert not any(map(os.path.lexists, of_trainer)) and elsewhere.exists()
+    assert (options.output / CHECKPOINTS / "checkpoint-best").exists()
     assert weights.read_bytes() != before
     assert [file.read_text() for file in mine] == ["keep", "keep"]
 

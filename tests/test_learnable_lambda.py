@@ -40,20 +40,71 @@ def step(model, optimizer):
     optimizer.step()
 
 
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def cast_data(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 @pytest.mark.parametrize("config", [LORA, ADAPTER])
 def test_one_whose_data_was_cast_trains_on_in_float32(config):
     """As TRL's trainers cast every trainable parameter on a quantised base."""
     model = model_of(config)
     before = {name: parameter.detach().clone() for name, parameter in numbers_of(model).items()}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    cast_data(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         step(model, optimizer)
     for name, parameter in numbers_of(model).items():
         assert parameter.dtype == torch.float32
         assert 0 < (parameter - before[name]).abs() < 1.1e-4, name  # a step, and no rounding to bfloat16
+
+
+@pytest.mark.parametrize("config", [LORA, ADAPTER])
+def test_what_took_hold_of_a_cast_one_keeps_it(config):
+    """As DDP, which hooks the accumulators of gradients: it collects the parameters of each module."""
+    model, reduced = model_of(config), []
+    cast_data(model)
+    accumulators = []  # kept alive, as DDP does
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                accumulators.append(parameter.expand_as(parameter).grad_fn.next_functions[0][0])
+                accumulators[-1].register_hook(lambda *_, name=f"{name}.{key}": reduced.append(name))
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert numbers_of(model).keys() <= set(reduced)
+    assert {parameter.dtype for parameter in numbers_of(model).values()} == {torch.float32}
+
+
+def test_one_that_was_cast_later_than_another_took_hold_of_it_is_left(process_group):
+    model = model_of(LORA)
+    cast_data(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**token_inputs())
+    assert {parameter.dtype for parameter in numbers_of(model).values()} == {torch.bfloat16}
+    model.train()
+    assert {parameter.dtype for parameter in numbers_of(model).values()} == {torch.float32}
+
+
+def test_copies_and_compiled_models_compute_with_a_cast_one():
+    model, inputs = model_of(LORA).eval(), token_inputs()
+    expected = model(**inputs).logits
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        for parameter in numbers_of(each).values():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(copied(**inputs).logits, expected)
+    assert {parameter.dtype for parameter in numbers_of(copied).values()} == {torch.float32}
 
 
 def test_what_was_trained_before_keeps_what_16_bits_hold():
@@ -66,21 +117,16 @@ def test_what_was_trained_before_keeps_what_16_bits_hold():
     assert parameter.dtype == torch.float32 and parameter.item() == torch.tensor(1.2345).bfloat16().item(), name
 
 
-def test_lora_fa_pairs_each_a_with_its_b():
-    model = model_of(LORA)
+@pytest.mark.parametrize("adapter_name", ["default", "my_lora"])
+def test_lora_fa_pairs_each_a_with_its_b(adapter_name):
+    model = get_peft_model(llama(), copy.deepcopy(LORA), adapter_name=adapter_name)
+    randomise_adapters(model)
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for _ in range(2):
         step(model, optimizer)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name in before if "lora_B" in name or "logit_bias" in name}
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

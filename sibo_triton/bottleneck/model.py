@@ -99,6 +99,14 @@ class SiboAdapterModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        names = current_key.split(".")
+        for end in range(1, len(names)):
+            around = ".".join(names[:end])
+            if isinstance(self.model.get_submodule(around), SubLayer):
+                raise ValueError(
+                    f"{current_key} lies inside of {around}, which has an adapter as a whole: the frozen module would "
+                    "never call one on its part. Target one of the two."
+                )
         if isinstance(target, SiboAdapterLayer):
             target.update_layer(adapter_name, config)
             return

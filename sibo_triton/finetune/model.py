@@ -73,7 +73,10 @@ def load_classifier(name: str, dtype: str, names: Sequence[str], regression: boo
     except (*_LOADING_ERRORS, RuntimeError) as error:
         reason = first_line(error)
         if "ignore_mismatched_sizes" in str(error):
-            reason = f"its head has another number of outputs than the data's {len(names)}. Give the base model."
+            reason = (
+                f"weights have other shapes than a model for the data's {len(names)} classes (a head for other ones?). "
+                "Give the base model."
+            )
         raise InputError(f"--model {name} cannot be loaded as a sequence classifier: {reason}") from error
     ensure_pad_token(tokenizer, name)
     if model.config.pad_token_id is None:  # a decoder reads it to find the last token of a text
@@ -110,8 +113,9 @@ def choose_max_length(options: FinetuneOptions, model: Any) -> int:
     if not isinstance(positions, int) or positions < 2:
         return options.max_length or _DEFAULT_MAX_LENGTH
     for name, module in model.named_modules():  # RoBERTa counts positions from behind that of padding
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = min(positions, module.num_embeddings - module.padding_idx - 1)
+        padding = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
+        if padding is not None:
+            positions = min(positions, module.weight.shape[0] - padding - 1)
     if options.max_length is not None and options.max_length > positions:
         raise InputError(f"--max-length {options.max_length} is more than the model's {positions} positions.")
     return options.max_length or min(_DEFAULT_MAX_LENGTH, positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import statistics
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from sibo_triton.finetune.tokens import TokenizedExamples
 from sibo_triton.injection.model_card import remove_from_model_card
 from sibo_triton.mixing import SiboLambda
 from sibo_triton.saved_activations import saved_activation_bytes
-from sibo_triton.similarity import similarity_by_layer
+from sibo_triton.similarity import NoPairs, similarity_by_layer
 
 LOSS_LOG = "loss.csv"
 
@@ -80,6 +81,7 @@ def finetune(options: FinetuneOptions, console: Console | None = None) -> Finetu
     with _undisturbed_random_state():
         _measure_before(result, trainer)
     _train(result, trainer, console, output)
+    remove_from_model_card(str(output))  # a plain adapter's card is written by PEFT, which keeps what is there
     model.save_pretrained(str(output))  # first: no failure below may lose the adapter
     _measure_after(result, trainer)
     write_report(result, output)
@@ -187,8 +189,8 @@ def _prepare_output(options: FinetuneOptions) -> Path:
     except OSError as error:
         raise InputError(f"--output {output} cannot be made: {error.strerror}.") from error
     for earlier in (output / CHECKPOINTS).glob("checkpoint-*"):  # only with --overwrite
-        shutil.rmtree(earlier)  # the Trainer would count it as its own
-    remove_from_model_card(str(output))  # a plain adapter's is written by PEFT, which keeps what is there
+        if re.fullmatch(r"checkpoint-\d+", earlier.name):  # the Trainer would count it as its own
+            earlier.unlink() if earlier.is_symlink() or not earlier.is_dir() else shutil.rmtree(earlier)
     return output
 
 
@@ -279,7 +281,7 @@ def _similarity(result: FinetuneResult, trainer: Trainer) -> list[float]:
     output = "encoder_hidden_states" if trainer.model.config.is_encoder_decoder else "hidden_states"
     try:
         return similarity_by_layer(trainer.model, _batches(trainer, examples, _SIMILARITY_EXAMPLES), output)
-    except ValueError as error:
+    except NoPairs as error:
         note = f"token similarity was not measured: {error}"
         if note not in result.notes:
             result.notes.append(note)

@@ -78,13 +78,13 @@ class _ScopeEnter(_Hook):
 
     def _come_last(self, embedding: nn.Module) -> None:
         """See what the embedding returns after all its hooks, also those that came since (NEFTune's noise)."""
-        hooks = embedding._forward_hooks
+        hooks: Any = embedding._forward_hooks
         own = None
-        for key, hook in hooks.items():
+        for key, hook in list(hooks.items()):
             if isinstance(hook, _EmbeddingExit):
                 own = key if hook.residual is self.residual else own
             elif own is not None:
-                hooks[own] = hooks.pop(own)
+                _move_to_end(hooks, own)
                 return
         if own is None:
             embedding.register_forward_hook(_EmbeddingExit(self.residual))
@@ -100,6 +100,11 @@ class _ScopeEnter(_Hook):
                 module.__dict__[name] = CheckpointWithInitialResidual(function, self.residual, owner)
             wrapped |= function is not None
         return wrapped and module.training and getattr(module, "gradient_checkpointing", True)
+
+
+@torch.compiler.disable  # Dynamo cannot trace it; it happens once, if ever
+def _move_to_end(hooks: Any, key: int) -> None:
+    hooks.move_to_end(key)
 
 
 class _ScopeExit(_Hook):

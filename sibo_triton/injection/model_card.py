@@ -18,9 +18,10 @@ def remove_from_model_card(directory: str) -> None:
     """Remove the SIBO section of `directory`/README.md, if there is one."""
     path = Path(directory) / "README.md"
     if path.exists():
-        before, start, rest = path.read_text(encoding="utf-8").partition(_START)
-        if start:
-            path.write_text(f"{before.rstrip()}\n{rest.partition(_END)[2]}", encoding="utf-8")
+        before, _, rest = path.read_text(encoding="utf-8").partition(_START)
+        _, end, after = rest.partition(_END)
+        if end:
+            path.write_text(f"{before.rstrip()}\n{after}", encoding="utf-8")
 
 
 def update_model_card(

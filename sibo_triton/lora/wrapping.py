@@ -56,6 +56,8 @@ def _mixed_batch_forward(original: Callable, layer: LoraLayer, x: Any, *args: An
 
 def _cast_input_dtype(original: Callable, layer: Any, x: Any, dtype: Any) -> Any:
     """Our variants read x as it is: a copy in the adapter's dtype would be kept for the backward by each layer."""
+    if x is None or x.dtype == dtype:
+        return x
     sites = layer.__dict__.get("sibo_sites")
     if sites and isinstance(layer, LoraLayer) and in_mixed_batch() is None:
         active = [name for name in layer.active_adapters if name in layer.lora_A]

@@ -121,6 +121,8 @@ def bottleneck_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`add_bottleneck`.
     """
+    if weight is None:
+        raise TypeError("weight is None: add_bottleneck is the adapter without a linear beside it")
     adapter = BottleneckArguments(
         *(down_weight, up_weight, weight, bias, scaling, activation, down_bias, up_bias),
         *(initial_residual, lambda_, dropout_p, dropout_seed),
