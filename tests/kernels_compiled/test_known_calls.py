@@ -21,7 +21,7 @@ from sibo_triton import reference
 from sibo_triton.kernels import launching
 from sibo_triton.kernels.launching import forget_launches
 from sibo_triton.kernels.up import up_kernel
-from sibo_triton.ops import LoraArguments, autograd, group, known_calls, lora, lora_linear_group
+from sibo_triton.ops import LoraArguments, autograd, group, known_calls, lora, lora_linear_group, recorded_call
 
 pytestmark = pytest.mark.skipif(
     not isinstance(up_kernel, triton.JITFunction), reason="TRITON_INTERPRET=1: unset it to compile kernels"
@@ -51,7 +51,7 @@ def the_long_path_is_closed(backward=True):
     """Neither arguments are prepared nor gradients put together."""
     closed = mock.Mock(side_effect=AssertionError("the call is not known"))
     with mock.patch.object(lora, "_checked", closed):
-        with mock.patch.object(known_calls, "gradients", closed if backward else autograd.gradients):
+        with mock.patch.object(recorded_call, "gradients", closed if backward else autograd.gradients):
             yield
 
 
