@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from expected_versions import pytest_configure, pytest_sessionfinish, pytest_terminal_summary
 
 __all__ = ["pytest_configure", "pytest_sessionfinish", "pytest_terminal_summary"]  # pytest finds hooks by their names
@@ -41,6 +42,14 @@ def tiny_layers_run_as_large_ones_do():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sibo_triton.ops.small.ELEMENTS", -1)
         yield
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone, as FSDP and DDP need one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,12 @@ def tokenizer():
     )
 
 
+def save(model, folder):
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def bert(kind, folder):
     """A tiny BERT, saved as the bare model, or without a pooler, as a masked language model."""
     torch.manual_seed(0)
@@ -50,9 +56,7 @@ def bert(kind, folder):
         num_attention_heads=4, max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         initializer_range=0.2,
     )  # fmt: skip
-    (tf.BertModel if kind == "bare" else tf.BertForMaskedLM)(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return save((tf.BertModel if kind == "bare" else tf.BertForMaskedLM)(config), folder)
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +156,6 @@ def test_a_decoder_classifies_too(options, tmp_path):
     reader.save_pretrained(tmp_path / "gpt2")
     result = finetune(replace(options, model=str(tmp_path / "gpt2"), max_steps=2), QUIET)
     assert result.task.names == ["bad", "good"] and result.steps == 2
-
-
-def save(model, folder):
-    torch.manual_seed(0)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 COMMON = {"vocab_size": len(SPECIAL) + len(WORDS), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}

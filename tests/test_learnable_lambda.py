@@ -40,13 +40,6 @@ def step(model, optimizer):
     optimizer.step()
 
 
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def cast_data(model):
     for parameter in model.parameters():
         if parameter.requires_grad:

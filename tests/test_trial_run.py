@@ -153,13 +153,6 @@ def test_buffers_are_put_back_however_they_are_written(write):
     assert torch.equal(base.model.counted, torch.full((3,), 2.0))
 
 
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
 def test_a_model_that_fsdp_has_sharded_runs_on(process_group):
     """FSDP swaps parameters when its modules run: the trial run must not put the old ones back."""

@@ -253,9 +253,10 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
     def group_of(layers: Sequence[SiboAdapterLayer], adapter_name: str, x: torch.Tensor) -> Group | None:
         """One operation for these layers, which get the same x; None where each must run alone."""
         arguments = SiboAdapterLayer._arguments_of(layers, adapter_name, x)
-        parallel = [not layer.sibo_adapter_options[adapter_name].in_front for layer in layers]
-        of_all = zip(layers, arguments, parallel, strict=True)
-        return bottleneck_group(x, [layer._with_frozen(of) if is_parallel else of for layer, of, is_parallel in of_all])
+        for i, layer in enumerate(layers):
+            if not layer.sibo_adapter_options[adapter_name].in_front:
+                arguments[i] = layer._with_frozen(arguments[i])
+        return bottleneck_group(x, arguments)
 
     def _with_frozen(self, arguments: BottleneckArguments) -> BottleneckArguments:
         """The arguments with those of the frozen linear to which the adapter is parallel."""

@@ -22,7 +22,7 @@ def write_report(result: FinetuneResult, output: Path) -> None:
     """Write report.md and, with matplotlib, its two plots into the folder `output`."""
     if can_plot():
         _plot_loss(result, output / LOSS_PLOT)
-        if result.base_similarity and result.similarity:
+        if result.has_similarity:
             _plot_similarity(result, output / SIMILARITY_PLOT)
     sections = [
         f"# Fine-tuning report: {result.options.method}",
@@ -106,7 +106,7 @@ def _loss(result: FinetuneResult) -> str:
 
 
 def _similarity(result: FinetuneResult) -> str:
-    if not (result.base_similarity and result.similarity):  # a note says why
+    if not result.has_similarity:  # a note says why
         return ""
     image = f"![Token similarity by layer]({SIMILARITY_PLOT})\n\n" if can_plot() else ""
     table = markdown_table(

@@ -62,6 +62,11 @@ class FinetuneResult:
         return [(row["step"], float(row[name])) for row in self.log if row[name] is not None]
 
     @property
+    def has_similarity(self) -> bool:
+        """Whether token similarity was measured, before training and after it."""
+        return bool(self.base_similarity and self.similarity)
+
+    @property
     def diverged(self) -> bool:
         """Whether a loss was NaN or infinite."""
         return any(not math.isfinite(value) for name in ("loss", "eval_loss") for _, value in self.losses(name))
