@@ -167,7 +167,7 @@ def down_kernel(
         for i in tl.static_range(1, SIBLINGS):
             p_bias_own = tl.where(i_r >= first_tile[i], p_bias[i], p_bias_own)
             stride_bias_own = tl.where(i_r >= first_tile[i], stride_bias[i], stride_bias_own)
-        b_t += tl.load(p_bias_own + o_r * stride_bias_own, mask=m_r, other=0.0).to(tl.float32)[None, :]
+        b_t += tl.load(p_bias_own + o_r.to(tl.int64) * stride_bias_own, mask=m_r, other=0.0).to(tl.float32)[None, :]
     tl.store(b_p_t, b_t.to(p_t.dtype.element_ty), mask=m_t)
     if ACTIVATION is not None:
         b_p_activated = p_activated + start_own + o_m[:, None] * r_own + o_r[None, :]

@@ -2,7 +2,7 @@
 
 A kernel hashes the rows of its tile once and asks for the mask of each tile along K::
 
-    row1, row2, col_key1, col_key2 = dropout_rows(p_seed, o_m)                      # before the loop
+    row1, row2, col_key1, col_key2 = dropout_rows(p_seed, first_row, o_m)            # before the loop
     b_keep = keep_tile(row1, row2, col_key1, col_key2, o_k + i_k * BK, keep_from)   # [BM, BK], in the loop
     b_x = b_x.to(DOT_DTYPE) * b_keep.to(DOT_DTYPE)  # times 0 or 1: NaN under the mask stays NaN
 

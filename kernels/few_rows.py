@@ -1,4 +1,4 @@
-"""The low-rank products of siblings for few rows, in two launches: ``y = s (drop(x~) A^T B^T + b) + b0``. Forward only.
+"""The low-rank products of siblings for few rows, forward, in two launches: ``y = s (drop(x~) A^T B^T + b_B) + b``.
 
 When a model generates, each step has a row or some for every sequence, and the launches take longer than what they do.
 The first launch is the down-projections', which cut K so as to fill the GPU; the second is the up-projections', of all
@@ -112,7 +112,7 @@ def low_rank_siblings(
     initial_residual: Tensor | None,  # [M, K]
     dtype: torch.dtype,
 ) -> list[Tensor]:  # [M, N] each
-    """``y = s (t B^T + b) + b0`` for siblings, as :func:`~.down.down_siblings` and :func:`~.up.up` in two launches.
+    """``y = s (t B^T + b_B) + b`` for siblings, as :func:`~.down.down_siblings` and :func:`~.up.up` in two launches.
 
     For any number of rows, though made for few. A launch more for each further kind of siblings, and for each further
     dtype of B. The same bits from run to run.

@@ -1,4 +1,4 @@
-"""Products of float32 matrices at the speed of 16-bit tensor cores, within 1e-4 (norm-wise) of float32's.
+"""Products of float32 matrices at the speed of 16-bit tensor cores, within 1e-5 (norm-wise) of float32's.
 
 A float32 number is the sum of a high and a low bfloat16 number, to 2^-17 of itself, and a float16 number is so exactly;
 bfloat16 has float32's exponents, so that neither part over- or underflows where float16 would. A product then takes two

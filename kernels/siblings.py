@@ -19,6 +19,11 @@ def kept_dtype(x_dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if adapter_dtype == torch.float64 else torch.float32
 
 
+def mixes(lambda_: float | Tensor) -> bool:
+    """Whether h0 has a share: not where lambda is the number 0. A tensor's value is not looked at."""
+    return isinstance(lambda_, Tensor) or lambda_ != 0
+
+
 class DownProjection(NamedTuple):
     """``t = drop((1 - lambda) x + lambda h0) A^T`` and, where wanted, ``d = drop(h0 - x) A^T``.
 
@@ -36,7 +41,7 @@ class DownProjection(NamedTuple):
     @property
     def mixes(self) -> bool:
         """Whether h0 is read."""
-        return self.difference or isinstance(self.lambda_, Tensor) or self.lambda_ != 0
+        return self.difference or mixes(self.lambda_)
 
     @property
     def kind(self) -> tuple[torch.dtype, bool, bool, bool, bool, str | None]:
@@ -46,7 +51,7 @@ class DownProjection(NamedTuple):
 
 
 class UpProjection(NamedTuple):
-    """``y = s (t B^T + b) + b0``."""
+    """``y = s (t B^T + b_B) + b``."""
 
     lora_b: Tensor  # [N, r]
     scaling: float | Tensor
@@ -85,7 +90,7 @@ class DownGradients(NamedTuple):
     @property
     def mixes(self) -> bool:
         """Whether h0 gets a gradient."""
-        return isinstance(self.lambda_, Tensor) or self.lambda_ != 0
+        return mixes(self.lambda_)
 
     @property
     def kind(self) -> tuple[torch.dtype, bool, bool]:

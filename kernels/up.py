@@ -1,4 +1,4 @@
-"""The up-projection of a SIBO-LoRA layer as one Triton kernel: ``y = s (t B^T + b)``, alone or added to a base output.
+"""The up-projection of a SIBO-LoRA layer as one kernel: ``y = s (t B^T + b_B)``, alone or added to a base output.
 
 Called by ``sibo_triton.ops``; ``sibo_triton.reference.up`` is the definition. Two functions, each of which writes a
 fresh y:
@@ -8,7 +8,7 @@ fresh y:
   of another tensor, and both would change unseen. The bytes that move are the same.
 
 With B in 16 bits, t is rounded to B's dtype, as the definition does. With B in float32 (PEFT's default, also on a
-16-bit model) the product before its last rounding is within 1e-4 of float32's, by ``precision.split_dot``.
+16-bit model) the product before its last rounding is within 1e-5 (norm-wise) of float32's, by ``precision.split_dot``.
 
 Compiled once for every rank, dtypes and what there is to add; whatever M, and N but for what divides it.
 """
@@ -111,7 +111,7 @@ def scaled(
     HAS_BASE_BIAS: tl.constexpr,
     SCALING_IS_TENSOR: tl.constexpr,
 ):
-    """``s (b_y + b) + b0``, each bias where there is one."""
+    """``s (b_y + b_B) + b``, each bias where there is one."""
     if SCALING_IS_TENSOR:
         b_scaling = tl.load(scaling).to(tl.float32)
     else:
@@ -163,7 +163,7 @@ def up(
     lora_bias: Tensor | None = None,  # [N]
     base_bias: Tensor | None = None,  # [N]
 ) -> Tensor:  # [M, N]
-    """``y = s (t B^T + b) + b0`` as a fresh tensor, summed in float32 and rounded once. Forward only.
+    """``y = s (t B^T + b_B) + b`` as a fresh tensor, summed in float32 and rounded once. Forward only.
 
     Args:
         t: ``[M, r]``, contiguous, as :func:`~sibo_triton.kernels.down.down_siblings` returns it.
@@ -171,7 +171,7 @@ def up(
         scaling: s, a number, or a floating point tensor with one element on the device of t.
         dtype: of y: float16, bfloat16 or float32.
         lora_bias: b, ``[N]``, any of these dtypes and any stride, or None.
-        base_bias: b0, likewise: of the frozen layer, whose GEMM is to accumulate onto y.
+        base_bias: b, likewise: of the frozen layer, whose GEMM is to accumulate onto y.
 
     Returns:
         y, ``[M, N]``, contiguous.
@@ -190,7 +190,7 @@ def add_up(
     scaling: float | Tensor,
     lora_bias: Tensor | None = None,  # [N]
 ) -> Tensor:  # [M, N]
-    """``y = base + s (t B^T + b)`` as a fresh tensor of base's dtype, summed in float32, rounded once. Forward only.
+    """``y = base + s (t B^T + b_B)`` as a fresh tensor of base's dtype, summed in float32, rounded once. Forward only.
 
     Args:
         base: the base output, ``[M, N]``, float16, bfloat16 or float32, with any strides, expanded too; only read.

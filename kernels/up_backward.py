@@ -180,7 +180,7 @@ def up_backward_siblings(siblings: Sequence[UpGradients]) -> list[UpResults]:
 
     With an activation f: ``u = s (dY B) f'(p)`` and ``dB = s dY^T f(p)``, in the same passes.
 
-    Where dY and B have one 16-bit dtype, t is rounded to it; elsewhere the products are within 1e-4 of float32's, by
+    Where dY and B have one 16-bit dtype, t is rounded to it; elsewhere the products are within 1e-5 of float32's, by
     ``precision.split_dot``. Where both are float32, they are multiplied as float32 unless torch allows less.
 
     Args:

@@ -1,5 +1,6 @@
 """What every test gets: no network, one thread, fixed seeds, and `gpu` tests skipped where there is no GPU."""
 
+import gc
 import os
 import random
 import shutil
@@ -23,6 +24,12 @@ __all__ = ["pytest_configure", "pytest_sessionfinish", "pytest_terminal_summary"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish():
+    """What was imported stays: no garbage collection has to look through it, which many tests ask for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -83,6 +83,7 @@ class UpBackward:
             u = ("u", grad_y, tensors[f"b{i}"], FP32)
             grad_b = ("grad_b", grad_y.T, t, self.grad_dtype)
             for name, g, w, result_dtype in [of for of, wanted in zip((u, grad_b), self.wants, strict=True) if wanted]:
+                g = g.contiguous()  # strides past 2^31 are ours to take, not cuBLAS's
                 exact, terms = s * (g.double() @ w.double()), abs(s) * (g.double().abs() @ w.double().abs())
                 by_torch = (s * (g.to(dtype) @ w.to(dtype)).float()).to(result_dtype)
                 if name == "u":

@@ -16,9 +16,8 @@ def run_pytest(tmp_path, test, versions, *arguments):
     (tmp_path / "test_one.py").write_text(test)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, "test_one.py"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(
-        command, cwd=tmp_path, env=env | {"SIBO_EXPECT_VERSIONS": versions}, capture_output=True, text=True
-    )
+    env |= {"SIBO_EXPECT_VERSIONS": versions, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins take seconds to import
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
 
 SKIPPED = "import pytest\ndef test_one(): pytest.skip('no reason')\n"
@@ -40,5 +39,5 @@ def test_other_versions_and_skipped_tests_fail_a_run(test, versions, code, messa
 
 
 def test_a_test_that_a_worker_process_skips_fails_the_run(tmp_path):
-    run = run_pytest(tmp_path, SKIPPED, f"numpy=={np.__version__}", "-n", "1")
+    run = run_pytest(tmp_path, SKIPPED, f"numpy=={np.__version__}", "-p", "xdist", "-n", "1")
     assert run.returncode == 1 and "failed: tests were skipped" in run.stdout, run.stdout + run.stderr

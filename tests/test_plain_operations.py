@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sibo_triton import reference
+from sibo_triton.ops import mask as mask_module
 from sibo_triton.ops import plain, tiles
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -244,7 +245,7 @@ def test_the_mask_is_the_definitions(rows, cols, p, seed, readable):
     """Also with a seed whose value the host does not look at, as on a GPU."""
     expected = reference.dropout_mask(rows, cols, p, seed)
     tensor = torch.tensor(seed)
-    mask = tiles.KeepTiles(rows, cols, p, tensor if readable else torch.nn.Parameter(tensor, requires_grad=False))
+    mask = mask_module.KeepTiles(rows, cols, p, tensor if readable else torch.nn.Parameter(tensor, requires_grad=False))
     assert torch.equal(mask.tile(slice(0, rows), slice(0, cols)), expected.to(torch.int16))
     m, k = slice(rows // 3, rows), slice(cols // 4 * 2, cols)
     assert torch.equal(mask.tile(m, k), expected[m, k].to(torch.int16))
@@ -328,45 +329,3 @@ def test_tensors_without_data(mode, dropout_p):
     shapes = [(70, 5), (70, 5), (70, 5), (37, 5), (70, 37), (5, 62), (70, 62), (70, 62)]
     assert [tuple(result.shape) for result in results] == shapes
     assert [result.dtype for result in results] == [FP32, FP32, FP32, FP32, BF16, FP32, BF16, FP32]
-
-
-# --- Errors
-
-
-@pytest.mark.parametrize(
-    ("message", "call"),
-    [
-        ("initial_residual is None, but lambda_ is 0.3", lambda a: plain.down(a.x, a.lora_a, None, 0.3)),
-        ("initial_residual is None, but d is wanted", lambda a: plain.down(a.x, a.lora_a, difference=True)),
-        ("initial_residual has shape", lambda a: plain.down(a.x, a.lora_a, a.h0[:1], difference=True)),
-        (r"initial_residual has shape \[1, 62\]", lambda a: plain.down(a.x, a.lora_a, a.h0[:1], 0.3)),
-        (r"lora_a has shape \[5, 61\], but \[r, 62\]", lambda a: plain.down(a.x, a.lora_a[:, 1:])),
-        ("dropout_p is 1.0", lambda a: plain.down(a.x, a.lora_a, dropout_p=1.0, dropout_seed=SEED)),
-        ("no seed was given", lambda a: plain.down(a.x, a.lora_a, dropout_p=0.1)),
-        ("one int64 value", lambda a: plain.down(a.x, a.lora_a, dropout_p=0.1, dropout_seed=torch.zeros(1))),
-        (r"lora_b has shape \[37, 4\], but \[N, 5\]", lambda a: plain.up(a.u, a.lora_b[:, 1:], 1.0, FP32)),
-        (r"lora_bias has shape \[1\]", lambda a: plain.up(a.u, a.lora_b, 1.0, FP32, a.lora_bias[:1])),
-        (r"base_bias has shape \[1\]", lambda a: plain.up(a.u, a.lora_b, 1.0, FP32, None, a.lora_bias[:1])),
-        (r"base has shape \[1, 37\], but \[70, 37\]", lambda a: plain.add_up(a.base[:1], a.u, a.lora_b, 1.0)),
-        ("t is None, but dB is wanted", lambda a: plain.up_backward(a.grad_y, None, a.lora_b, 1.0)),
-        (r"t has shape \[69, 5\]", lambda a: plain.up_backward(a.grad_y, a.u[1:], a.lora_b, 1.0)),
-        (r"lora_b has shape \[36, 5\]", lambda a: plain.up_backward(a.grad_y, a.u, a.lora_b[1:], 1.0)),
-        (
-            r"u has shape \[69, 5\]",
-            lambda a: plain.down_backward(a.u[1:], None, a.x, None, 0.0, 0.0, None, FP32, None, None),
-        ),
-        (
-            r"lora_a has shape \[4, 62\]",
-            lambda a: plain.down_backward(a.u, a.lora_a[1:], None, None, 0.0, 0.0, None, FP32, FP32, None),
-        ),
-        (
-            "it has none",
-            lambda a: plain.down_backward(a.u, a.lora_a, None, None, 0.0, 0.0, None, FP32, None, FP32),
-        ),
-    ],
-)
-def test_errors_name_what_is_wrong(message, call):
-    a = arguments()
-    a.u = torch.randn(70, 5)
-    with pytest.raises(ValueError, match=message):
-        call(a)

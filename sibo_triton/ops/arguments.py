@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     """The arguments of one call that are not tensors, and its dtypes.
 
     Attributes:
-        backend: "triton" or "torch".
+        backend: a name of `dispatch.BACKENDS`.
         scaling, lambda_: the numbers; not used where `Inputs` has a tensor instead.
         dropout_p: the probability of dropping an element.
         dtype: of y and of the frozen product.

@@ -1,4 +1,4 @@
-"""Which implementation computes: the only place that asks for device, dtype, or whether Triton is there.
+"""Which implementation computes: the only place that chooses a backend, by device, dtype and whether Triton is there.
 
 | backend | what it is | chosen |
 |---|---|---|

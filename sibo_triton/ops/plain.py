@@ -7,11 +7,12 @@ What makes them fast and small:
 * without dropout nothing of size [M, K] is computed but products: the mix happens in the rank,
   ``t = (1 - lambda) (x A^T) + lambda (h0 A^T)``, and so does its gradient;
 * dropout, and casts where dtypes differ (PEFT's float32 adapters on a 16-bit model), happen on tiles that stay in the
-  cache. The mask is drawn again for every pass (:class:`~.tiles.KeepTiles`) and never exists as a whole;
+  cache. The mask is drawn again for every pass (:class:`~.mask.KeepTiles`) and never exists as a whole;
 * products with 16-bit operands are taken in float32, tile by tile, unless the device multiplies that dtype faster.
 
 t, u and the gradients of A and B are float32, or float64 where the adapter is; the backend keeps t as
-:func:`~sibo_triton.kernels.siblings.kept_dtype` says.
+:func:`~sibo_triton.kernels.siblings.kept_dtype` says. Nothing is checked here: the operations check their arguments
+once, in ``ops/prepare.py``.
 """
 
 from functools import cache
@@ -19,10 +20,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sibo_triton.dropout import check_dropout, checked_seed
+from sibo_triton.kernels.siblings import mixes
+from sibo_triton.ops.mask import KeepTiles
 from sibo_triton.ops.tensors import as_scalar
-from sibo_triton.ops.tiles import KeepTiles, add_product, read_tiles, write_product
-from sibo_triton.reference import check_shape, checked_mixing
+from sibo_triton.ops.tiles import add_product, read_tiles, write_product
 
 
 def down(
@@ -48,14 +49,9 @@ def down(
 
     Returns:
         t and d (or None), in float32, or float64 if A is.
-
-    Raises:
-        TypeError: dropout_p is not a number, or the seed not a tensor.
-        ValueError: a shape that does not fit, h0 or the seed missing, or a rate of dropout outside [0, 1).
     """
     rows, cols = x.shape
-    check_shape("lora_a", lora_a, ("r", cols))
-    h0 = _checked_residual(initial_residual, x, lambda_, difference)
+    h0 = initial_residual if difference or mixes(lambda_) else None
     mask = _mask(rows, cols, dropout_p, dropout_seed, x.device)
     dtype, sum_dtype = _product_dtype(lora_a.dtype, x, h0, mask=mask), _sum_dtype(lora_a.dtype)
     a = lora_a.to(dtype)
@@ -75,7 +71,7 @@ def down(
         return t, None
     t_h = project(h0)
     d = t_h - t if difference else None
-    return torch.lerp(t, t_h, as_scalar(lambda_, t.dtype)) if _mixes(lambda_) else t, d
+    return torch.lerp(t, t_h, as_scalar(lambda_, t.dtype)) if mixes(lambda_) else t, d
 
 
 def up(
@@ -94,11 +90,7 @@ def up(
         scaling: s, a number or a tensor with one element.
         dtype: of y.
         lora_bias, base_bias: b_B, scaled with B, and b, the bias of the frozen layer; ``[N]`` or None.
-
-    Raises:
-        ValueError: a shape that does not fit.
     """
-    check_shape("lora_b", lora_b, ("N", t.shape[1]))
     # In 16 bits s, a tensor, would be rounded.
     if t.dtype == lora_b.dtype == dtype and dtype.itemsize > 2 and lora_bias is None and base_bias is None:
         return torch.mm(t * as_scalar(scaling, dtype), lora_b.t())
@@ -123,12 +115,7 @@ def add_up(
 
     Returns:
         y, contiguous, in base's dtype.
-
-    Raises:
-        ValueError: a shape that does not fit.
     """
-    check_shape("lora_b", lora_b, ("N", t.shape[1]))
-    check_shape("base", base, (t.shape[0], lora_b.shape[0]))
     y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     write_product(y, *_up_operands(t, lora_b, scaling, _product_dtype(lora_b.dtype, base), lora_bias), add=base)
     return y
@@ -153,17 +140,9 @@ def up_backward(
 
     Returns:
         u and dB, contiguous, in float32, or float64 if B is; None for what is not wanted.
-
-    Raises:
-        ValueError: a shape that does not fit, or t missing.
     """
     rows, cols = grad_y.shape
     rank = lora_b.shape[1]
-    check_shape("lora_b", lora_b, (cols, "r"))
-    if wants_grad_b:
-        if t is None:
-            raise ValueError("t is None, but dB is wanted: pass t, or wants_grad_b=False")
-        check_shape("t", t, (rows, rank))
     dtype, sum_dtype = _product_dtype(lora_b.dtype, grad_y), _sum_dtype(lora_b.dtype)
     s = as_scalar(scaling, sum_dtype)
     b = lora_b.to(dtype)
@@ -211,9 +190,6 @@ def down_backward(
 
     Returns:
         dA, in float32, or float64 if ``adapter_dtype`` is; dx; dh0. Contiguous; None for what is not wanted.
-
-    Raises:
-        TypeError, ValueError: as :func:`down`; ValueError for dh0 of what does not mix.
     """
     like = lora_a if x is None else x
     assert like is not None
@@ -234,9 +210,7 @@ def _weight_gradient(
     mask: KeepTiles | None,
     adapter_dtype: torch.dtype,
 ) -> Tensor:
-    rows, cols = x.shape
-    check_shape("u", u, (rows, "r"))
-    h0 = _checked_residual(initial_residual, x, lambda_)
+    h0 = initial_residual if mixes(lambda_) else None
     sum_dtype = _sum_dtype(adapter_dtype)
     dtype = _product_dtype(adapter_dtype, x, h0, mask=mask)
     u = u.to(sum_dtype)
@@ -246,7 +220,7 @@ def _weight_gradient(
         if h0.dtype == dtype:
             of_x, of_h = _shares(lambda_, sum_dtype)
             return torch.mm((u * of_x).t(), x).addmm_((u * of_h).t(), h0)
-    grad_a = torch.zeros((u.shape[1], cols), dtype=sum_dtype, device=x.device)
+    grad_a = torch.zeros((u.shape[1], x.shape[1]), dtype=sum_dtype, device=x.device)
 
     def add(u: Tensor, v: Tensor, residual: Tensor | None = None) -> None:
         u = u.to(dtype)
@@ -273,18 +247,13 @@ def _input_gradient(
     residual_dtype: torch.dtype | None,
     base: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    check_shape("lora_a", lora_a, (u.shape[1], "K"))
     shape = (u.shape[0], lora_a.shape[1])
-    if base is not None:
-        check_shape("base", base, shape)
-    if residual_dtype is not None and not _mixes(lambda_):
-        raise ValueError("residual_dtype asks for the gradient of h0, but lambda_ is the number 0: it has none")
     u = u.to(_sum_dtype(lora_a.dtype))
     if mask is not None:
         u = u * mask.scale
     elif residual_dtype is None and base is None and dtype == lora_a.dtype == u.dtype:
-        return torch.mm(u * _shares(lambda_, dtype)[0] if _mixes(lambda_) else u, lora_a), None
-    of_x, of_h = _shares(lambda_, u.dtype) if _mixes(lambda_) else (1.0, 0.0)
+        return torch.mm(u * _shares(lambda_, dtype)[0] if mixes(lambda_) else u, lora_a), None
+    of_x, of_h = _shares(lambda_, u.dtype) if mixes(lambda_) else (1.0, 0.0)
 
     def product(dtype: torch.dtype | None, share: float | Tensor, base: Tensor | None = None) -> Tensor | None:
         if dtype is None:
@@ -311,10 +280,8 @@ def _up_operands(
     left, right = (t.to(sum_dtype) * s).to(dtype), lora_b.to(dtype).T
     biases = []
     if lora_bias is not None:
-        check_shape("lora_bias", lora_bias, lora_b.shape[:1])
         biases.append(lora_bias.to(sum_dtype) * s)
     if base_bias is not None:
-        check_shape("base_bias", base_bias, lora_b.shape[:1])
         biases.append(base_bias.to(sum_dtype))
     if biases:
         left = torch.cat([left, left.new_ones((left.shape[0], 1))], dim=1)
@@ -350,33 +317,14 @@ def _multiplies(dtype: torch.dtype, device_type: str) -> bool:
     return dtype == torch.bfloat16 and bfloat16
 
 
-def _mixes(lambda_: float | Tensor) -> bool:
-    return isinstance(lambda_, Tensor) or lambda_ != 0
-
-
 def _shares(lambda_: float | Tensor, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
     """1 - lambda and lambda."""
     of_h = as_scalar(lambda_, dtype)
     return 1 - of_h, of_h
 
 
-def _checked_residual(
-    initial_residual: Tensor | None, x: Tensor, lambda_: float | Tensor, difference: bool = False
-) -> Tensor | None:
-    """h0 where it is to be read, else None."""
-    if not (_mixes(lambda_) or difference):
-        return None
-    if initial_residual is None and difference:
-        raise ValueError("initial_residual is None, but d is wanted: pass h0")
-    checked_mixing(x, initial_residual, lambda_)
-    if initial_residual is not None:  # also of the number 0, where d is wanted
-        check_shape("initial_residual", initial_residual, x.shape)
-    return initial_residual
-
-
 def _mask(rows: int, cols: int, p: float, seed: Tensor | None, device: torch.device) -> KeepTiles | None:
     """The mask to draw, or None where p is 0."""
-    check_dropout(p, seed)
     if p == 0 or seed is None:
         return None
-    return KeepTiles(rows, cols, p, checked_seed(seed, device))
+    return KeepTiles(rows, cols, p, seed.reshape(()).to(device))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sibo_triton import reference
 from sibo_triton.ops.arguments import Inputs, Settings, lambda_of, scaling_of
+from sibo_triton.ops.mask import keep_whole
 from sibo_triton.ops.tensors import as_matrix, shaped_like
-from sibo_triton.ops.tiles import keep_whole
 
 #: Elements of x up to which plain PyTorch runs this way.
 ELEMENTS = 2**13

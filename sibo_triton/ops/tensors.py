@@ -84,3 +84,17 @@ class _WithoutAutocast(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         torch.set_autocast_enabled(self._device_type, True)
+
+
+class Buffer:
+    """Memory for one tile after another."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._flat = torch.empty(0, dtype=dtype, device=device)
+
+    def view(self, rows: int, cols: int) -> Tensor:
+        """``[rows, cols]``, contiguous, not initialised."""
+        if self._flat.numel() < rows * cols:
+            self._flat = self._flat.new_empty(rows * cols)
+            return self._flat.view(rows, cols)
+        return self._flat[: rows * cols].view(rows, cols)

@@ -19,7 +19,6 @@ from sibo_triton.kernels.down_weight_gradient import cut, down_weight_gradient, 
 from sibo_triton.kernels.siblings import DownGradients
 
 
-# Chosen so that each value meets most of the others' once.
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 @pytest.mark.parametrize(("r", "p"), [(5, 0.0), (66, 0.1)])
 def test_plain_lora_does_not_read_h0(dtype, r, p):

@@ -25,7 +25,6 @@ def down(x, lora_a, initial_residual=None, *projection, **options):
     return down_siblings(x, [DownProjection(lora_a, *projection, **options)], initial_residual)[0]
 
 
-# Chosen so that each value meets most of the others' once.
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 @pytest.mark.parametrize("r", [5, 130])
 def test_plain_lora_does_not_read_h0(r, dtype):

@@ -33,7 +33,6 @@ def up_backward(grad_y, t, lora_b, scaling, wants_u=True, wants_grad_b=True):
     return up_backward_siblings([own])[0][:2]
 
 
-# Chosen so that each value meets most of the others' once.
 @pytest.mark.parametrize(("g_dtype", "size"), [(FP16, 1e-30), (FP16, 1e30), (BF16, 1e-6)])
 def test_float32_adapters_keep_float32(g_dtype, size, passes):
     """On a 16-bit model, at any scale of B and t: no float16 part underflows."""

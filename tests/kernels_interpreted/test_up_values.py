@@ -14,10 +14,9 @@ from sibo_triton.kernels.targets import KNOWN
 from sibo_triton.kernels.up import add_up, plan, up
 
 
-# Chosen so that each value meets most of the others' once.
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e30])
 def test_split_products_keep_float32(size):
-    """Within 1e-4 before y is rounded: seen in a float32 y, for which the kernel splits where torch allows it to."""
+    """Within 4e-5 before y is rounded: seen in a float32 y, for which the kernel splits where torch allows it to."""
     torch.manual_seed(0)
     t, lora_b = torch.randn(64, 128) * size, randn(96, 128, FP32)
     exact = t.double() @ lora_b.double().T
