@@ -54,16 +54,22 @@ def validate_source(source: Any) -> None:
 class Float32Module(nn.Module):
     """A module of a few numbers that stay float32 when the model is cast (in bfloat16 0.3 would become 0.30078).
 
-    Also where a parameter's `data` is cast, which no module sees: TRL's trainers do so on a quantised base, to every
-    trainable parameter. In bfloat16 a step of an optimizer is less than the spacing of the numbers, and it would never
-    move. It is float32 again before anything takes hold of it: from `train()` on, which trainers call, or when a
-    wrapper such as DDP collects the parameters; else from the next forward on.
+    Also where their `data` is cast, which no module sees: TRL's trainers do so on a quantised base, to every trainable
+    parameter, and FSDP's `MixedPrecision(buffer_dtype=...)` to buffers. In bfloat16 a step of an optimizer is less than
+    the spacing of the numbers, and a parameter would never move. It is float32 again before anything takes hold of it:
+    from `train()` on, which trainers call, or when a wrapper such as DDP collects the parameters; else from the next
+    forward on. Buffers are from the next forward on.
     """
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
         if param is not None:  # what FSDP puts in its place, in a dtype of its own, is not registered
             self.__dict__.setdefault("_registered", {})[name] = param, param.detach().clone()
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, tensor, persistent)
+        if tensor is not None:
+            self.__dict__.setdefault("_registered_buffers", {})[name] = tensor.detach().clone()
 
     def train(self, mode: bool = True) -> Float32Module:
         self._restore_float32()
@@ -91,9 +97,14 @@ class Float32Module(nn.Module):
             is_cast = parameter.dtype != torch.float32 and not parameter.is_meta
             if not is_cast or self._parameters.get(name) is not parameter or hasattr(parameter, "_fsdp_flattened"):
                 continue
-            registered = registered.to(parameter.device)
-            is_as_registered = torch.equal(registered.to(parameter.dtype), parameter)
-            parameter.data = registered if is_as_registered else parameter.data.to(torch.float32)
+            parameter.data = _in_float32(parameter, registered)
+
+    def buffer_in_float32(self, name: str) -> torch.Tensor:
+        """A buffer, for a forward."""
+        buffer: Any = self._buffers[name]  # attributes of modules are slow to look up
+        if buffer.dtype is not torch.float32 and not buffer.is_meta and not torch.compiler.is_compiling():
+            buffer.data = _in_float32(buffer, self.__dict__["_registered_buffers"][name])
+        return buffer
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that saved weights must hold, by their names in this module."""
@@ -114,7 +125,15 @@ class Float32Module(nn.Module):
             key = prefix + name
             if key in state_dict:  # load_state_dict(assign=True) would take the checkpoint's dtype
                 state_dict[key] = state_dict[key].to(torch.float32)
+                if name in self._buffers and not state_dict[key].is_meta:
+                    self.__dict__["_registered_buffers"][name] = state_dict[key].detach().clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _in_float32(cast: torch.Tensor, registered: torch.Tensor) -> torch.Tensor:
+    """What was cast, in float32: as it was registered or loaded, unless it has changed since."""
+    registered = registered.to(cast.device)
+    return registered if torch.equal(registered.to(cast.dtype), cast) else cast.detach().to(torch.float32)
 
 
 class SiboLambda(Float32Module):
@@ -149,23 +168,20 @@ class SiboLambda(Float32Module):
 
     def forward(self) -> torch.Tensor:
         """Return lambda: fp32, shape [1]."""
-        return self.gate * torch.sigmoid(self.in_float32("logit_bias")) if self.learnable else self._fixed
+        if self.learnable:
+            return self.gate * torch.sigmoid(self.in_float32("logit_bias"))
+        return self.buffer_in_float32("weight")
 
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:
         """The tensors that lambda is computed from."""
-        return (self.logit_bias, self.gate) if self.learnable else (self._fixed,)
-
-    @property
-    def _fixed(self) -> Any:
-        """`weight`, from torch's dictionary, as attributes of modules are slow to look up."""
-        return self._buffers["weight"]
+        return (self.logit_bias, self.gate) if self.learnable else (self.buffer_in_float32("weight"),)
 
     def problem_with(self, name: str, tensor: torch.Tensor) -> str | None:
         """Say what is wrong with a checkpoint's `tensor` for the entry `name`, or None."""
         if tuple(tensor.shape) != (1,):
             return f"has shape {list(tensor.shape)}, expected [1]"
-        if tensor.is_meta:
+        if tensor.is_meta or hasattr(tensor, "device_mesh"):  # a shard may be empty
             return None
         value = float(tensor.detach().float())
         if math.isnan(value) or math.isinf(value):

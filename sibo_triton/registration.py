@@ -1,4 +1,4 @@
-"""Everything that sibo_triton changes in PEFT and transformers; methods of LoRA layers are in `lora/wrapping.py`.
+"""Everything that sibo_triton changes in other libraries; methods of LoRA layers are in `lora/wrapping.py`.
 
 Plain LoRA is not changed: each wrapper calls the original with the same arguments, and beside that acts on adapters of
 this package only, or refuses what concerns one (its weights for a plain adapter, for example). Plain adapters are
@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
+from accelerate.utils import fsdp_utils
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.optimizers import lorafa
@@ -59,6 +60,8 @@ def register() -> None:
     wrap(XLoraModel, "__init__", _x_lora)
     wrap(lorafa.LoraFAOptimizer, "__init__", _lorafa)
     _wrap_everywhere_in_peft(other, "fsdp_auto_wrap_policy", _fsdp_policy)
+    if hasattr(fsdp_utils, "fsdp2_load_full_state_dict"):
+        wrap(fsdp_utils, "fsdp2_load_full_state_dict", _fsdp2_load)
     wrap(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
     wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap)
     _wrap_everywhere_in_peft(save_and_load, "get_peft_model_state_dict", _get_state_dict)
@@ -129,6 +132,23 @@ def _fsdp_policy(original: Callable, model: nn.Module) -> Callable[..., bool]:
         return policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
 
     return with_numbers
+
+
+def _fsdp2_load(original: Callable, accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """accelerate takes every entry of a state dict for a sharded one, which lambda's buffers are meanwhile."""
+    from torch.distributed.tensor import DTensor, Replicate  # importing it takes time
+
+    mesh = next((of.device_mesh for of in model.parameters() if isinstance(of, DTensor)), None)
+    if mesh is None:
+        return original(accelerator, model, *args, **kwargs)
+    modules = [module for module in model.modules() if isinstance(module, Float32Module)]
+    numbers: list[tuple[dict[str, Any], str]] = [(of._buffers, name) for of in modules for name in of._buffers]
+    for buffers, name in numbers:
+        buffers[name] = DTensor.from_local(buffers[name], mesh, [Replicate()] * mesh.ndim, run_check=False)
+    result = original(accelerator, model, *args, **kwargs)
+    for buffers, name in numbers:
+        buffers[name] = buffers[name].to_local()
+    return result
 
 
 def _merge_adapter(original: Callable, tuner: LoraModel, adapter_names: Any = None, *args: Any, **kwargs: Any) -> Any:

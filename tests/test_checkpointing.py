@@ -281,6 +281,35 @@ def test_trainable_embeddings_get_the_exact_gradient(config: dict, enable: Enabl
     assert_same(gradients_of(model), expected)
 
 
+def _keeping(way: str, kept: dict[str, torch.Tensor]) -> Callable:
+    """A forward hook that notes, replaces or perturbs an embedding's output, as attributions do."""
+
+    def note(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        kept["leaf"] = output.requires_grad_()
+
+    def replace(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        kept["leaf"] = output.detach().requires_grad_()
+        return kept["leaf"]
+
+    def perturb(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        kept["leaf"] = torch.zeros(output.shape[-1], requires_grad=True)
+        return output + kept["leaf"]
+
+    return {"noted": note, "replaced": replace, "perturbed": perturb}[way]
+
+
+@pytest.mark.parametrize("way", ["noted", "replaced", "perturbed"])
+def test_attributions_to_the_embedding_s_output_are_exact(way: str) -> None:
+    """The leaf is a hook's, and no parameter: as of `enable_input_require_grads()`, whose hook keeps nothing."""
+    gradients = []
+    for each in _with_oracle():
+        kept: dict[str, torch.Tensor] = {}
+        each.get_base_model().get_input_embeddings().register_forward_hook(_keeping(way, kept))
+        each(**_batches()[0]).loss.backward()
+        gradients.append(kept["leaf"].grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
 def test_functional_call_over_the_embedding_gets_the_exact_gradient() -> None:
     gradients = []
     for each in _with_oracle():

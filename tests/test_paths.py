@@ -30,7 +30,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import sibo_triton.lora.layer as forward_file
-from sibo_triton import SiboLoraConfig, accelerate, explain
+from sibo_triton import SiboAdapterConfig, SiboLoraConfig, accelerate, explain
 from sibo_triton.lora.layer import FusedLinear
 from sibo_triton.saved_activations import saved_activation_bytes
 
@@ -295,6 +295,21 @@ def test_compiled_blocks_share_their_graphs(kind):
         layer.compile(backend=counter)
     torch.testing.assert_close(model(**inputs, use_cache=False).loss, expected)
     assert 1 <= counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("kind", ["plain", "SIBO", "bottleneck"])
+def test_a_compiled_model_takes_any_length(kind):
+    """It is compiled for the first length, and once more for all others."""
+    configs = {"plain": plain(), "SIBO": sibo(0.4), "bottleneck": SiboAdapterConfig(bottleneck_size=4, sibo_lambda=0.4)}
+    model, counter = build(base_model(partial(llama, 1)), default=configs[kind]), CompileCounter()
+    if kind == "plain":
+        accelerate(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for length in (5, 6, 9, 14):
+        ids = torch.arange(2 * length).view(2, length)
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, model(input_ids=ids).logits)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("trained", [None, ["embed_tokens"]], ids=["", "with its embedding"])

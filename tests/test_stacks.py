@@ -94,16 +94,20 @@ def test_two_sequences_are_refused_under_checkpoints_too(implementation: Checkpo
     torch.testing.assert_close(looping(x), expected)
 
 
-def test_a_block_put_in_front_is_refused() -> None:
+def test_another_first_block_is_refused() -> None:
+    """Put in front, or left in front in a later stage of a pipeline."""
     model, _ = pair()
     layers = model.get_base_model().layers
     layers.insert(0, Block())
-    with pytest.raises(RuntimeError, match="first block of 'layers' was put in place after the adapter was injected"):
+    with pytest.raises(RuntimeError, match="first block of 'layers' is not that of when the adapter was injected"):
         model(torch.randn(2, 3, 8))
     del layers[0]
     model(torch.randn(2, 3, 8))
-    del layers[0]  # the next one has the hooks too
+    del layers[-1]
     model(torch.randn(2, 3, 8))
+    del layers[0]
+    with pytest.raises(RuntimeError, match=r"first block of 'layers' is not that .* stages of a pipeline"):
+        model(torch.randn(2, 3, 8))
 
 
 class InPlace(Block):
@@ -137,9 +141,17 @@ def test_an_embedding_that_the_model_writes_into_is_no_source() -> None:
         model(input_ids=ids)
 
 
-def test_a_sequence_that_loops_through_the_stack_keeps_its_h0() -> None:
+@pytest.mark.parametrize("views", [False, True], ids=["", "views of it"])
+def test_a_sequence_that_loops_through_the_stack_keeps_its_h0(views: bool) -> None:
+    """FSDP2 passes each block views of what it gets."""
     model, _ = pair(loops=2)
     x = torch.randn(2, 3, 8)
+
+    def view(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {"hidden_states": kwargs["hidden_states"].view(2, 3, 8)}
+
+    for layer in model.get_base_model().layers if views else ():
+        layer.register_forward_pre_hook(view, prepend=True, with_kwargs=True)
     seen = []
     for layer in model.get_base_model().layers:
         layer.fc.register_forward_pre_hook(lambda m, args: seen.append(args[0]))

@@ -290,7 +290,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         if not rows:
             return self.base_layer(*args, **kwargs)
         x = self._input_among(args, kwargs)
-        if batch not in (None, len(x)):
+        if batch is not None and batch != len(x):  # len() makes a number of a dynamic size
             raise ValueError(
                 f"adapter_names has {batch} entries, but a layer got an input of {len(x)} rows: give one name for each "
                 "sample of the batch."

@@ -198,7 +198,7 @@ class InitialResidual:
         if frame.value is None:
             self.fill(hidden_states)
             frame.first_block = block
-        elif frame.first_block is block and frame.entered is None and hidden_states is not frame.last_output:
+        elif frame.first_block is block and frame.entered is None and not _is_same(hidden_states, frame.last_output):
             raise RuntimeError(
                 f"The first block of {self.stack_name!r} was entered twice in one call of the module that owns the "
                 "blocks, the second time not with what the last block returned: which input the initial residual "
@@ -244,6 +244,13 @@ class InitialResidual:
                 )
             )
         return frame.value if device is None else frame.value_on(device)
+
+
+def _is_same(one: torch.Tensor | None, other: Any) -> bool:
+    """Whether both are one tensor, or views of all of one: FSDP2 gives a block new objects."""
+    if one is other or torch.compiler.is_compiling():
+        return one is other
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.is_set_to(other)
 
 
 def first_hidden_state(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:

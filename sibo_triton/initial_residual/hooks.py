@@ -14,7 +14,6 @@ from sibo_triton.initial_residual.binding import (
     CheckpointWithInitialResidual,
     InitialResidual,
     first_hidden_state,
-    is_block_of,
 )
 from sibo_triton.initial_residual.stacks import BlockStack, inner_module, path_between, unwrap_block
 
@@ -64,11 +63,12 @@ class _ScopeEnter(_Hook):
             self._come_last(module.get_submodule(self.embedding))
         # at each forward: checkpointing may be enabled, and blocks may be wrapped, at any time
         for i, block in enumerate(module.get_submodule(self.block_list).children()):
-            if i == 0 and not is_block_of(unwrap_block(block), self.residual):
+            if i == 0 and not _is_first(unwrap_block(block), self.residual):
                 raise RuntimeError(
-                    f"The first block of {self.residual.stack_name!r} was put in place after the adapter was injected, "
-                    "which would take another block's input for the initial residual. Change blocks first, and then "
-                    "inject or load the adapter."
+                    f"The first block of {self.residual.stack_name!r} is not that of when the adapter was injected, "
+                    "and its input would be taken for the initial residual. Change blocks first, and then inject or "
+                    "load the adapter. SIBO cannot run in stages of a pipeline, of which only the first has the "
+                    "initial residual."
                 )
             for wrapper in _with_inner_modules(block):
                 if self._wrap_checkpointing(wrapper):
@@ -114,6 +114,10 @@ class _ScopeExit(_Hook):
 
 class _BlockEnter(_Hook):
     on_block = True
+
+    def __init__(self, residual: InitialResidual, is_first: bool) -> None:
+        super().__init__(residual)
+        self.is_first = is_first
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.residual.enter_block(module, first_hidden_state(args, kwargs))
@@ -169,8 +173,8 @@ def attach(root: nn.Module, stack: BlockStack, source: str, embedding_name: str 
     owner, block_list = (name[len(scope_name) :].removeprefix(".") for name in (stack.owner_name, stack.name))
     scope.register_forward_pre_hook(_ScopeEnter(residual, owner, block_list, relative), with_kwargs=True)
     register_always_called(scope, _ScopeExit(residual))
-    for block in stack.blocks:
-        block.register_forward_pre_hook(_BlockEnter(residual), with_kwargs=True)
+    for i, block in enumerate(stack.blocks):
+        block.register_forward_pre_hook(_BlockEnter(residual, is_first=i == 0), with_kwargs=True)
         register_always_called(block, _BlockExit(residual))
     return residual
 
@@ -193,6 +197,11 @@ def attached(root: nn.Module) -> list[InitialResidual]:
     """The initial residuals whose hooks are registered on the modules of `root`."""
     hooks = (hook for module in root.modules() for hook in module._forward_pre_hooks.values())
     return [hook.residual for hook in hooks if isinstance(hook, _ScopeEnter)]
+
+
+def _is_first(block: nn.Module, residual: InitialResidual) -> bool:
+    hooks = (hook for hook in block._forward_pre_hooks.values() if isinstance(hook, _BlockEnter))
+    return any(hook.is_first for hook in hooks if hook.residual is residual)
 
 
 def _with_inner_modules(block: nn.Module) -> Iterator[nn.Module]:

@@ -11,10 +11,11 @@ from torch.autograd import forward_ad
 
 
 def needs_gradient(initial_residual: torch.Tensor, called_with_gradient: bool, outermost: nn.Module | None) -> bool:
-    """Whether the gradient of h0 reaches a parameter or an input of the model, or a tangent reaches h0.
+    """Whether somebody wants the gradient of h0, or a tangent reaches it.
 
     `requires_grad` alone does not tell: `enable_input_require_grads()` makes the output of a frozen embedding require
-    grad, and computing it would cost an [M, K] accumulation for every mixing module.
+    grad, and computing it would cost an [M, K] accumulation for every mixing module. Where its hook is, a leaf that is
+    no parameter is taken for its work.
 
     Args:
         initial_residual: h0, of any shape.
@@ -31,16 +32,16 @@ def needs_gradient(initial_residual: torch.Tensor, called_with_gradient: bool, o
     if called_with_gradient or outermost is None:
         return True
     if initial_residual.grad_fn is None:
-        return _is_parameter(initial_residual, outermost)
-    return _reaches_parameter(initial_residual.grad_fn, outermost)
+        return _is_wanted(initial_residual, outermost)
+    return _reaches_wanted(initial_residual.grad_fn, outermost)
 
 
-def _reaches_parameter(node: torch.autograd.graph.Node, outermost: nn.Module) -> bool:
+def _reaches_wanted(node: torch.autograd.graph.Node, outermost: nn.Module) -> bool:
     pending, seen = [node], {node}
     while pending:
         node = pending.pop()
         leaf = getattr(node, "variable", None)  # AccumulateGrad
-        if leaf is not None and _is_parameter(leaf, outermost):
+        if leaf is not None and _is_wanted(leaf, outermost):
             return True
         if node.name() == "CheckpointFunctionBackward":  # reentrant: it hides its graph and its parameters
             return True
@@ -51,11 +52,20 @@ def _reaches_parameter(node: torch.autograd.graph.Node, outermost: nn.Module) ->
     return False
 
 
-def _is_parameter(leaf: torch.Tensor, outermost: nn.Module) -> bool:
+def _is_wanted(leaf: torch.Tensor, outermost: nn.Module) -> bool:
+    """Whether a leaf is a parameter, or another tensor whose gradient its owner asks for (attributions)."""
     # torch.func.functional_call puts plain tensors where the parameters were, which may have been computed of the leaf
     if isinstance(leaf, nn.Parameter):
         return True
-    return any(leaf is parameter or not parameter.is_leaf for parameter in outermost.parameters())
+    if any(leaf is parameter or not parameter.is_leaf for parameter in outermost.parameters()):
+        return True
+    return not any(_makes_leaves(hook) for module in outermost.modules() for hook in module._forward_hooks.values())
+
+
+def _makes_leaves(hook: object) -> bool:
+    """Whether a forward hook only makes outputs require grad, as transformers' and PEFT's for checkpoints."""
+    code = getattr(hook, "__code__", None)
+    return code is not None and code.co_names == ("requires_grad_",) and not code.co_freevars  # and keeps nothing
 
 
 def any_requires_grad(values: object) -> bool:

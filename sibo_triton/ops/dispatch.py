@@ -4,7 +4,7 @@
 |---|---|---|
 | ``triton`` | the kernels | on a CUDA or ROCm device, 16-bit and float32 tensors, Triton installed |
 | ``torch`` | the same passes and the same saved tensors in plain PyTorch (``ops/plain.py``) | everywhere else |
-| ``reference`` | the definition | in ``torch.func`` transforms, forward-mode AD and ``torch.jit.trace`` |
+| ``reference`` | the definition | in ``torch.func``, forward-mode AD, ``torch.jit.trace`` and ``torch.export`` |
 
 The environment variable ``SIBO_TRITON_BACKEND`` forces one of them; unset or ``auto`` is the table.
 """
@@ -53,6 +53,7 @@ class Choice:
 _TRANSFORM = Choice("reference", "inside a torch.func transform, which hand-written gradients do not take part in")
 _FORWARD_MODE = Choice("reference", "inside forward-mode AD, which hand-written gradients do not take part in")
 _TRACED = Choice("reference", "traced by torch.jit, which would keep this call's shapes")
+_EXPORTED = Choice("reference", "exported by torch.export, into a program that others are to read")
 _DEFINITION = Choice("reference", f"{BACKEND_VARIABLE}=reference")
 _PLAIN = Choice("torch", f"{BACKEND_VARIABLE}=torch")
 _COMPILED = Choice("compiled", "chosen when the compiled code runs")
@@ -86,6 +87,8 @@ def backend_for(device: torch.device, dtypes: Iterable[torch.dtype]) -> Choice:
         return _FORWARD_MODE
     if torch._C._get_tracing_state() is not None:
         return _TRACED
+    if torch.compiler.is_exporting():
+        return _EXPORTED
     if requested == "torch":
         return _PLAIN
     if torch.compiler.is_compiling():

@@ -5,6 +5,7 @@ Eager code does not come here: `ops/autograd.py` says why.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def _(
     base: Tensor | None, x: Tensor, weight: Any, bias: Any, lora_a: Tensor, lora_b: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, x_dtype, _, adapter_dtype, lambda_learns = rest[-5:]
-    rows, rank = x.shape[:-1].numel(), lora_a.shape[0]
+    rows, rank = math.prod(x.shape[:-1]), lora_a.shape[0]  # torch.Size.numel() would make a number of a dynamic size
     y = x.new_empty((*x.shape[:-1], lora_b.shape[0]), dtype=dtype)
     t = x.new_empty((rows, rank), dtype=kept_dtype(x_dtype, adapter_dtype))
     return y, t, torch.empty_like(t) if lambda_learns else t.new_empty(0)
