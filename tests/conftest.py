@@ -60,6 +60,15 @@ def process_group():
 
 
 @pytest.fixture(scope="session")
+def recipe_bases(tmp_path_factory):
+    """Folders of a tiny model of each architecture, by its name in the recipes."""
+    from instruction_data import save_model
+
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: save_model(kind, folder / kind) for kind in ("gptj", "llama")}
+
+
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """A SIBO adapter of each kind in a folder. Tests that change a folder copy it (`adapter_folders.py`)."""
     from adapter_folders import KINDS, save_adapter, saved_base
