@@ -14,7 +14,7 @@ from torch import nn
 from sibo_triton.bottleneck.layer import SiboAdapterLayer
 from sibo_triton.bottleneck.model import adapter_layers
 from sibo_triton.injection.siblings import siblings_below
-from sibo_triton.injection.sites import MixingSite, sibo_lambdas
+from sibo_triton.injection.sites import MixingSite, adapters_on, sibo_lambdas
 from sibo_triton.lora.acceleration import obstacle_to_acceleration
 from sibo_triton.lora.layer import SiboLoraVariant
 from sibo_triton.lora.paths import path_of
@@ -145,7 +145,7 @@ def _explanations(model: nn.Module) -> Iterator[ModuleExplanation]:
     modules = dict(model.named_modules())
     for name, layer in lora_layers(model):
         siblings = _siblings_of(name, modules)
-        for adapter in dict.fromkeys([*layer.lora_A, *layer.lora_embedding_A]):
+        for adapter in adapters_on(layer):
             yield _row(name, layer, adapter, _speed_of(layer, adapter), siblings, "LoRA")
     for name, bottleneck in adapter_layers(model):
         for adapter in bottleneck.sibo_sites:

@@ -55,9 +55,9 @@ class AdapterOptions:
 class LearnableScaling(Float32Module):
     """s of one module and one adapter: an fp32 parameter of shape [1], which stays fp32 when the model is cast."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.float32))
 
     def forward(self) -> torch.Tensor:
         """Return s: fp32, shape [1]."""

@@ -141,7 +141,7 @@ class SiboAdapterModel(BaseTuner):
         inner = [child for child, module in target.named_modules() if isinstance(module, BaseTunerLayer)]
         if inner:
             raise ValueError(
-                f"{name} holds {abbreviated(dict.fromkeys(inner))}, which have adapters already: one around them would "
+                f"{name} holds {abbreviated(inner)}, which have adapters already: one around them would "
                 "rename their weights, and they could not be saved and loaded any more. Target other modules, or give "
                 "all of them adapters in another model."
             )
@@ -251,7 +251,7 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: Tri
         if stack.holds(name) and trial.reads_into_feed_forward(name, stack)
     ]
     if not names:
-        around = {name: None for name, module in model.named_modules() if isinstance(module, SubLayer)}
+        around = [name for name, module in model.named_modules() if isinstance(module, SubLayer)]
         problems = "".join(f"; {name}: {problem}" for name, problem in trial.problems.items())
         if around:
             problems += f", outside of {abbreviated(around)}, which have adapters as a whole"

@@ -10,12 +10,13 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from sibo_triton import SiboAdapterConfig, SiboLoraConfig
 from sibo_triton.finetune.options import ALL_LINEAR, FinetuneOptions, InputError, first_line
 from sibo_triton.finetune.tokens import ensure_pad_token
+from sibo_triton.initial_residual.output_uses import is_linear_like
+from sibo_triton.injection.module_names import matches
 
 # The default of --max-length if the model allows it: keeps a batch of 16 modest.
 _DEFAULT_MAX_LENGTH = 512
@@ -204,13 +205,7 @@ def _target_modules(model: Any, options: FinetuneOptions, notes: list[str]) -> l
     # PEFT raises only if no name matches at all, so a mistyped name among others would go unnoticed.
     names = [name for name, _ in model.named_modules()]
     for target in wanted:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _has_matrix(m)})
+        if not any(matches([target], name) for name in names):
+            linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear_like(m)})
             raise InputError(f"--target-modules: the model has no module `{target}`; choose among {', '.join(linear)}.")
     return wanted
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    """Whether a module looks like a linear layer, of whatever class (Conv1D, quantised...)."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from sibo_triton.explain import explain
 from sibo_triton.finetune.model import add_adapter, check_vocabulary, choose_max_length
 from sibo_triton.finetune.options import CAUSAL_LM, CHECKPOINTS, FinetuneOptions, InputError, check_options, first_line
 from sibo_triton.finetune.progress import ProgressAndLog
@@ -24,7 +25,6 @@ from sibo_triton.finetune.result import FinetuneResult
 from sibo_triton.finetune.tasks import task_of
 from sibo_triton.finetune.tokens import TokenizedExamples
 from sibo_triton.injection.model_card import remove_from_model_card
-from sibo_triton.mixing import SiboLambda
 from sibo_triton.saved_activations import saved_activation_bytes
 from sibo_triton.similarity import NoPairs, similarity_by_layer
 
@@ -160,10 +160,9 @@ def _enable_checkpointing(model: Any) -> None:
 
 def _describe_model(result: FinetuneResult, model: Any) -> None:
     result.dtype = str(model.get_base_model().dtype).removeprefix("torch.")
-    result.parameters = sum(p.numel() for p in model.get_base_model().parameters())
-    result.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    result.parameters -= result.trainable_parameters  # the base model's own
-    result.modules = sum(1 for name, _ in model.named_modules() if name.endswith((".lora_A", ".sibo_adapter_down")))
+    result.trainable_parameters, parameters = model.get_nb_trainable_parameters()
+    result.parameters = parameters - result.trainable_parameters  # the base model's own
+    result.modules = len(explain(model))
     result.lambdas = _lambdas(model)
     result.mixing_modules = len(result.lambdas)
     if result.options.mixes:
@@ -174,12 +173,8 @@ def _describe_model(result: FinetuneResult, model: Any) -> None:
 
 
 def _lambdas(model: Any) -> dict[str, float]:
-    lambdas = {}
-    for name, module in model.named_modules():
-        if isinstance(module, SiboLambda):
-            layer = name.removeprefix("base_model.model.").rsplit(".", 2)[0]  # without container and adapter name
-            lambdas[layer] = float(module().detach())
-    return lambdas
+    rows = explain(model)
+    return {of.module.removeprefix("base_model.model."): of.lambda_ for of in rows if of.lambda_ is not None}
 
 
 def _prepare_output(options: FinetuneOptions) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,9 +161,9 @@ def _decide(
 
 def _warn_of_problems(stacks: Sequence[BlockStack], decisions: Decisions, trial: TrialRun, method: Method) -> None:
     for stack in stacks:
-        unknown = {name: None for name in decisions if stack.holds(name) and trial.is_unknown(name, stack)}
-        on_trust = {name: None for name in unknown if decisions[name][1] == _ON_TRUST}
-        names = {name: None for name in unknown if decisions[name][1] == trial.reads(name, stack)[1]}
+        unknown = [name for name in decisions if stack.holds(name) and trial.is_unknown(name, stack)]
+        on_trust = [name for name in unknown if decisions[name][1] == _ON_TRUST]
+        names = [name for name in unknown if decisions[name][1] == trial.reads(name, stack)[1]]
         if not on_trust and not names:
             continue
         what = (
@@ -253,7 +253,7 @@ def _embedding_name(
     return next(name for name, candidate in model.named_modules() if candidate is embedding)
 
 
-def abbreviated(names: Mapping[str, Any]) -> str:
+def abbreviated(names: Collection[str]) -> str:
     """The names, shortened to their endings, of which at most 12 are listed."""
     short = shortest_names(list(names), list(names))
     return ", ".join(short[:12]) + (", ..." if len(short) > 12 else "")

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from sibo_triton.injection.sites import tuner_layers
+from sibo_triton.injection.sites import adapters_on, tuner_layers
 from sibo_triton.injection.snapshot import Snapshot
 
 # Each adapter's config as it was injected. Injecting another adapter of the same name replaces the config in PEFT's
@@ -81,8 +81,3 @@ def inject_reversibly(
         raise
     if _loads.undo is not None:
         _loads.undo.append(take_back)
-
-
-def adapters_on(layer: BaseTunerLayer) -> set[str]:
-    """The adapters that have weights in a layer."""
-    return {adapter for name in layer.adapter_layer_names for adapter in getattr(layer, name, {})}

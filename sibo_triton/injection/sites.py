@@ -175,6 +175,12 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def adapters_on(layer: BaseTunerLayer) -> list[str]:
+    """The adapters that have weights in a layer, of any PEFT method."""
+    names = (adapter for name in layer.adapter_layer_names for adapter in getattr(layer, name, {}))
+    return list(dict.fromkeys(names))
+
+
 def lambda_name_of(layer: nn.Module) -> str:
     """The name under which a layer keeps its lambdas, or would."""
     return next((name for name in FIRST_WEIGHTS if name in layer._modules), LORA_LAMBDA_NAME)

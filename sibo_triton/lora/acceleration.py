@@ -8,7 +8,7 @@ with the same input) share passes over it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from peft import PeftModel
@@ -19,7 +19,7 @@ from torch import nn
 
 from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection.siblings import connect_siblings, detach_unused_siblings
-from sibo_triton.injection.sites import MixingSite, Notices
+from sibo_triton.injection.sites import MixingSite, Notices, adapters_on
 from sibo_triton.lora.install import add_site, forget, is_linear
 from sibo_triton.lora.layer import AcceleratedLora, SiboLoraVariant
 from sibo_triton.lora.peft_layers import belongs_to_x_lora, dispatches_variants, lora_layers
@@ -66,7 +66,7 @@ def accelerate(model: _Model, adapter_names: str | Sequence[str] | None = None) 
     notices, changed = Notices(), False
     obstacles: dict[str, str] = {}  # each reason, and the first layer that has it
     for name, layer in layers.items():
-        for adapter_name in filter(chosen.__contains__, _adapters_of(layer)):
+        for adapter_name in filter(chosen.__contains__, adapters_on(layer)):
             obstacle = obstacle_to_acceleration(layer, adapter_name)
             if obstacle is None:
                 add_site(layer, adapter_name, MixingSite(name, None, "plain LoRA, accelerated", notices))
@@ -127,7 +127,7 @@ def accelerate_if_all(tuner: LoraModel, root: nn.Module, adapter_name: str) -> N
     """Accelerate an adapter that was just injected into a base model, if `accelerate_all` asks for it."""
     if not _accelerates_all or belongs_to_x_lora(tuner):
         return
-    if any(adapter_name in _adapters_of(layer) for _, layer in lora_layers(root)):
+    if any(adapter_name in adapters_on(layer) for _, layer in lora_layers(root)):
         accelerate(root, adapter_name)
 
 
@@ -148,7 +148,7 @@ def obstacle_to_acceleration(layer: LoraLayer, adapter_name: str) -> str | None:
 
 def _chosen(layers: Mapping[str, LoraLayer], adapter_names: str | Sequence[str] | None) -> set[str]:
     """The names of the adapters that are meant; without names, of all that the layers have."""
-    present = {name for layer in layers.values() for name in _adapters_of(layer)}
+    present = {name for layer in layers.values() for name in adapters_on(layer)}
     if adapter_names is None:
         return present
     chosen = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
@@ -177,8 +177,3 @@ def _root_of(model: nn.Module, function: str) -> nn.Module:
     if isinstance(tuner, XLoraModel):
         raise ValueError("X-LoRA calls the modules of its adapters itself: it cannot be accelerated.")
     return tuner.model if isinstance(tuner, LoraModel) else tuner
-
-
-def _adapters_of(layer: LoraLayer) -> Iterator[str]:
-    yield from layer.lora_A
-    yield from layer.lora_embedding_A

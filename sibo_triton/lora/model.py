@@ -14,6 +14,7 @@ from sibo_triton.injection import mixing_modules
 from sibo_triton.injection.mixing_modules import Method, bind, decide, requested_modules
 from sibo_triton.injection.reversible import inject_reversibly, note_config
 from sibo_triton.injection.siblings import connect_siblings
+from sibo_triton.injection.sites import adapters_on
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.install import forget, install, is_linear, match_class
 from sibo_triton.lora.peft_layers import belongs_to_x_lora, dispatches_variants, lora_layers
@@ -67,7 +68,7 @@ def _inject_sibo(
     trial = trial_run(model, stacks)  # also for a saved adapter: its file says what mixes, not which layers share x
     original(tuner, model, adapter_name, *args, **kwargs)
 
-    layers = {name: layer for name, layer in lora_layers(model) if _has_adapter(layer, adapter_name)}
+    layers = {name: layer for name, layer in lora_layers(model) if adapter_name in adapters_on(layer)}
     decisions = decide(layers, requested, stacks, None if known else trial, _LORA)
     sites = bind(model, config, layers, decisions, _LORA)
     train = adapter_name in tuner.active_adapters and not config.inference_mode
@@ -81,10 +82,6 @@ def remove_unused_hooks(model: nn.Module) -> None:
     for _, layer in lora_layers(model):
         match_class(layer)
     mixing_modules.remove_unused_hooks(model)
-
-
-def _has_adapter(layer: LoraLayer, adapter_name: str) -> bool:
-    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
 
 
 def _obstacle(layer: LoraLayer) -> str | None:
