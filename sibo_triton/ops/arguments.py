@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     """The arguments of one call that are not tensors, and its dtypes.
 
     Attributes:
-        backend: a name of `dispatch.BACKENDS`.
+        backend: as `dispatch.Choice` names it.
         scaling, lambda_: the numbers; not used where `Inputs` has a tensor instead.
         dropout_p: the probability of dropping an element.
         dtype: of y and of the frozen product.
@@ -54,14 +54,14 @@ class Settings(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """The tensors saved for the backward; None where no wanted gradient reads one."""
+    """The tensors saved for the backward; None where no wanted gradient reads one. Siblings share the first two."""
 
     x: Any
+    initial_residual: Any
     weight: Any
     lora_a: Any
     lora_b: Any
     lora_bias: Any
-    initial_residual: Any
     lambda_: Any
     scaling: Any
     seed: Any

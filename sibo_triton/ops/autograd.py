@@ -91,13 +91,13 @@ def kept_of(node: Node, inputs: Sequence[Inputs], results: Sequence[Down]) -> li
         saved = saved_for(settings, layer, wanted, result.t, result.difference)
         x = saved.x if x is None else x
         h0 = saved.initial_residual if h0 is None else h0
-        of_layers += (*saved[1:5], *saved[6:])
+        of_layers += saved[KEPT_SHARED:]
     return [x, h0, *of_layers]
 
 
 #: x and h0, and the other fields of `Saved`.
 KEPT_SHARED = 2
-KEPT_PER_LAYER_FIELDS = tuple(name for name in Saved._fields if name not in ("x", "initial_residual"))
+KEPT_PER_LAYER_FIELDS = Saved._fields[KEPT_SHARED:]
 KEPT_PER_LAYER = len(KEPT_PER_LAYER_FIELDS)
 
 
@@ -112,7 +112,7 @@ def saved_of(node: Node, kept: Sequence[Any]) -> list[Saved]:
     saved = []
     for i, mixes in enumerate(node.mixing):
         fields = of_layers[KEPT_PER_LAYER * i : KEPT_PER_LAYER * (i + 1)]
-        saved.append(Saved._make((x, *fields[:4], h0 if mixes else None, *fields[4:])))
+        saved.append(Saved(x, h0 if mixes else None, *fields))
     return saved
 
 

@@ -178,23 +178,27 @@ def with_frozen(y: Tensor, x: Tensor, matrix: Tensor, weight: Tensor, dtype: tor
     return fresh_like(x, y)
 
 
-def _wants_through_t(wants: Inputs) -> tuple[bool, bool]:
-    """Whether dx~ is needed, and whether u, the gradient of t, is."""
-    wants_input = wants.x or wants.initial_residual
-    return wants_input, wants_input or wants.lora_a or wants.lambda_ or wants.down_bias
+def _wants_input(wants: Inputs) -> bool:
+    """Whether dx~, the gradient of the mix, is needed."""
+    return wants.x or wants.initial_residual
+
+
+def _wants_u(wants: Inputs) -> bool:
+    """Whether u, the gradient of t, is needed."""
+    return _wants_input(wants) or wants.lora_a or wants.lambda_ or wants.down_bias
 
 
 def saved_for(settings: Settings, inputs: Inputs, wants: Inputs, t: Tensor, difference: Tensor | None) -> Saved:
     """The tensors that the backward needs for the wanted gradients."""
-    wants_input, wants_u = _wants_through_t(wants)
+    wants_input, wants_u = _wants_input(wants), _wants_u(wants)
     reads_p = settings.activation is not None and wants_u
     return Saved(
         x=inputs.x if wants.lora_a or wants.weight else None,
+        initial_residual=inputs.initial_residual if wants.lora_a else None,
         weight=inputs.weight if wants.x else None,
         lora_a=inputs.lora_a if wants_input else None,
         lora_b=inputs.lora_b if wants_u or wants.lora_b or wants.scaling else None,
         lora_bias=inputs.lora_bias if wants.scaling else None,
-        initial_residual=inputs.initial_residual if wants.lora_a else None,
         lambda_=inputs.lambda_,
         scaling=inputs.scaling,
         seed=inputs.seed,
@@ -315,7 +319,7 @@ def _up_backward(
 ) -> list[_Up]:
     ops, results, requests, places = implementation(settings[0].backend), [_Up()] * len(gs), [], []
     for i, (setting, kept, g, wanted, (_, b)) in enumerate(zip(settings, saved, gs, wants, matrices, strict=True)):
-        wants_u, wants_sum = _wants_through_t(wanted)[1], wanted.bias or wanted.lora_bias
+        wants_u, wants_sum = _wants_u(wanted), wanted.bias or wanted.lora_bias
         if wanted.scaling:
             results[i] = _up_backward_with_scaling(setting, kept, g, wanted, b)
         elif wants_u or wanted.lora_b:
@@ -364,7 +368,7 @@ def _down_backward(
     grads_a: list[Any] = [None] * len(ups)
     requests, places = [], []
     for i, (setting, kept, up, wanted, (a, _)) in enumerate(zip(settings, saved, ups, wants, matrices, strict=True)):
-        if wanted.lora_a or _wants_through_t(wanted)[0]:
+        if wanted.lora_a or _wants_input(wanted):
             mixing = (lambda_of(setting, kept), setting.dropout_p, kept.seed)
             grad_dtype = kept.lora_b.dtype if wanted.lora_a else None
             requests.append(DownGradients(up.u, a, setting.adapter_dtype, *mixing, grad_dtype))

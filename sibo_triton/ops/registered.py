@@ -87,11 +87,11 @@ def _(
 def _backward(
     grad_y: Tensor,
     x: Tensor | None,
+    initial_residual: Tensor | None,
     weight: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     lora_bias: Tensor | None,
-    initial_residual: Tensor | None,
     lambda_: Tensor | None,
     scaling: Tensor | None,
     seed: Tensor | None,
@@ -108,7 +108,7 @@ def _backward(
     rank: int,
 ) -> list[Tensor]:
     adapter = (lora_a, lora_b, lora_bias)
-    saved = Saved(x, weight, *adapter, initial_residual, lambda_, scaling, seed, t, difference)
+    saved = Saved(x, initial_residual, weight, *adapter, lambda_, scaling, seed, t, difference)
     settings = _unpack(grad_y.device, numbers, activation, dtype, x_dtype, residual_dtype, adapter_dtype)
     gradients = products.backward([settings], [saved], [grad_y], [Inputs(*wants)])[0]
     kinds = _kinds(grad_y, saved, settings, in_features, rank)
