@@ -75,7 +75,7 @@ class _Run:
         place, _ = self.waiting.pop(name)
         return self._group.output(place)
 
-    def take(self, name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    def take(self, name: str, layer: Shares, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output, once; None if something has changed since it was computed."""
         place, read = self.waiting.pop(name)
         adapter_name = self._key[1]
@@ -115,15 +115,15 @@ class _Scope:
         self._mode = _autograd_mode()
         self._runs: dict[tuple[str, ...], _Run | None] = {}
 
-    def output(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-        children = self.parent._modules
+    def output(self, layer: Shares, x: torch.Tensor) -> torch.Tensor | None:
+        children: dict[str, Any] = self.parent._modules
         for names in self._names:
             for name in names:
                 if children.get(name) is layer:
                     return self._output(names, name, layer, x)
         return None
 
-    def _output(self, names: tuple[str, ...], name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    def _output(self, names: tuple[str, ...], name: str, layer: Shares, x: torch.Tensor) -> torch.Tensor | None:
         if names not in self._runs:
             self._runs[names] = None  # kept where no group can be made: every layer then runs alone
             run = self._runs[names] = self._start(names, name, x)
@@ -163,7 +163,7 @@ class _Scope:
         return None if group is None else _Run(x, adapter_name, group, read)
 
 
-def shared_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def shared_output(layer: Shares, x: torch.Tensor) -> torch.Tensor | None:
     """The output of a fused layer that shares x with siblings; None where it must run alone."""
     scopes = _scopes.open
     return scopes[-1].output(layer, x) if scopes else None
