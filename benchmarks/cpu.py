@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.providers import PROVIDERS, Provider
-from benchmarks.results_file import FLOOR, RESULTS
+from benchmarks.results_file import FLOOR, RESULTS, command_line
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
 from sibo_triton.markdown import markdown_table
@@ -128,7 +127,7 @@ def main() -> int:
         rows = table(medians(json.loads(times.read_text(encoding="utf-8"))))
     print(markdown_of(rows))
     head = {
-        "command": shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]]),
+        "command": command_line("cpu"),
         **provenance(with_devices=False),
         "what": f"forward + backward, float32, 1 x {TOKENS} tokens, rank {SETTINGS[0].rank}, one thread, {TURNS} turns",
         "model": SHAPE,

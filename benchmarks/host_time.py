@@ -37,7 +37,7 @@ from benchmarks.ahead_of_time.without_gpu import kernels_chosen, launching_for
 from benchmarks.checks import without_known_warnings
 from benchmarks.models import LLAMA_3_8B, Part, part_linears
 from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider
-from benchmarks.results_file import RESULTS, command_line, slug
+from benchmarks.results_file import RESULTS, command_line, file_of, gpu_name
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
 
@@ -174,8 +174,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="default: a file of this device's in benchmarks/results/")
     options = parser.parse_args()
-    gpu = torch.cuda.get_device_name(0) if options.device == "cuda" else None
-    output = options.output or RESULTS / ("host-time.json" if gpu is None else f"host-time-{slug(gpu)}.json")
+    gpu = gpu_name("host_time") if options.device == "cuda" else None
+    output = options.output or (RESULTS / "host-time.json" if gpu is None else file_of("host-time", gpu))
     if options.processes > 1:
         rows = medians([rows_of_a_process(options.rounds, options.device) for _ in range(options.processes)])
         print(f"medians of {options.processes} processes:")

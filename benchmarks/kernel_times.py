@@ -8,7 +8,6 @@ the resulting bandwidth. Shares above 1 of the copy's bandwidth, measured in the
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,7 @@ from benchmarks.launch_traffic import KERNELS, Traffic, recorded_launches
 from benchmarks.layer import LayerRow, LayerStep
 from benchmarks.models import LLAMA_3_8B
 from benchmarks.peers import TIMED
-from benchmarks.results_file import FLOOR, MIB, RESULTS, ResultsFile, command_line, slug
+from benchmarks.results_file import FLOOR, MIB, ResultsFile, command_line, file_of, gpu_name
 from benchmarks.settings import BF16, DEFAULTS
 from benchmarks.timing import ceilings
 from sibo_triton.environment import provenance
@@ -99,9 +98,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--output", type=Path, help="default: a file of this GPU's in benchmarks/results/")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.kernel_times: torch sees no CUDA device")
-    gpu = torch.cuda.get_device_name(0)
+    gpu = gpu_name("kernel_times")
     ceiling = ceilings("cuda")
     head = {
         "command": command_line("kernel_times"),
@@ -110,7 +107,7 @@ def main() -> None:
         "gpu": gpu,
         "ceilings": ceiling,
     }
-    results = ResultsFile(options.output or RESULTS / f"kernel-times-{slug(gpu)}.json", head)
+    results = ResultsFile(options.output or file_of("kernel-times", gpu), head)
     for setting in (BF16, DEFAULTS):
         row = LayerRow(LLAMA_3_8B, options.tokens, setting)
         comparison = row.open("cuda")

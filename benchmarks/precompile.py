@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from benchmarks.in_parallel import in_parallel
 from benchmarks.models import Architecture, Part, part_linears
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
+from benchmarks.results_file import gpu_name
 from benchmarks.settings import AdapterSetting
 
 
@@ -118,8 +118,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name holds all of these")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.precompile: torch sees no CUDA device, so there is nothing to compile for")
+    gpu_name("precompile", without=", so there is nothing to compile for")
     from triton.runtime.driver import driver
 
     gpu, target = driver.active.get_current_target(), target_of_device()

@@ -95,9 +95,23 @@ class Budget:
         self.last_row = time.monotonic() - self.row_started
 
 
-def slug(device_name: str) -> str:
-    """A GPU's name as a part of a file name: "NVIDIA H100 80GB HBM3" is "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+def gpu_name(name: str, without: str = "") -> str:
+    """The GPU's name, for the benchmark of this name.
+
+    Raises:
+        SystemExit: there is no GPU, with what to do `without` one.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit(f"benchmarks.{name}: torch sees no CUDA device{without}")
+    return torch.cuda.get_device_name(0)
+
+
+def file_of(name: str, gpu: str) -> Path:
+    """A benchmark's results on a GPU: of "layer" on an "NVIDIA H100 80GB HBM3", layer-nvidia-h100-80gb-hbm3.json."""
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return RESULTS / f"{name}-{slug}.json"
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
@@ -121,15 +135,12 @@ def output_of(name: str, options: argparse.Namespace) -> Path:
     Raises:
         SystemExit: there is no GPU, or a CPU's times would be written to the results.
     """
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"benchmarks.{name}: torch sees no CUDA device (--device cpu --output FILE only tries the code)")
-    if options.output is not None:
-        return options.output
-    if options.device == "cpu":
+    if options.device == "cuda":
+        gpu = gpu_name(name, without=" (--device cpu --output FILE only tries the code)")
+        return options.output or file_of(name, gpu)
+    if options.output is None:
         sys.exit(f"benchmarks.{name}: times on a CPU say nothing of a GPU and are no result: name a file by --output")
-    return RESULTS / f"{name}-{slug(torch.cuda.get_device_name(0))}.json"
+    return options.output
 
 
 def command_line(name: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from torch import Tensor
 from benchmarks.ahead_of_time.without_gpu import compiling_for, target_of_device
 from benchmarks.in_parallel import in_parallel
 from benchmarks.models import LLAMA_3_8B
-from benchmarks.results_file import RESULTS, command_line, slug
+from benchmarks.results_file import command_line, file_of, gpu_name
 from sibo_triton.environment import provenance
 from sibo_triton.kernels import down, down_input_gradient, down_weight_gradient, up, up_backward_plan
 from sibo_triton.kernels.down import down_siblings
@@ -249,8 +248,7 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=float, default=2, help="for each variant")
     parser.add_argument("--output", type=Path, help="default: a file of this GPU's in benchmarks/results/")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.tune: torch sees no CUDA device")
+    gpu = gpu_name("tune")
     from triton.runtime.driver import driver
 
     chosen = [
@@ -261,8 +259,7 @@ def main() -> None:
     compile_all(chosen, driver.active.get_current_target(), target_of_device(), len(os.sched_getaffinity(0)))
     if options.compile_only:
         return
-    gpu = torch.cuda.get_device_name(0)
-    output = options.output or RESULTS / f"tune-{slug(gpu)}.json"
+    output = options.output or file_of("tune", gpu)
     document = {"command": command_line("tune"), "what": "microseconds", **provenance(), "gpu": gpu, "cases": {}}
     for case in chosen:
         times = time_case(case, options.milliseconds)

@@ -307,7 +307,7 @@ def test_times_on_a_cpu_do_not_land_among_results(monkeypatch):
         results_file.output_of("layer", parser.parse_args(["--device", "cpu"]))
     options = parser.parse_args(["--device", "cpu", "--output", "/tmp/x.json"])
     assert results_file.output_of("layer", options) == Path("/tmp/x.json")
-    assert results_file.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert results_file.file_of("layer", "NVIDIA H100 80GB HBM3").name == "layer-nvidia-h100-80gb-hbm3.json"
 
 
 def test_a_benchmark_runs_as_a_command(monkeypatch, tmp_path, capsys):
