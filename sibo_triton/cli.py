@@ -243,7 +243,8 @@ def recipes() -> None:
     table = Table("recipe", "what it is")
     for name in recipe_names():
         recipe = load_recipe(name)
-        table.add_row(name, f"{recipe.description}, trained on {recipe.train_data}")
+        data = f"trained on {recipe.train_data}, evaluated on {', '.join(recipe.test_data)}"
+        table.add_row(name, f"{recipe.description} ({recipe.base_model}), {data}")
     Console().print(table)
 
 

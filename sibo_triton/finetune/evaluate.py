@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from sibo_triton.environment import provenance
 from sibo_triton.finetune.instructions import Question, read_questions
-from sibo_triton.finetune.model import load_base
+from sibo_triton.finetune.model import load_base, positions_of
 from sibo_triton.finetune.options import DTYPES, InputError, check_output, first_line
 from sibo_triton.finetune.recipes import Recipe
 from sibo_triton.finetune.scoring import AnswerKind, kind_of, response_of
@@ -195,8 +195,8 @@ def _check_lengths(
     files: Sequence[tuple[Path, Sequence[Question]]],
     prompts: Sequence[Sequence[list[int]]],
 ) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int):
+    positions = positions_of(model)
+    if positions is None:
         return
     room = positions - (options.max_new_tokens or 0)
     for (path, questions), rows in zip(files, prompts, strict=True):

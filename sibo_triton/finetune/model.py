@@ -104,19 +104,27 @@ def _dtype(name: str) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
+def positions_of(model: Any) -> int | None:
+    """How many tokens a sequence may have, or None where the model sets no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 2:
+        return None
+    for name, module in model.named_modules():  # RoBERTa counts positions from behind that of padding
+        padding = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
+        if padding is not None:
+            positions = min(positions, module.weight.shape[0] - padding - 1)
+    return positions
+
+
 def choose_max_length(options: FinetuneOptions, model: Any) -> int:
     """The length to which examples are cut, at most the model's number of positions.
 
     Raises:
         InputError: --max-length is more than the model has positions.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 2:
+    positions = positions_of(model)
+    if positions is None:
         return options.max_length or _DEFAULT_MAX_LENGTH
-    for name, module in model.named_modules():  # RoBERTa counts positions from behind that of padding
-        padding = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
-        if padding is not None:
-            positions = min(positions, module.weight.shape[0] - padding - 1)
     if options.max_length is not None and options.max_length > positions:
         raise InputError(f"--max-length {options.max_length} is more than the model's {positions} positions.")
     return options.max_length or min(_DEFAULT_MAX_LENGTH, positions)
