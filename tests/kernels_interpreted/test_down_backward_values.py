@@ -15,7 +15,8 @@ from kernel_yardstick import check
 
 from sibo_triton.kernels import targets
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
-from sibo_triton.kernels.down_weight_gradient import cut, down_weight_gradient, plan
+from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+from sibo_triton.kernels.down_weight_gradient_plan import cut, plan
 from sibo_triton.kernels.siblings import DownGradients
 
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.launch_traffic import recorded_launches
 from sibo_triton.kernels import targets
 from sibo_triton.kernels.down_input_gradient import down_input_gradient
-from sibo_triton.kernels.down_weight_gradient import down_weight_gradient, plan
+from sibo_triton.kernels.down_weight_gradient import down_weight_gradient
+from sibo_triton.kernels.down_weight_gradient_plan import plan
 from sibo_triton.kernels.siblings import DownGradients
 from sibo_triton.kernels.targets import KNOWN
 from sibo_triton.ops import triton_backend as backend
