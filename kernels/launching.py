@@ -208,6 +208,7 @@ _DIRECT = (
     and all(hasattr(knobs.runtime, name) for name in ("launch_enter_hook", "launch_exit_hook", "debug"))
     and hasattr(knobs.compilation, "instrumentation_mode")
     and hasattr(CompiledKernel, "run")
+    and not knobs.runtime.interpret  # whose launches are all its own
 )
 
 

@@ -216,7 +216,9 @@ def _get_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     tensors = original(model, *args, **kwargs)
     arguments = _arguments(original, model, *args, **kwargs)
     model = getattr(model, "_orig_mod", model) if arguments.get("unwrap_compiled") else model
-    tensors = saved_weights.without_others(model, tensors, arguments.get("adapter_name", "default"))
+    adapter_name = arguments.get("adapter_name", "default")
+    tensors = saved_weights.with_lambdas(model, tensors, adapter_name)
+    tensors = saved_weights.without_others(model, tensors, adapter_name)
     return saved_weights.with_guard(model, tensors, arguments.get("state_dict"))
 
 

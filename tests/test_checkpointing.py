@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import warnings
 import weakref
 from collections import UserDict
 from collections.abc import Callable, Mapping
@@ -20,11 +21,13 @@ from checkpoint_kinds import (
     non_reentrant,
     nothing,
     reentrant,
+    wrapper,
 )
 from oracle import oracle_like
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, llama, randomise_adapters
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -34,6 +37,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers import SwinConfig, SwinForImageClassification
 
 from sibo_triton import SiboLoraConfig
+from sibo_triton.initial_residual import attached
 
 pytestmark = pytest.mark.oldest
 
@@ -279,6 +283,92 @@ def test_trainable_embeddings_get_the_exact_gradient(config: dict, enable: Enabl
     expected = gradients_of(oracle)
     assert any("embed_tokens" in name for name in expected)
     assert_same(gradients_of(model), expected)
+
+
+class _KeepsTheFirst(torch.autograd.Function):
+    """As functions that offload hidden states: it keeps the first tensor, and returns no other's gradient."""
+
+    @staticmethod
+    def forward(ctx: object, function: Callable, hidden_states: torch.Tensor, *rest: object) -> torch.Tensor:
+        ctx.function, ctx.rest = function, rest
+        ctx.save_for_backward(hidden_states.detach())
+        with torch.no_grad():
+            output = function(hidden_states, *rest)
+        return output[0] if isinstance(output, tuple) else output
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> tuple:
+        (hidden_states,) = ctx.saved_tensors
+        hidden_states.requires_grad_()
+        with torch.enable_grad():
+            output = ctx.function(hidden_states, *ctx.rest)
+        output = output[0] if isinstance(output, tuple) else output
+        torch.autograd.backward(output, gradient)
+        return (None, hidden_states.grad, *[None] * len(ctx.rest))
+
+
+def _with_function_of_another_library(model: nn.Module) -> list[type | None]:
+    """Checkpoint blocks as LLaMA-Factory does: it asks which module it is to call. Returns the classes that it saw."""
+    seen = []
+
+    def custom(function: Callable, *args: object, **kwargs: object) -> object:
+        owner = getattr(function.func if isinstance(function, functools.partial) else function, "__self__", None)
+        seen.append(None if owner is None else type(owner))
+        assert args[0].dim() == 3 and args[0].requires_grad
+        return _KeepsTheFirst.apply(function, *args)
+
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = custom
+    return seen
+
+
+def test_other_libraries_functions_checkpoint_a_block() -> None:
+    expected, model = _model(), _model()
+    plain = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")).train()
+    seen, seen_of_plain = _with_function_of_another_library(model), _with_function_of_another_library(plain)
+    for each in (expected, model, plain):
+        each(**_batches()[0]).loss.backward()
+    assert_same(gradients_of(model), gradients_of(expected))
+    assert seen and seen == seen_of_plain
+
+
+def test_what_other_libraries_functions_may_lose_is_said() -> None:
+    model = _model(**TRAINABLE_EMBEDDINGS[0])
+    _with_function_of_another_library(model)
+    with pytest.warns(UserWarning, match=r"needs a gradient.*custom, by which blocks are checkpointed"):
+        model(**_batches()[0])
+
+
+@pytest.mark.parametrize("enable", [nothing, reentrant, non_reentrant, wrapper])
+def test_no_layer_is_taken_for_one_that_another_library_computes(enable: Enable) -> None:
+    """Each is seen to read h0, also in a checkpoint and as a sibling."""
+    model = _model(target_modules="all-linear")
+    checkpoint(model, enable)
+    (residual,) = attached(model)
+    assert residual.check_read is not None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".* mix in the initial residual of .*, but none")
+        model(**_batches()[0])
+    assert residual.check_read is None
+
+
+@pytest.mark.parametrize("enable", [non_reentrant, wrapper])
+def test_checkpointed_blocks_compile(enable: Enable) -> None:
+    """Without a break of the graph, which would leave them uncompiled."""
+    results = []
+    for compiles in (False, True):
+        model, counter = _model(), CompileCounterWithBackend("aot_eager")
+        checkpoint(model, enable)
+        torch._dynamo.reset()
+        for block in model.get_base_model().model.layers if compiles else ():
+            block.compile(backend=counter, fullgraph=True)
+        model(**_batches()[0]).loss.backward()
+        results.append(gradients_of(model))
+    assert counter.frame_count > 0
+    assert_same(*results)
 
 
 def _keeping(way: str, kept: dict[str, torch.Tensor]) -> Callable:

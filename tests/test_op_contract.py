@@ -252,9 +252,10 @@ def test_tensors_that_are_negated_when_read(of):
     """As is the imaginary part of a conjugate, which is not negated in memory."""
     arguments = of.arguments(dropout_p=0.3, **ALL_LEARN)
     lazy = dict(arguments)
-    for name in {"x", "initial_residual", "base"} & arguments.keys():
-        lazy[name] = torch._neg_view(-arguments[name].detach()).requires_grad_()
-        assert lazy[name].is_neg()
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            lazy[name] = torch._neg_view(-value.detach()).requires_grad_(value.requires_grad)
+            assert lazy[name].is_neg()
     results = []
     for given in (arguments, lazy):
         y = of.run(**given)

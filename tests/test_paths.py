@@ -461,6 +461,25 @@ def test_saved_activations_of_a_model():
     assert ours <= 92
 
 
+def test_layers_that_another_library_computes_are_named_once():
+    """By kernels that read A and B and never call the layer: axolotl's and unsloth's."""
+
+    def compute(layer, x):
+        return layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](x))
+
+    model = build(base_model(partial(llama, 2)), default=sibo(0.4, target_modules=["q_proj", "gate_proj", "up_proj"]))
+    for block in model.base_model.model.model.layers:
+        mlp = block.mlp
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(compute(mlp.gate_proj, x) * compute(mlp.up_proj, x))
+    with torch.no_grad():
+        model(**token_inputs())
+    with pytest.warns(UserWarning, match="^gate_proj, up_proj mix in the initial residual of 'model.layers', but none"):
+        model(**token_inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(**token_inputs())
+
+
 def test_a_rate_of_dropout_of_1_runs_by_modules_as_peft_does():
     """Which the operations refuse: 1 / (1 - p) is no number."""
     model, inputs = build(default=sibo(0.4, lora_dropout=1.0)).train(), token_inputs()

@@ -41,6 +41,7 @@ MERGES = {
     "layer.merge": lambda m: v_proj(m).merge(),
     "layer.merge, safe": lambda m: v_proj(m).merge(safe_merge=True),
     "layer.merge by name": lambda m: v_proj(m, 1).merge(adapter_names=["sibo"]),
+    "layer.get_delta_weight, by hand": lambda m: v_proj(m).get_delta_weight("sibo"),
     "layer.merge, plain first": lambda m: v_proj(m).merge(adapter_names=["plain", "sibo"]),
 }
 

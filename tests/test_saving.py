@@ -66,6 +66,17 @@ def test_the_weights_file_holds_lambda_of_every_mixing_module_with_shape_1(saved
         assert float(entry if kind == "fixed" else entry.sigmoid()) == value
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_without_buffers_is_saved_with_lambda(saved, kind, tmp_path):
+    """As scripts for ZeRO-3 make it, of named_parameters()."""
+    case = saved[kind]
+    model = PeftModel.from_pretrained(case.base(), case.folder)
+    model.save_pretrained(tmp_path, state_dict=dict(model.named_parameters()))
+    tensors, expected = read_weights(tmp_path), read_weights(case.folder)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], of) for name, of in expected.items())
+
+
 def test_sibo_target_modules_given_by_the_user_are_saved_as_given(saved, tmp_path):
     config = sibo_config("fixed", sibo_target_modules=r".*\.0\..*q_proj")
     model = get_peft_model(saved["fixed"].base(), config)

@@ -233,3 +233,24 @@ def test_a_list_with_none_in_it():
     model = get_peft_model(tf.InformerForPrediction(config), LoraConfig(target_modules=["q_proj", "v_proj"]))
     with pytest.warns(UserWarning, match="Which layers get the same input was not found"):
         accelerate(model)
+
+
+def segformer():
+    """Takes images of any size: its config names none."""
+    sizes = {"hidden_sizes": [8, 16], "num_attention_heads": [1, 2], "decoder_hidden_size": 8}
+    pairs = ("depths", "sr_ratios", "mlp_ratios")
+    config = tf.SegformerConfig(
+        num_encoder_blocks=2, patch_sizes=[7, 3], strides=[4, 2], **sizes, **dict.fromkeys(pairs, [1, 1])
+    )
+    return tf.SegformerForSemanticSegmentation(config)
+
+
+def spectrogram_transformer():
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return tf.ASTForAudioClassification(tf.ASTConfig(max_length=64, num_mel_bins=32, **small))
+
+
+@pytest.mark.parametrize("build", [segformer, spectrogram_transformer])
+def test_inputs_that_a_config_does_not_name_by_size(build):
+    names = ["query", "value", "q_proj", "v_proj"]  # transformers 5.17's and 5.23's
+    assert len(mixing(get_peft_model(build(), SiboLoraConfig(r=2, target_modules=names)))) == 4

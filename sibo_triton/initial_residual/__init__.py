@@ -3,7 +3,7 @@
 from sibo_triton.initial_residual.binding import InitialResidual
 from sibo_triton.initial_residual.hooks import attach, attached, detach
 from sibo_triton.initial_residual.stacks import BlockStack, find_block_stacks
-from sibo_triton.initial_residual.tracing import TrialRun, trial_run
+from sibo_triton.initial_residual.tracing import TrialRun, in_trial_run, trial_run
 
 __all__ = [
     "BlockStack",
@@ -13,5 +13,6 @@ __all__ = [
     "attached",
     "detach",
     "find_block_stacks",
+    "in_trial_run",
     "trial_run",
 ]

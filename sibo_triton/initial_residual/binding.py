@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -27,7 +28,18 @@ from sibo_triton.initial_residual.stacks import unwrap_block
 class Frame:
     """One forward of a stack: it holds h0 while the forward lasts."""
 
-    __slots__ = ("call", "copies", "embedding", "entered", "first_block", "last_output", "value", "version")
+    __slots__ = (
+        "call",
+        "copies",
+        "embedding",
+        "entered",
+        "first_block",
+        "in_checkpoint",
+        "last_output",
+        "read",
+        "value",
+        "version",
+    )
 
     def __init__(self, value: torch.Tensor | None = None) -> None:
         self.value = value
@@ -37,7 +49,9 @@ class Frame:
         self.first_block: object = None  # the block that filled the frame, or what stands for it
         self.entered: object = None  # the block that runs
         self.last_output: torch.Tensor | None = None  # of the block that returned last
+        self.in_checkpoint = False  # whether a block runs in one that is compiled
         self.call: FrameType | None = None  # the Python frame that runs the stack's owner
+        self.read: set[str] = set()  # the modules that have read h0
 
     def value_on(self, device: torch.device) -> torch.Tensor:
         """h0 on `device`: a copy that all modules there share, as autograd would keep one for each."""
@@ -92,13 +106,16 @@ class InitialResidual:
     def __init__(self, stack_name: str, source: str) -> None:
         self.stack_name = stack_name
         self.source = source
+        #: Called at the end of forwards with gradients, until it returns True: with the module whose call that was,
+        #: this, and the names of the modules that have read h0. A module's function, so that it can be pickled.
+        self.check_read: Callable[[nn.Module, InitialResidual, set[str]], bool] | None = None
         self._state = _ThreadState()
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"stack_name": self.stack_name, "source": self.source}
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_state"}
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _state=_ThreadState())
 
     @property
     def frame(self) -> Frame | None:
@@ -115,9 +132,8 @@ class InitialResidual:
     def open(self, frame: Frame) -> None:
         self._state.frames.append(frame)
 
-    def close(self) -> None:
-        if self._state.frames:
-            self._state.frames.pop()
+    def close(self) -> Frame | None:
+        return self._state.frames.pop() if self._state.frames else None
 
     def open_forward(self) -> Frame:
         """Open the frame of a new forward."""
@@ -193,8 +209,8 @@ class InitialResidual:
             ValueError: as :meth:`fill`.
         """
         frame = self.frame
-        if frame is None:  # the block is called alone: the first layer that mixes raises
-            return
+        if frame is None or frame.in_checkpoint:
+            return  # without a frame the block is called alone: the first layer that mixes raises
         if frame.value is None:
             self.fill(hidden_states)
             frame.first_block = block
@@ -209,7 +225,7 @@ class InitialResidual:
     def leave_block(self, output: Any) -> None:
         """A block of the running forward returns."""
         frame = self.frame
-        if frame is not None:
+        if frame is not None and not frame.in_checkpoint:
             frame.last_output = output[0] if isinstance(output, (tuple, list)) and output else output
             frame.entered = None
 
@@ -243,7 +259,13 @@ class InitialResidual:
                     else "Let the model add out of place (x = x + y, not x += y)."
                 )
             )
+        self.note_read(module_name)
         return frame.value if device is None else frame.value_on(device)
+
+    def note_read(self, module_name: str) -> None:
+        """A module reads the h0 of the forward that runs now."""
+        if not torch.compiler.is_compiling():
+            self._state.frames[-1].read.add(module_name)
 
 
 def _is_same(one: torch.Tensor | None, other: Any) -> bool:
@@ -262,18 +284,34 @@ def first_hidden_state(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | No
 
 
 class RecomputeWithInitialResidual:
-    """A checkpointed function that takes h0 as its first argument and opens a frame around itself."""
+    """A checkpointed function that takes h0 as its last argument and opens a frame around itself.
+
+    Functions that checkpoint look at the first argument, the hidden states, and at attributes of what they are to call
+    (LLaMA-Factory's, axolotl's, unsloth's): this has those of the function.
+    """
 
     def __init__(self, function: Callable, residual: InitialResidual) -> None:
         self.function = function
         self.residual = residual
 
-    def __call__(self, initial_residual: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.residual.open(Frame(initial_residual))
+    def __getattr__(self, name: str) -> Any:
+        if name == "function":  # of an instance that is being copied
+            raise AttributeError(name)
+        function = self.function
+        if name == "__self__" and isinstance(function, functools.partial):
+            function = function.func
+        return getattr(function, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        frame = Frame(args[-1])
+        self.residual.open(frame)
         try:
-            return self.function(*args, **kwargs)
+            return self.function(*args[:-1], **kwargs)
         finally:
             self.residual.close()
+            outer = self.residual.frame  # none in the backward
+            if outer is not None:
+                outer.read |= frame.read
 
 
 class CheckpointWithInitialResidual:
@@ -287,7 +325,7 @@ class CheckpointWithInitialResidual:
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         called, block_args = function, args
         while isinstance(called, RecomputeWithInitialResidual):  # of another source of h0
-            called, block_args = called.function, block_args[1:]
+            called, block_args = called.function, block_args[:-1]
         keywords = {**kwargs, **called.keywords} if isinstance(called, functools.partial) else kwargs
         frame, block = self.residual.frame, self._block_of(called)
         if frame is None or (self.owner and block is None):
@@ -295,10 +333,31 @@ class CheckpointWithInitialResidual:
         is_outermost = frame.entered is None
         if is_outermost:  # the block's own hooks run inside of the checkpoint, on another frame
             self.residual.enter_block(self if block is None else block, first_hidden_state(block_args, keywords))
-        output = self.inner(RecomputeWithInitialResidual(function, self.residual), frame.value, *args, **kwargs)
+        if torch.compiler.is_compiling():  # what is traced keeps its h0; in a checkpoint Dynamo forbids to open a frame
+            outer, frame.in_checkpoint = frame.in_checkpoint, True
+            output = self.inner(function, *args, **kwargs)
+            frame.in_checkpoint = outer
+        else:
+            if frame.value is not None and frame.value.requires_grad:
+                self._warn_of_lost_gradients()
+            output = self.inner(RecomputeWithInitialResidual(function, self.residual), *args, frame.value, **kwargs)
         if is_outermost:
             self.residual.leave_block(output)
         return output
+
+    def _warn_of_lost_gradients(self) -> None:
+        inner: Any = self.inner
+        while isinstance(inner, (functools.partial, CheckpointWithInitialResidual)):
+            inner = inner.func if isinstance(inner, functools.partial) else inner.inner
+        owner = str(getattr(inner, "__module__", ""))
+        if owner.partition(".")[0] in ("torch", "deepspeed"):  # theirs return the gradients of all arguments
+            return
+        warnings.warn(
+            f"The initial residual of {self.residual.stack_name!r} needs a gradient, as what it is computed from "
+            f"learns. If {owner}.{getattr(inner, '__name__', inner)}, by which blocks are checkpointed, returns that "
+            "of its first argument only, this one is lost: use gradient_checkpointing_enable() without it.",
+            stacklevel=2,
+        )
 
     def _block_of(self, called: Callable) -> nn.Module | None:
         """The block that a checkpointed function runs, if it is one of the stack's."""

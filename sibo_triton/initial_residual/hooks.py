@@ -109,7 +109,13 @@ def _move_to_end(hooks: Any, key: int) -> None:
 
 class _ScopeExit(_Hook):
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.residual.close()
+        frame, check = self.residual.close(), self.residual.check_read
+        if check is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        # without an output the forward has raised
+        if output is not None and frame is not None and frame.value is not None:
+            if check(module, self.residual, frame.read):
+                self.residual.check_read = None
 
 
 class _BlockEnter(_Hook):

@@ -69,7 +69,7 @@ def find_block_stacks(root: nn.Module, names: Sequence[str] | None = None) -> li
         raise ValueError(
             f"No list of transformer blocks was found in {type(root).__name__}: none of its nn.ModuleLists holds only "
             f"transformers GradientCheckpointingLayers. Name the list from the model's root in sibo_blocks=[...]. "
-            f"{_lists_of(root)}"
+            f"{_lists_of(root)} A model without blocks gets the plain method: sibo_lambda=0."
         )
     return stacks
 

@@ -9,6 +9,7 @@ residual stream. No names of models or layers are used.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from sibo_triton.initial_residual.stacks import BlockStack, path_between
 from sibo_triton.initial_residual.unchanged import configs_of, unchanged
 
 _TOKENS = 5  # a prime, and no common width, so that shapes tell tokens from features
+_IMAGE_SIZE = 64  # of models that take any
 
 _numbers = itertools.count()
 
@@ -154,6 +156,18 @@ class _StreamMode(TorchDispatchMode):
         return next(arg.shape[-1:] for arg in args if isinstance(arg, torch.Tensor) and self.streams_in(arg))
 
 
+class _ThreadState(threading.local):
+    runs = False
+
+
+_state = _ThreadState()
+
+
+def in_trial_run() -> bool:
+    """Whether a trial run is what runs in this thread."""
+    return _state.runs
+
+
 def trial_run(root: nn.Module, stacks: Sequence[BlockStack]) -> TrialRun:
     """Run `root`, or for a stack that this does not reach the model around it, and see what feeds each module.
 
@@ -228,6 +242,7 @@ class _Observer:
         blocks = [(stack, block, block.__dict__.get("forward")) for stack in self.stacks for block in stack.blocks]
         problem = None
         try:
+            _state.runs = True
             self.root.eval()
             for stack, block, _ in blocks:
                 block.__dict__["forward"] = partial(self._forward, stack, block, block.forward)
@@ -236,6 +251,7 @@ class _Observer:
         except Exception as error:
             problem = error
         finally:
+            _state.runs = False
             for handle in handles:
                 handle.remove()
             for _, block, forward in blocks:
@@ -355,10 +371,13 @@ def _inputs(model: PreTrainedModel, kind: str) -> dict[str, torch.Tensor] | None
     if kind == "input_ids":
         inputs["input_ids"] = torch.ones(1, _TOKENS, dtype=torch.long, device=device)
     elif kind == "pixel_values":
-        vision = getattr(config, "vision_config", None) or config
+        visions = [getattr(config, name, None) for name in ("vision_config", "encoder")]
+        vision = next((of for of in visions if hasattr(of, "image_size")), config)
         size = getattr(vision, "image_size", None)
         if size is None:
-            return None
+            if model.main_input_name != "pixel_values":
+                return None
+            size = _IMAGE_SIZE
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         channels = getattr(vision, "num_channels", 3)
         inputs["pixel_values"] = torch.zeros(1, channels, height, width, dtype=floating, device=device)
@@ -368,7 +387,9 @@ def _inputs(model: PreTrainedModel, kind: str) -> dict[str, torch.Tensor] | None
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
         inputs["input_features"] = torch.zeros(shape, dtype=floating, device=device)
     elif kind == "input_values":
-        inputs["input_values"] = torch.zeros(1, 16000, dtype=floating, device=device)  # a second of sound
+        spectrum = [getattr(config, name, None) for name in ("max_length", "num_mel_bins")]
+        sizes = [16000] if None in spectrum else spectrum  # a second of sound
+        inputs["input_values"] = torch.zeros(1, *sizes, dtype=floating, device=device)
     else:
         return None
     if getattr(config, "is_encoder_decoder", False):

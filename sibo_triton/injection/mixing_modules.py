@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sibo_triton.initial_residual import BlockStack, TrialRun, attach, attached, detach
+from sibo_triton.initial_residual import BlockStack, InitialResidual, TrialRun, attach, attached, detach
 from sibo_triton.injection.module_names import matches, shortest_names
 from sibo_triton.injection.options import SiboOptions
 from sibo_triton.injection.reversible import is_loading
@@ -97,6 +97,8 @@ def bind(
     widths = {name: (stack, method.width(layers[name])) for name, stack in mixing.items()}
     embeddings = {name: _embedding_name(model, stack, config, widths) for name, stack in used.items()}
     residuals = {name: attach(model, stack, config.sibo_source, embeddings[name]) for name, stack in used.items()}
+    for residual in residuals.values():
+        residual.check_read = _warn_of_unread
     notices = Notices()
     config._sibo_resolved = shortest_names(list(mixing), list(layers))
     if not _check_hooks(model):
@@ -105,6 +107,25 @@ def bind(
         name: MixingSite(name, residuals[stack.name] if stack is not None else None, reason, notices)
         for name, (stack, reason) in decisions.items()
     }
+
+
+def _warn_of_unread(scope: nn.Module, residual: InitialResidual, read: set[str]) -> bool:
+    """Warn of modules that should have read h0 in a forward and did not; returns whether any should have."""
+    names = []
+    for _, layer in tuner_layers(scope):
+        sites = {} if layer.disable_adapters else layer.__dict__.get("sibo_sites", {})
+        of_active = (sites[name] for name in layer.active_adapters if name in sites)
+        names += [site.name for site in of_active if site.residual is residual]
+    endings = {name.rpartition(".")[2] for name in read}
+    unread = [name for name in names if name.rpartition(".")[2] not in endings]
+    if unread:
+        warnings.warn(
+            f"{abbreviated(unread)} mix in the initial residual of {residual.stack_name!r}, but none of them was "
+            "called in a forward of it. If another library computes their adapters, as LoRA kernels of axolotl and "
+            "unsloth do, they are plain LoRA there: turn these kernels off, or train plain LoRA (sibo_lambda=0).",
+            stacklevel=2,
+        )
+    return bool(names)
 
 
 def remove_unused_hooks(model: nn.Module) -> None:

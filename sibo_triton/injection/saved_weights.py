@@ -56,6 +56,21 @@ def with_guard(
     return {**tensors, name: torch.zeros(_GUARD_SHAPE)}
 
 
+def with_lambdas(model: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
+    """Add missing buffers of lambdas: scripts pass a state dict that they make of `named_parameters()`."""
+    first = "|".join(map(re.escape, FIRST_WEIGHTS.values()))
+    missing = {}
+    for name in (match[1] for match in (re.match(rf"(.+)\.(?:{first})\.", key) for key in tensors) if match):
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:  # a wrapper's names
+            continue
+        if adapter_name in sibo_adapters(layer):
+            for entry, value in sibo_lambdas(layer)[adapter_name].named_buffers():
+                missing[f"{name}.{lambda_name_of(layer)}.{entry}"] = value.detach().clone()
+    return {**missing, **tensors}
+
+
 def without_others(model: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
     """Drop other bottleneck adapters' weights from those of one that is saved: PEFT 0.19 does not."""
     others = [re.escape(name) for name in getattr(model, "peft_config", {}) if name != adapter_name]

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sibo_triton import reference
-from sibo_triton.initial_residual import InitialResidual
+from sibo_triton.initial_residual import InitialResidual, in_trial_run
 
 # The bottleneck adapter's name in PEFT's registry and in adapter_config.json, and the prefix of its weights' names.
 BOTTLENECK_TYPE = "SIBO_ADAPTER"
@@ -36,7 +36,7 @@ class Notices:
 
     def warn_once(self, module_name: str, what: str, reason: str) -> None:
         """Warn that a module does not run by the fastest path, unless the reason has been given before."""
-        if torch.compiler.is_compiling() or reason in self.said:
+        if torch.compiler.is_compiling() or in_trial_run() or reason in self.said:
             return
         self.said.add(reason)
         warnings.warn(
@@ -147,12 +147,15 @@ def mixing_arguments(
     arguments = []
     for layer, rate in zip(layers, rates, strict=True):
         seed = next(seeds) if rate else None
-        residual = site_of(layer, adapter_name).residual
+        site = site_of(layer, adapter_name)
+        residual = site.residual
         if residual is None:
             arguments.append(Mixing(None, 0.0, rate, seed) if rate else _NO_MIXING)
             continue
         if id(residual) not in residuals:  # siblings get the same tensor
             residuals[id(residual)] = initial_residual_for(layer, adapter_name, x)
+        else:
+            residual.note_read(site.name)
         lambda_module = layer._modules[lambdas]._modules[adapter_name]
         hooked = lambda_module._forward_hooks or lambda_module._forward_pre_hooks
         # calling the module would cost as much host time as a product

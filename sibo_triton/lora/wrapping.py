@@ -49,6 +49,12 @@ def _supports_lora_conversion(original: Callable, layer: LoraLayer, adapter_name
     return adapter_name not in sibo_adapters(layer) and original(layer, adapter_name)  # PEFT 0.19 asks no variant
 
 
+def _get_delta_weight(original: Callable, layer: LoraLayer, adapter: str, *args: Any, **kwargs: Any) -> Any:
+    if adapter in sibo_adapters(layer):  # scripts that merge by hand ask for it
+        refuse_merge(f"{site_of(layer, adapter).name}, adapter {adapter!r}")
+    return original(layer, adapter, *args, **kwargs)
+
+
 def _mixed_batch_forward(original: Callable, layer: LoraLayer, x: Any, *args: Any, **kwargs: Any) -> Any:
     with mixed_batch(kwargs["adapter_names"]):
         return original(layer, x, *args, **kwargs)
@@ -71,6 +77,7 @@ _LAYER_WRAPPERS: dict[str, Callable] = {
     "merge": _merge_layer,
     "unmerge": _unmerge_layer,
     "supports_lora_conversion": _supports_lora_conversion,
+    "get_delta_weight": _get_delta_weight,
     "_mixed_batch_forward": _mixed_batch_forward,
 }
 

@@ -100,9 +100,11 @@ def checked(
     check_dropout(dropout_p, seed)
     if dropout_p != 0:
         check_seed(seed)
-    base, x = None if base is None else resolved(base), resolved(x)
-    initial_residual = None if initial_residual is None else resolved(initial_residual)
-    adapter_dtype = adapter[0].dtype
+    base, x, bias, initial_residual = resolved(base), resolved(x), resolved(bias), resolved(initial_residual)
+    lambda_, scaling, seed = resolved(lambda_), resolved(scaling), resolved(seed)
+    down, up, up_bias, down_bias = adapter
+    adapter = resolved(down), resolved(up), resolved(up_bias), resolved(down_bias)
+    adapter_dtype = down.dtype
     autocast = None if torch.float64 in (x.dtype, adapter_dtype) else autocast_dtype(x.device.type)
     adapter_dtype = adapter_dtype if autocast is None else autocast
     dtype = added_to.dtype if weight is None else weight.dtype if autocast is None else autocast

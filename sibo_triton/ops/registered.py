@@ -63,9 +63,9 @@ def _forward(
     adapter_dtype: torch.dtype,
     lambda_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    base, initial_residual = (None if of is None else resolved(of) for of in (base, initial_residual))
     adapter = (lora_a, lora_b, lora_bias, down_bias)
-    inputs = Inputs(base, resolved(x), weight, bias, *adapter, initial_residual, lambda_, scaling, seed)
+    tensors = (base, x, weight, bias, *adapter, initial_residual, lambda_, scaling, seed)
+    inputs = Inputs._make(map(resolved, tensors))
     settings = _unpack(x.device, numbers, activation, dtype, x_dtype, residual_dtype, adapter_dtype)
     (y,), ((t, difference, _),) = products.forward([settings], [inputs], [lambda_learns])
     # an operator returns a tensor, not None, and no two of one buffer

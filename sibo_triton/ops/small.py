@@ -44,8 +44,13 @@ def low_rank(settings: Settings, inputs: Inputs) -> Tensor:
         keep, scale = keep_whole(rows, cols, dropout_p, seed, v.device)
         v = v * keep
     t = F.linear(v, lora_a)
-    if lora_bias is not None or isinstance(scaling, Tensor):
+    if lora_bias is not None or isinstance(scaling, Tensor) or _overflows(scaling * scale, dtype):
         y = base + F.linear(t if scale == 1 else t * scale, lora_b, lora_bias) * scaling
     else:
         y = torch.add(base, F.linear(t, lora_b), alpha=scaling * scale)
     return shaped_like(given, y if y.dtype == base.dtype else y.to(base.dtype))
+
+
+def _overflows(alpha: float, dtype: torch.dtype) -> bool:
+    """Whether `torch.add` refuses this factor."""
+    return dtype == torch.float16 and abs(alpha) > torch.finfo(dtype).max

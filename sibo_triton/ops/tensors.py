@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 
-def resolved(tensor: Tensor) -> Tensor:
-    """Without torch's lazy negation (``z.conj().imag``), which kernels, reading memory, would not see."""
-    if torch.compiler.is_compiling():  # the operator asks when it runs; Inductor loses the negation, as of any operator
-        return tensor
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+def resolved(value: T) -> T:
+    """A tensor without torch's lazy negation (``z.conj().imag``), which kernels, reading memory, would not see.
+
+    What is no tensor is returned as it is.
+    """
+    if not isinstance(value, Tensor) or torch.compiler.is_compiling():
+        return value  # the operator asks when it runs; Inductor loses the negation, as of any operator
+    return value.resolve_neg() if value.is_neg() else value  # type: ignore[return-value]
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
