@@ -68,8 +68,14 @@ class Float32Module(nn.Module):
 
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
         super().register_buffer(name, tensor, persistent)
-        if tensor is not None:
-            self.__dict__.setdefault("_registered_buffers", {})[name] = tensor.detach().clone()
+        self.note_buffers()
+
+    def note_buffers(self) -> None:
+        """Remember the buffers and their values, which a cast of their `data` is undone to."""
+        noted: dict[str, Any] = self.__dict__.setdefault("_noted_buffers", {})
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                noted[name] = buffer, None if buffer.is_meta else buffer.detach().clone()
 
     def train(self, mode: bool = True) -> Float32Module:
         self._restore_float32()
@@ -102,8 +108,13 @@ class Float32Module(nn.Module):
     def buffer_in_float32(self, name: str) -> torch.Tensor:
         """A buffer, for a forward."""
         buffer: Any = self._buffers[name]  # attributes of modules are slow to look up
-        if buffer.dtype is not torch.float32 and not buffer.is_meta and not torch.compiler.is_compiling():
-            buffer.data = _in_float32(buffer, self.__dict__["_registered_buffers"][name])
+        if buffer.dtype is torch.float32:
+            return buffer
+        noted, value = self.__dict__["_noted_buffers"][name]
+        if buffer is not noted or value is None or torch.compiler.is_compiling():
+            return buffer.float()  # torch.func.functional_call puts tensors of its caller in the place of buffers
+        with torch.inference_mode(False), torch.no_grad():
+            buffer.data = _in_float32(buffer, value)
         return buffer
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -118,6 +129,7 @@ class Float32Module(nn.Module):
             for name, tensor in self.tensors().items():
                 if tensor.dtype != torch.float32:  # it was cast: keep the new device, restore the value
                     tensor.data = before[name].to(tensor.device, torch.float32)
+        self.note_buffers()
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -125,14 +137,13 @@ class Float32Module(nn.Module):
             key = prefix + name
             if key in state_dict:  # load_state_dict(assign=True) would take the checkpoint's dtype
                 state_dict[key] = state_dict[key].to(torch.float32)
-                if name in self._buffers and not state_dict[key].is_meta:
-                    self.__dict__["_registered_buffers"][name] = state_dict[key].detach().clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.note_buffers()
 
 
 def _in_float32(cast: torch.Tensor, registered: torch.Tensor) -> torch.Tensor:
     """What was cast, in float32: as it was registered or loaded, unless it has changed since."""
-    registered = registered.to(cast.device)
+    registered = registered.to(cast.device, copy=True)
     return registered if torch.equal(registered.to(cast.dtype), cast) else cast.detach().to(torch.float32)
 
 

@@ -145,10 +145,15 @@ def _fsdp2_load(original: Callable, accelerator: Any, model: nn.Module, *args: A
     numbers: list[tuple[dict[str, Any], str]] = [(of._buffers, name) for of in modules for name in of._buffers]
     for buffers, name in numbers:
         buffers[name] = DTensor.from_local(buffers[name], mesh, [Replicate()] * mesh.ndim, run_check=False)
-    result = original(accelerator, model, *args, **kwargs)
-    for buffers, name in numbers:
-        buffers[name] = buffers[name].to_local()
-    return result
+    try:
+        return original(accelerator, model, *args, **kwargs)
+    finally:
+        device = getattr(accelerator, "device", None)  # where FSDP computes, also with weights that it keeps on the CPU
+        for buffers, name in numbers:
+            local = buffers[name].to_local()
+            buffers[name] = local if local.is_meta else local.to(device)
+        for module in modules:
+            module.note_buffers()
 
 
 def _merge_adapter(original: Callable, tuner: LoraModel, adapter_names: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -38,6 +38,7 @@ from transformers import SwinConfig, SwinForImageClassification
 
 from sibo_triton import SiboLoraConfig
 from sibo_triton.initial_residual import attached
+from sibo_triton.initial_residual.needs_gradient import needs_gradient
 
 pytestmark = pytest.mark.oldest
 
@@ -338,7 +339,7 @@ def test_other_libraries_functions_checkpoint_a_block() -> None:
 def test_what_other_libraries_functions_may_lose_is_said() -> None:
     model = _model(**TRAINABLE_EMBEDDINGS[0])
     _with_function_of_another_library(model)
-    with pytest.warns(UserWarning, match=r"needs a gradient.*custom, by which blocks are checkpointed"):
+    with pytest.warns(UserWarning, match=r"requires grad.*custom, by which blocks are checkpointed"):
         model(**_batches()[0])
 
 
@@ -352,7 +353,11 @@ def test_no_layer_is_taken_for_one_that_another_library_computes(enable: Enable)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".* mix in the initial residual of .*, but none")
         model(**_batches()[0])
-    assert residual.check_read is None
+        assert residual.check_read is None
+        model = _model(target_modules="all-linear")
+        for block in model.get_base_model().model.layers:
+            block.mlp.compile(backend="eager")
+        model(**_batches()[0])  # of compiled code nothing is known
 
 
 @pytest.mark.parametrize("enable", [non_reentrant, wrapper])
@@ -386,6 +391,47 @@ def _keeping(way: str, kept: dict[str, torch.Tensor]) -> Callable:
         return output + kept["leaf"]
 
     return {"noted": note, "replaced": replace, "perturbed": perturb}[way]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("enable", [reentrant, non_reentrant])
+def test_checkpointed_blocks_with_a_break_of_the_graph_train(enable: Enable) -> None:
+    """Dynamo leaves the checkpoint to Python, which recomputes in the backward."""
+    results = []
+    for compiles in (False, True):
+        model = _model()
+        checkpoint(model, enable)
+        for block in model.get_base_model().model.layers:
+            block.mlp.register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())
+        torch._dynamo.reset()
+        called = torch.compile(model, backend="aot_eager") if compiles else model
+        called(**_batches()[0]).loss.backward()
+        results.append(gradients_of(model))
+    assert_same(*results)
+
+
+def _as_unsloth_does(module: nn.Module, args: tuple, output: object) -> None:
+    if isinstance(output, torch.Tensor):
+        output.requires_grad_(True)
+
+
+def _requires_grad_pre_hook(module: nn.Module, args: tuple) -> None:
+    raise AssertionError("only its name is looked at")
+
+
+def test_no_gradient_of_h0_is_taken_where_hooks_or_speech_models_make_leaves() -> None:
+    residual = torch.zeros(1, 3, 8, requires_grad=True)
+    for hooked in (False, True):
+        embedding = nn.Embedding(3, 8)
+        if hooked:
+            embedding.register_forward_pre_hook(_requires_grad_pre_hook)
+        assert needs_gradient(residual, False, embedding) is not hooked
+    _as_unsloth_does.__name__ = "requires_grad_post_hook"
+    embedding = nn.Embedding(3, 8)
+    embedding.register_forward_hook(_as_unsloth_does)
+    assert not needs_gradient(residual, False, embedding)
+    sound = torch.zeros(1, 100, requires_grad=True)
+    assert not needs_gradient(sound.unfold(1, 8, 8) * 2, False, nn.Embedding(3, 8))
 
 
 @pytest.mark.parametrize("way", ["noted", "replaced", "perturbed"])

@@ -95,3 +95,29 @@ def test_the_value_of_a_shard_is_not_looked_at(process_group):
         module for name, module in model_of("LoRA, learnable").named_modules() if hasattr(module, "problem_with")
     ]
     assert modules and all(module.problem_with("logit_bias", shard) is None for module in modules)
+
+
+def test_tensors_of_a_caller_in_the_place_of_lambda_are_left_as_they_are():
+    """In 16 bits, by torch.func: also in its transforms."""
+    model, ids = model_of("LoRA").eval(), token_inputs()["input_ids"]
+    state = {name: of.bfloat16() if "lambda" in name else of.detach() for name, of in model.state_dict().items()}
+    before = {name: of.clone() for name, of in state.items()}
+
+    def loss(lambdas):
+        return torch.func.functional_call(model, state | lambdas, (ids,), tie_weights=False).logits.square().mean()
+
+    lambdas = {name: of for name, of in state.items() if "lambda" in name}
+    value, gradients = loss(lambdas), torch.func.grad(loss)(lambdas)
+    assert value.isfinite() and all(of.isfinite().all() for of in gradients.values())
+    assert all(torch.equal(of, before[name]) and of.dtype == before[name].dtype for name, of in state.items())
+
+
+def test_a_cast_lambda_is_restored_in_inference_mode_and_trains_on():
+    model, ids = model_of("LoRA").train(), token_inputs()["input_ids"]
+    for value in lambdas_of(model).values():
+        value.fill_(0.2)  # not what was registered
+        value.data = value.data.bfloat16()
+    with torch.inference_mode():
+        model(input_ids=ids)
+    model(input_ids=ids).logits.mean().backward()
+    assert {value.dtype for value in lambdas_of(model).values()} == {torch.float32}

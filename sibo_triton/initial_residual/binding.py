@@ -30,6 +30,7 @@ class Frame:
 
     __slots__ = (
         "call",
+        "compiled",
         "copies",
         "embedding",
         "entered",
@@ -49,7 +50,10 @@ class Frame:
         self.first_block: object = None  # the block that filled the frame, or what stands for it
         self.entered: object = None  # the block that runs
         self.last_output: torch.Tensor | None = None  # of the block that returned last
-        self.in_checkpoint = False  # whether a block runs in one that is compiled
+        #: Whether a block runs in a checkpoint that is compiled, where Dynamo forbids to open a frame: what is traced
+        #: keeps this one, and what runs again in the backward, where there is none, opens its own.
+        self.in_checkpoint = False
+        self.compiled = False  # whether something has read h0 in compiled code, which notes no names
         self.call: FrameType | None = None  # the Python frame that runs the stack's owner
         self.read: set[str] = set()  # the modules that have read h0
 
@@ -211,6 +215,8 @@ class InitialResidual:
         frame = self.frame
         if frame is None or frame.in_checkpoint:
             return  # without a frame the block is called alone: the first layer that mixes raises
+        if torch.compiler.is_compiling():
+            frame.compiled = True
         if frame.value is None:
             self.fill(hidden_states)
             frame.first_block = block
@@ -264,8 +270,11 @@ class InitialResidual:
 
     def note_read(self, module_name: str) -> None:
         """A module reads the h0 of the forward that runs now."""
+        frame = self._state.frames[-1]
         if not torch.compiler.is_compiling():
-            self._state.frames[-1].read.add(module_name)
+            frame.read.add(module_name)
+        elif not frame.in_checkpoint:
+            frame.compiled = True
 
 
 def _is_same(one: torch.Tensor | None, other: Any) -> bool:
@@ -303,6 +312,9 @@ class RecomputeWithInitialResidual:
         return getattr(function, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        running = self.residual.frame
+        if running is not None and running.in_checkpoint:
+            return self.function(*args[:-1], **kwargs)
         frame = Frame(args[-1])
         self.residual.open(frame)
         try:
@@ -333,14 +345,11 @@ class CheckpointWithInitialResidual:
         is_outermost = frame.entered is None
         if is_outermost:  # the block's own hooks run inside of the checkpoint, on another frame
             self.residual.enter_block(self if block is None else block, first_hidden_state(block_args, keywords))
-        if torch.compiler.is_compiling():  # what is traced keeps its h0; in a checkpoint Dynamo forbids to open a frame
-            outer, frame.in_checkpoint = frame.in_checkpoint, True
-            output = self.inner(function, *args, **kwargs)
-            frame.in_checkpoint = outer
-        else:
-            if frame.value is not None and frame.value.requires_grad:
-                self._warn_of_lost_gradients()
-            output = self.inner(RecomputeWithInitialResidual(function, self.residual), *args, frame.value, **kwargs)
+        outer, frame.in_checkpoint = frame.in_checkpoint, torch.compiler.is_compiling()
+        if not frame.in_checkpoint and frame.value is not None and frame.value.requires_grad:
+            self._warn_of_lost_gradients()
+        output = self.inner(RecomputeWithInitialResidual(function, self.residual), *args, frame.value, **kwargs)
+        frame.in_checkpoint = outer
         if is_outermost:
             self.residual.leave_block(output)
         return output
@@ -353,9 +362,9 @@ class CheckpointWithInitialResidual:
         if owner.partition(".")[0] in ("torch", "deepspeed"):  # theirs return the gradients of all arguments
             return
         warnings.warn(
-            f"The initial residual of {self.residual.stack_name!r} needs a gradient, as what it is computed from "
-            f"learns. If {owner}.{getattr(inner, '__name__', inner)}, by which blocks are checkpointed, returns that "
-            "of its first argument only, this one is lost: use gradient_checkpointing_enable() without it.",
+            f"The initial residual of {self.residual.stack_name!r} requires grad. If {owner}."
+            f"{getattr(inner, '__name__', inner)}, by which blocks are checkpointed, returns the gradient of its first "
+            "argument only, and somebody needs this one, it is lost: use gradient_checkpointing_enable() without it.",
             stacklevel=2,
         )
 

@@ -113,8 +113,8 @@ class _ScopeExit(_Hook):
         if check is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         # without an output the forward has raised
-        if output is not None and frame is not None and frame.value is not None:
-            if check(module, self.residual, frame.read):
+        if module.training and output is not None and frame is not None and frame.value is not None:
+            if not frame.compiled and check(module, self.residual, frame.read):
                 self.residual.check_read = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import FunctionType, MethodType, ModuleType
 
@@ -31,17 +32,18 @@ def needs_gradient(initial_residual: torch.Tensor, called_with_gradient: bool, o
         return False
     if called_with_gradient or outermost is None:
         return True
+    width = initial_residual.shape[-1]
     if initial_residual.grad_fn is None:
-        return _is_wanted(initial_residual, outermost)
-    return _reaches_wanted(initial_residual.grad_fn, outermost)
+        return _is_wanted(initial_residual, width, outermost)
+    return _reaches_wanted(initial_residual.grad_fn, width, outermost)
 
 
-def _reaches_wanted(node: torch.autograd.graph.Node, outermost: nn.Module) -> bool:
+def _reaches_wanted(node: torch.autograd.graph.Node, width: int, outermost: nn.Module) -> bool:
     pending, seen = [node], {node}
     while pending:
         node = pending.pop()
         leaf = getattr(node, "variable", None)  # AccumulateGrad
-        if leaf is not None and _is_wanted(leaf, outermost):
+        if leaf is not None and _is_wanted(leaf, width, outermost):
             return True
         if node.name() == "CheckpointFunctionBackward":  # reentrant: it hides its graph and its parameters
             return True
@@ -52,18 +54,28 @@ def _reaches_wanted(node: torch.autograd.graph.Node, outermost: nn.Module) -> bo
     return False
 
 
-def _is_wanted(leaf: torch.Tensor, outermost: nn.Module) -> bool:
-    """Whether a leaf is a parameter, or another tensor whose gradient its owner asks for (attributions)."""
+def _is_wanted(leaf: torch.Tensor, width: int, outermost: nn.Module) -> bool:
+    """Whether a leaf is a parameter, or another tensor whose gradient its owner asks for (attributions).
+
+    Not one of another width than the hidden states: speech models make their inputs leaves, as hooks do embeddings.
+    """
     # torch.func.functional_call puts plain tensors where the parameters were, which may have been computed of the leaf
     if isinstance(leaf, nn.Parameter):
         return True
     if any(leaf is parameter or not parameter.is_leaf for parameter in outermost.parameters()):
         return True
-    return not any(_makes_leaves(hook) for module in outermost.modules() for hook in module._forward_hooks.values())
+    if leaf.shape[-1:] != (width,):
+        return False
+    for module in outermost.modules():
+        if any(map(_makes_leaves, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
+            return False
+    return True
 
 
 def _makes_leaves(hook: object) -> bool:
-    """Whether a forward hook only makes outputs require grad, as transformers' and PEFT's for checkpoints."""
+    """Whether a forward hook only makes tensors require grad, for checkpoints: transformers', PEFT's, unsloth's."""
+    if re.search("requires?_grad", getattr(hook, "__name__", "")):
+        return True
     code = getattr(hook, "__code__", None)
     return code is not None and code.co_names == ("requires_grad_",) and not code.co_freevars  # and keeps nothing
 

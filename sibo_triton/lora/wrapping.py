@@ -49,10 +49,10 @@ def _supports_lora_conversion(original: Callable, layer: LoraLayer, adapter_name
     return adapter_name not in sibo_adapters(layer) and original(layer, adapter_name)  # PEFT 0.19 asks no variant
 
 
-def _get_delta_weight(original: Callable, layer: LoraLayer, adapter: str, *args: Any, **kwargs: Any) -> Any:
-    if adapter in sibo_adapters(layer):  # scripts that merge by hand ask for it
-        refuse_merge(f"{site_of(layer, adapter).name}, adapter {adapter!r}")
-    return original(layer, adapter, *args, **kwargs)
+def _get_delta_weight(original: Callable, layer: LoraLayer, *args: Any, **kwargs: Any) -> Any:
+    for name in {*args, *kwargs.values()}.intersection(sibo_adapters(layer)):  # scripts that merge by hand ask for it
+        refuse_merge(f"{site_of(layer, name).name}, adapter {name!r}")
+    return original(layer, *args, **kwargs)
 
 
 def _mixed_batch_forward(original: Callable, layer: LoraLayer, x: Any, *args: Any, **kwargs: Any) -> Any:
