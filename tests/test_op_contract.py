@@ -265,6 +265,18 @@ def test_tensors_that_are_negated_when_read(of):
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
+def test_a_gradient_of_the_frozen_layer_alone(of):
+    """The backward launches no kernel of ours."""
+    arguments = of.arguments(wants=())
+    name = next(name for name in ("weight", "base", "x") if arguments.get(name) is not None)
+    arguments[name] = arguments[name].detach().requires_grad_()
+    results = []
+    for run in (of.run, of.definition):
+        y = run(**arguments)
+        results.append(torch.autograd.grad(y, arguments[name], torch.ones_like(y)))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
 # --- torch.compile
 
 

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from tiny_models import randomise_adapters, token_inputs
 
 from sibo_triton import SiboLoraConfig, accelerate
-from sibo_triton.ops import small
+from sibo_triton.ops import lora_linear, small
 
 CONFIGS = {
     "SIBO": sibo(0.3),
@@ -56,3 +56,16 @@ def test_it_generates_the_same(calls, monkeypatch):
         monkeypatch.setattr(small, "ELEMENTS", elements)
         tokens.append(model.eval().generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0))
     assert calls and torch.equal(*tokens)
+
+
+@pytest.mark.parametrize(("scaling", "dropout_p"), [(1e5, 0.0), (-7e4, 0.0), (70.0, 0.999)])
+def test_a_factor_that_float16_does_not_hold(scaling, dropout_p, monkeypatch):
+    """Of s and dropout's scale, where what it multiplies is small."""
+    x, weight, lora_a, lora_b = (torch.randn(size).half() for size in ((8, 16), (4, 16), (2, 16), (4, 2)))
+    arguments = (x, weight, None, lora_a * 1e-2, lora_b * 1e-2, scaling)
+    results = []
+    for elements in (-1, 2**20):
+        monkeypatch.setattr(small, "ELEMENTS", elements)
+        results.append(lora_linear(*arguments, dropout_p=dropout_p, dropout_seed=torch.tensor([3])))
+    assert results[0].isfinite().all()
+    torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)
