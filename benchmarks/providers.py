@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from benchmarks.results_file import FLOOR
 from benchmarks.settings import AdapterSetting, Setting
 from sibo_triton import SiboLoraConfig, accelerate
-from sibo_triton.injection.siblings import attach_siblings, detach_siblings
+from sibo_triton.layers.siblings import attach_siblings, detach_siblings
 
 ADAPTER = "default"
 

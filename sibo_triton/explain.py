@@ -13,8 +13,9 @@ from torch import nn
 
 from sibo_triton.bottleneck.layer import SiboAdapterLayer
 from sibo_triton.bottleneck.model import adapter_layers
-from sibo_triton.injection.siblings import siblings_below
-from sibo_triton.injection.sites import MixingSite, adapters_on, sibo_lambdas
+from sibo_triton.layers.adapters import adapters_on, sibo_lambdas
+from sibo_triton.layers.siblings import siblings_below
+from sibo_triton.layers.sites import MixingSite
 from sibo_triton.lora.acceleration import obstacle_to_acceleration
 from sibo_triton.lora.layer import SiboLoraVariant
 from sibo_triton.lora.paths import path_of

@@ -1,4 +1,4 @@
-"""How a module mixes: lambda as a tensor that is saved with the weights, and checks of the mixing options.
+"""How a module mixes: lambda as a tensor that is saved with the weights.
 
 The paper's equation 4:  x~ = (1 - lambda) * x + lambda * h0.
 """
@@ -6,49 +6,12 @@ The paper's equation 4:  x~ = (1 - lambda) * x + lambda * h0.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-InitialResidualSource = Literal["block_input", "embedding"]
-
-
-def validate_lambda(value: Any, learnable: bool = False) -> float:
-    """Check a mixing ratio and return it as a float.
-
-    Args:
-        value: the ratio lambda, a real number in [0, 1].
-        learnable: whether it will be trained as a sigmoid, which reaches neither 0 nor 1.
-
-    Raises:
-        TypeError: `value` is not a real number.
-        ValueError: `value` is NaN or outside of [0, 1], or 0 or 1 and learnable.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"sibo_lambda must be a number in [0, 1], got {value!r} of type {type(value).__name__}.")
-    value = float(value)
-    if math.isnan(value) or not 0.0 <= value <= 1.0:
-        raise ValueError(
-            f"sibo_lambda must lie in [0, 1], got {value}. It is the share of the initial residual in the adapter's "
-            "input: 0 is the plain method, the paper uses 0.1 to 0.3."
-        )
-    if learnable and value in (0.0, 1.0):
-        raise ValueError(
-            f"sibo_learnable=True needs a sibo_lambda strictly between 0 and 1 to start from, got {value}: a learnable "
-            "lambda is a sigmoid, which cannot leave 0 or 1. Choose a start such as 0.1, or sibo_learnable=False."
-        )
-    return value
-
-
-def validate_source(source: Any) -> None:
-    """Raise a ValueError if `source` names no initial residual."""
-    if source not in get_args(InitialResidualSource):
-        choices = " or ".join(repr(choice) for choice in get_args(InitialResidualSource))
-        raise ValueError(f"sibo_source must be {choices}, got {source!r}.")
 
 
 class Float32Module(nn.Module):

@@ -31,17 +31,17 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.bottleneck.model import SiboAdapterModel
-from sibo_triton.injection import saved_weights
-from sibo_triton.injection.options import SiboOptions
 from sibo_triton.injection.reversible import loading
-from sibo_triton.injection.sites import BOTTLENECK_TYPE, LORA_LAMBDA_NAME
 from sibo_triton.injection.snapshot import Snapshot
+from sibo_triton.layers.adapters import BOTTLENECK_TYPE, LORA_LAMBDA_NAME
 from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
 from sibo_triton.lora.wrapping import wrap_layer_class, wrap_layer_classes
 from sibo_triton.mixing import Float32Module
+from sibo_triton.options import SiboOptions
 from sibo_triton.patching import wrap
+from sibo_triton.saving import saved_weights
 
 
 def register() -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import llama, randomise_adapters
 
 from sibo_triton import SiboLoraConfig
-from sibo_triton.injection import siblings
+from sibo_triton.layers import siblings
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj"]  # of which q and v share their input
 MIXING = ("q_proj", "v_proj", "up_proj")

@@ -13,7 +13,7 @@ from tiny_models import token_inputs
 
 from sibo_triton import explain
 from sibo_triton.bottleneck import layer as layer_file
-from sibo_triton.injection import siblings
+from sibo_triton.layers import siblings
 from sibo_triton.ops import torch_backend
 
 PLACEMENTS = {"series": {}, "parallel": {"placement": "parallel"}}

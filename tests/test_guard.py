@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sibo_triton import SiboLoraConfig
-from sibo_triton.injection.saved_weights import with_guard
+from sibo_triton.saving.saved_weights import with_guard
 
 pytestmark = pytest.mark.oldest
 

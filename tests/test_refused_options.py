@@ -11,7 +11,7 @@ from refusals import TARGETS, assert_as_it_was, fingerprint, through_add_adapter
 from tiny_models import llama, token_inputs
 
 from sibo_triton import SiboLoraConfig
-from sibo_triton.mixing import validate_lambda
+from sibo_triton.options import validate_lambda
 
 
 def sub_config(name, **options):

@@ -18,10 +18,10 @@ from tiny_models import ARCHITECTURES, llama, randomise_adapters, token_inputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import sibo_triton.injection.siblings as siblings_file
+import sibo_triton.layers.siblings as siblings_file
 from sibo_triton import SiboLoraConfig, accelerate, dropout, explain, reference, restore
 from sibo_triton.initial_residual import find_block_stacks, trial_run
-from sibo_triton.injection.siblings import find_siblings, siblings_below
+from sibo_triton.layers.siblings import find_siblings, siblings_below
 from sibo_triton.lora.peft_layers import lora_layers
 from sibo_triton.ops import torch_backend
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from sibo_triton.injection.model_card import update_model_card
-from sibo_triton.injection.options import SiboOptions
-from sibo_triton.injection.sites import BOTTLENECK_TYPE
+from sibo_triton.layers.adapters import BOTTLENECK_TYPE
+from sibo_triton.options import SiboOptions
 from sibo_triton.reference import check_activation
+from sibo_triton.saving.model_card import update_model_card
 
 
 @dataclass

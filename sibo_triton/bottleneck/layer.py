@@ -16,21 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from sibo_triton import reference
 from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.initial_residual.binding import first_hidden_state
-from sibo_triton.injection.obstacles import (
+from sibo_triton.layers.adapters import BOTTLENECK_LAMBDA_NAME
+from sibo_triton.layers.obstacles import (
     PathName,
     apply_dropout,
     obstacle_in_adapter,
     obstacle_in_frozen,
     parameter,
 )
-from sibo_triton.injection.siblings import shared_output
-from sibo_triton.injection.sites import (
-    BOTTLENECK_LAMBDA_NAME,
-    MixingSite,
-    initial_residual_for,
-    mixed_batch,
-    mixing_arguments,
-)
+from sibo_triton.layers.siblings import shared_output
+from sibo_triton.layers.sites import MixingSite, initial_residual_for, mixed_batch, mixing_arguments
 from sibo_triton.mixing import Float32Module
 from sibo_triton.ops import BottleneckArguments, Group, add_bottleneck, bottleneck_group, bottleneck_linear
 

@@ -28,8 +28,9 @@ from sibo_triton.injection.mixing_modules import (
 )
 from sibo_triton.injection.module_names import matches, shortest_names
 from sibo_triton.injection.reversible import inject_reversibly, note_config
-from sibo_triton.injection.siblings import connect_siblings
-from sibo_triton.injection.sites import BOTTLENECK_PREFIX, MixingSite, Notices
+from sibo_triton.layers.adapters import BOTTLENECK_PREFIX
+from sibo_triton.layers.siblings import connect_siblings
+from sibo_triton.layers.sites import MixingSite, Notices
 from sibo_triton.mixing import SiboLambda
 
 

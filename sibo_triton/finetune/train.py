@@ -24,8 +24,8 @@ from sibo_triton.finetune.report import write_report
 from sibo_triton.finetune.result import FinetuneResult
 from sibo_triton.finetune.tasks import task_of
 from sibo_triton.finetune.tokens import TokenizedExamples
-from sibo_triton.injection.model_card import remove_from_model_card
 from sibo_triton.saved_activations import saved_activation_bytes
+from sibo_triton.saving.model_card import remove_from_model_card
 from sibo_triton.similarity import NoPairs, similarity_by_layer
 
 LOSS_LOG = "loss.csv"

@@ -1,1 +1,1 @@
-"""What all SIBO methods share when PEFT injects an adapter: decide which modules mix, bind h0, undo what is refused."""
+"""What PEFT's injection of an adapter does for all SIBO methods: which modules mix, binding h0, undoing refusals."""

@@ -11,11 +11,12 @@ from torch import nn
 
 from sibo_triton.initial_residual import BlockStack, InitialResidual, TrialRun, attach, attached, detach
 from sibo_triton.injection.module_names import matches, shortest_names
-from sibo_triton.injection.options import SiboOptions
 from sibo_triton.injection.reversible import is_loading
-from sibo_triton.injection.saved_weights import check_state_dict
-from sibo_triton.injection.siblings import detach_unused_siblings
-from sibo_triton.injection.sites import MixingSite, Notices, tuner_layers
+from sibo_triton.layers.adapters import tuner_layers
+from sibo_triton.layers.siblings import detach_unused_siblings
+from sibo_triton.layers.sites import MixingSite, Notices
+from sibo_triton.options import SiboOptions
+from sibo_triton.saving.saved_weights import check_state_dict
 
 _ON_TRUST = "named by sibo_target_modules, not verified"
 

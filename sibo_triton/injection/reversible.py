@@ -11,8 +11,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from sibo_triton.injection.sites import adapters_on, tuner_layers
 from sibo_triton.injection.snapshot import Snapshot
+from sibo_triton.layers.adapters import adapters_on, tuner_layers
 
 # Each adapter's config as it was injected. Injecting another adapter of the same name replaces the config in PEFT's
 # dictionary before our code runs; a refusal puts it back.

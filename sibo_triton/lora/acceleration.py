@@ -18,8 +18,9 @@ from peft.tuners.xlora import XLoraModel
 from torch import nn
 
 from sibo_triton.initial_residual import find_block_stacks, trial_run
-from sibo_triton.injection.siblings import connect_siblings, detach_unused_siblings
-from sibo_triton.injection.sites import MixingSite, Notices, adapters_on
+from sibo_triton.layers.adapters import adapters_on
+from sibo_triton.layers.siblings import connect_siblings, detach_unused_siblings
+from sibo_triton.layers.sites import MixingSite, Notices
 from sibo_triton.lora.install import add_site, forget, is_linear
 from sibo_triton.lora.layer import AcceleratedLora, SiboLoraVariant
 from sibo_triton.lora.peft_layers import belongs_to_x_lora, dispatches_variants, lora_layers

@@ -8,8 +8,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from sibo_triton.injection.model_card import update_model_card
-from sibo_triton.injection.options import SiboOptions
+from sibo_triton.options import SiboOptions
+from sibo_triton.saving.model_card import update_model_card
 
 # The type in adapter_config.json. Stock PEFT does not know it and fails, instead of loading the adapter as plain LoRA
 # and computing something else. In memory the type is LORA, so that hotswap, weight conversion, Trainer and TRL work.

@@ -6,7 +6,8 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from sibo_triton.injection.sites import LORA_LAMBDA_NAME, MixingSite, sibo_adapters
+from sibo_triton.layers.adapters import LORA_LAMBDA_NAME, sibo_adapters
+from sibo_triton.layers.sites import MixingSite
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.layer import FusedLinear, SiboLoraVariant
 from sibo_triton.lora.peft_layers import dispatches_variants

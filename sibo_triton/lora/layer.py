@@ -10,9 +10,10 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 
 from sibo_triton import reference
-from sibo_triton.injection.obstacles import apply_dropout, parameter
-from sibo_triton.injection.siblings import shared_output
-from sibo_triton.injection.sites import LORA_LAMBDA_NAME, initial_residual_for, mixing_arguments, site_of
+from sibo_triton.layers.adapters import LORA_LAMBDA_NAME
+from sibo_triton.layers.obstacles import apply_dropout, parameter
+from sibo_triton.layers.siblings import shared_output
+from sibo_triton.layers.sites import initial_residual_for, mixing_arguments, site_of
 from sibo_triton.lora.paths import adapter_modules, obstacle_to_fusing, obstacle_to_lora
 from sibo_triton.ops import Group, LoraArguments, add_lora, lora_linear, lora_linear_group
 

@@ -13,8 +13,8 @@ from sibo_triton.initial_residual import find_block_stacks, trial_run
 from sibo_triton.injection import mixing_modules
 from sibo_triton.injection.mixing_modules import Method, bind, decide, requested_modules
 from sibo_triton.injection.reversible import inject_reversibly, note_config
-from sibo_triton.injection.siblings import connect_siblings
-from sibo_triton.injection.sites import adapters_on
+from sibo_triton.layers.adapters import adapters_on
+from sibo_triton.layers.siblings import connect_siblings
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.install import forget, install, is_linear, match_class
 from sibo_triton.lora.peft_layers import belongs_to_x_lora, dispatches_variants, lora_layers

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from sibo_triton.injection.obstacles import (
+from sibo_triton.layers.obstacles import (
     PathName,
     has_own_forward,
     obstacle_in_adapter,

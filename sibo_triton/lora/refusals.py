@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sibo_triton.injection.sites import sibo_adapters
+from sibo_triton.layers.adapters import sibo_adapters
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.layer import refuse_merge
 from sibo_triton.lora.peft_layers import dispatches_variants, lora_layers

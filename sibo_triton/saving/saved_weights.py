@@ -14,8 +14,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from sibo_triton.injection.options import SiboOptions
-from sibo_triton.injection.sites import (
+from sibo_triton.layers.adapters import (
     BOTTLENECK_LAMBDA_NAME,
     BOTTLENECK_PREFIX,
     BOTTLENECK_TYPE,
@@ -25,6 +24,7 @@ from sibo_triton.injection.sites import (
     sibo_lambdas,
     tuner_layers,
 )
+from sibo_triton.options import SiboOptions
 
 # A shape that no parameter has: load_state_dict refuses it even with strict=False. It has two dimensions, because a
 # shard of a one-dimensional parameter may be empty.
