@@ -6,6 +6,7 @@ A command imports what it needs when it runs: `env` must answer where the fine-t
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,7 +17,10 @@ from sibo_triton._version import __version__
 # Exit codes: 2 as for typer's own usage errors; 130 as shells report Ctrl-C.
 _FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
-_ADAPTER, _TRAINING, _OUTPUT = "Adapter", "Training", "Output"
+# Options of the panels of `sibo-triton finetune --help`.
+_adapter_option = partial(typer.Option, rich_help_panel="Adapter")
+_training_option = partial(typer.Option, rich_help_panel="Training")
+_output_option = partial(typer.Option, rich_help_panel="Output")
 
 app = typer.Typer(
     name="sibo-triton",
@@ -71,117 +75,82 @@ def finetune(
         str, typer.Option(help="causal-lm, classification or regression (of texts or pairs of texts, as in GLUE).")
     ] = "causal-lm",
     method: Annotated[
-        str, typer.Option(help="lora, sibo-lora, adapter (a bottleneck) or sibo-adapter.", rich_help_panel=_ADAPTER)
+        str, _adapter_option(help="lora, sibo-lora, adapter (a bottleneck) or sibo-adapter.")
     ] = "sibo-lora",
     target_modules: Annotated[
         list[str] | None,
-        typer.Option(
+        _adapter_option(
             help="Modules that get an adapter, by the end of their name; repeat the option or separate by commas; "
             "all-linear for every linear layer but the head. Default: PEFT's for the architecture; for bottleneck "
-            "adapters what reads the residual stream in feed-forward networks.",
-            rich_help_panel=_ADAPTER,
+            "adapters what reads the residual stream in feed-forward networks."
         ),
     ] = None,
     sibo_lambda: Annotated[
         float | None,
-        typer.Option(
-            help="Share of the initial residual in the adapter's input, 0 to 1. Default: 0.1.", rich_help_panel=_ADAPTER
-        ),
+        _adapter_option(help="Share of the initial residual in the adapter's input, 0 to 1. Default: 0.1."),
     ] = None,
-    sibo_learnable: Annotated[
-        bool, typer.Option("--sibo-learnable", help="Train lambda, one per module.", rich_help_panel=_ADAPTER)
-    ] = False,
+    sibo_learnable: Annotated[bool, _adapter_option("--sibo-learnable", help="Train lambda, one per module.")] = False,
     sibo_target_modules: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Which of the target modules mix. Default: those that read the residual stream.",
-            rich_help_panel=_ADAPTER,
-        ),
+        _adapter_option(help="Which of the target modules mix. Default: those that read the residual stream."),
     ] = None,
     sibo_blocks: Annotated[
         list[str] | None,
-        typer.Option(
-            help="The lists of blocks with an initial residual each, as model.layers. Default: by structure.",
-            rich_help_panel=_ADAPTER,
+        _adapter_option(
+            help="The lists of blocks with an initial residual each, as model.layers. Default: by structure."
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="r of LoRA. Default: 16.", rich_help_panel=_ADAPTER)] = None,
-    alpha: Annotated[
-        int | None, typer.Option(help="alpha of LoRA. Default: twice the rank.", rich_help_panel=_ADAPTER)
-    ] = None,
+    rank: Annotated[int | None, _adapter_option(help="r of LoRA. Default: 16.")] = None,
+    alpha: Annotated[int | None, _adapter_option(help="alpha of LoRA. Default: twice the rank.")] = None,
     bottleneck_size: Annotated[
-        int | None, typer.Option(help="Width of an adapter's bottleneck. Default: 256.", rich_help_panel=_ADAPTER)
+        int | None, _adapter_option(help="Width of an adapter's bottleneck. Default: 256.")
     ] = None,
-    activation: Annotated[
-        str | None, typer.Option(help="In an adapter's bottleneck. Default: tanh.", rich_help_panel=_ADAPTER)
-    ] = None,
+    activation: Annotated[str | None, _adapter_option(help="In an adapter's bottleneck. Default: tanh.")] = None,
     placement: Annotated[
         str | None,
-        typer.Option(help="Of an adapter: series (in front, the default) or parallel.", rich_help_panel=_ADAPTER),
+        _adapter_option(help="Of an adapter: series (in front, the default) or parallel."),
     ] = None,
     side: Annotated[
         str | None,
-        typer.Option(
-            help="Of an adapter in series: input (in front of the module, the default) or output.",
-            rich_help_panel=_ADAPTER,
-        ),
+        _adapter_option(help="Of an adapter in series: input (in front of the module, the default) or output."),
     ] = None,
     init_weights: Annotated[
         str | None,
-        typer.Option(
-            help="Of an adapter: zero (starts as the base model, the default) or bert (a small normal).",
-            rich_help_panel=_ADAPTER,
-        ),
+        _adapter_option(help="Of an adapter: zero (starts as the base model, the default) or bert (a small normal)."),
     ] = None,
-    dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.", rich_help_panel=_ADAPTER)] = 0.05,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=_TRAINING)] = 3.0,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps; replaces --epochs.", rich_help_panel=_TRAINING)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", rich_help_panel=_TRAINING)] = 16,
-    gradient_accumulation: Annotated[
-        int, typer.Option(help="Forward passes per optimizer step.", rich_help_panel=_TRAINING)
-    ] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW.", rich_help_panel=_TRAINING)] = 3e-4,
+    dropout: Annotated[float, _adapter_option(help="Dropout on the adapter's input.")] = 0.05,
+    epochs: Annotated[float, _training_option(help="Passes over the data.")] = 3.0,
+    max_steps: Annotated[int | None, _training_option(help="Optimizer steps; replaces --epochs.")] = None,
+    batch_size: Annotated[int, _training_option(help="Examples per forward pass.")] = 16,
+    gradient_accumulation: Annotated[int, _training_option(help="Forward passes per optimizer step.")] = 1,
+    learning_rate: Annotated[float, _training_option(help="Peak rate of AdamW.")] = 3e-4,
     warmup_steps: Annotated[
         int | None,
-        typer.Option(
-            help="Steps of linear warm-up. Default: 100, or a tenth of the run if that is less.",
-            rich_help_panel=_TRAINING,
-        ),
+        _training_option(help="Steps of linear warm-up. Default: 100, or a tenth of the run if that is less."),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(
-            help="Longer examples are cut to this many tokens. Default: 512, or the model's positions if fewer.",
-            rich_help_panel=_TRAINING,
+        _training_option(
+            help="Longer examples are cut to this many tokens. Default: 512, or the model's positions if fewer."
         ),
     ] = None,
     eval_fraction: Annotated[
-        float, typer.Option(help="Share of the examples that is held out for evaluation.", rich_help_panel=_TRAINING)
+        float, _training_option(help="Share of the examples that is held out for evaluation.")
     ] = 0.0,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="A file to evaluate on, like --data.", rich_help_panel=_TRAINING)
-    ] = None,
+    eval_data: Annotated[Path | None, _training_option(help="A file to evaluate on, like --data.")] = None,
     seed: Annotated[
         int,
-        typer.Option(
-            help="For the adapter's initial weights, the order of the data and dropout.", rich_help_panel=_TRAINING
-        ),
+        _training_option(help="For the adapter's initial weights, the order of the data and dropout."),
     ] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="Of the base model: auto (as saved), float32 or bfloat16.", rich_help_panel=_TRAINING)
-    ] = "auto",
+    dtype: Annotated[str, _training_option(help="Of the base model: auto (as saved), float32 or bfloat16.")] = "auto",
     gradient_checkpointing: Annotated[
         bool,
-        typer.Option("--gradient-checkpointing", help="Trade time for memory.", rich_help_panel=_TRAINING),
+        _training_option("--gradient-checkpointing", help="Trade time for memory."),
     ] = False,
-    save_steps: Annotated[
-        int, typer.Option(help="Steps between the Trainer's checkpoints; two are kept.", rich_help_panel=_OUTPUT)
-    ] = 500,
+    save_steps: Annotated[int, _output_option(help="Steps between the Trainer's checkpoints; two are kept.")] = 500,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace an earlier run's files in --output.", rich_help_panel=_OUTPUT),
+        _output_option("--overwrite", help="Replace an earlier run's files in --output."),
     ] = False,
 ) -> None:
     """Fine-tune a model with LoRA, adapters, or SIBO's of either: an adapter folder and a report."""
