@@ -167,6 +167,9 @@ def _decide(
         mixes, reason = True, "named by the saved adapter"
     else:
         mixes, reason = method.can_mix(name, layer, stack, trial)
+        width = trial.widths.get(stack.name)
+        if mixes and width not in (None, method.width(layer)):  # in stages of a vision model
+            mixes, reason = False, f"mixes {method.width(layer)} features, and the initial residual has {width}"
         if asked and trial.is_unknown(name, stack):
             mixes, reason = True, _ON_TRUST
     if asked and not mixes:

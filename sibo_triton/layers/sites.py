@@ -83,7 +83,7 @@ def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) 
     """h0 for the tokens of `x`, on its device and of its shape.
 
     In a mixed batch x holds one adapter's rows, and h0 is indexed in the same way. For an x of [tokens, K] (routers and
-    shared experts flatten batch and sequence) h0 is flattened too.
+    shared experts flatten batch and sequence) h0 is flattened too; for [batch, height, width, K] it is split.
 
     Raises:
         RuntimeError: no forward of the layer's stack runs in this thread.
@@ -102,8 +102,9 @@ def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) 
         initial_residual = initial_residual[[row for row, name in enumerate(names) if name == adapter_name]]
     if initial_residual.shape == x.shape:
         return initial_residual
-    if x.dim() == 2 and initial_residual.shape[-1] == x.shape[-1] and initial_residual.numel() == x.numel():
-        return initial_residual.reshape(x.shape)
+    if initial_residual.shape[-1] == x.shape[-1] and initial_residual.numel() == x.numel():
+        if x.dim() == 2 or x.shape[0] == initial_residual.shape[0]:
+            return initial_residual.reshape(x.shape)
     raise ValueError(
         f"{site.name} got an input of shape {list(x.shape)}, which is not that of the initial residual "
         f"{list(initial_residual.shape)} of {site.residual.stack_name!r}: the tokens cannot be told to be the same. "
