@@ -167,7 +167,9 @@ class SiboLambda(Float32Module):
     def value(self) -> float | None:
         """lambda as a number, or None where it cannot be read: on the meta device, or sharded among processes."""
         tensor = self.logit_bias if self.learnable else self.weight
-        if tensor.is_meta or hasattr(tensor, "device_mesh"):
+        if tensor.is_meta or hasattr(tensor, "device_mesh") or tensor.numel() != 1:
+            return None
+        if tensor.untyped_storage().nbytes() == 0:  # FSDP has freed it until it is gathered again
             return None
         return float(self().detach())
 

@@ -12,6 +12,7 @@ from tiny_models import llama, randomise_adapters, token_inputs
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sibo_triton import SiboAdapterConfig, SiboLoraConfig
+from sibo_triton.mixing import SiboLambda
 
 pytestmark = pytest.mark.oldest
 
@@ -147,3 +148,16 @@ def test_peft_s_policy_for_fsdp_wraps_it_as_it_wraps_a_and_b(config, use_orig_pa
         if gradient.shape == (1,):
             flat = name if use_orig_params else f"{name.rpartition('.')[0]}._flat_param"
             torch.testing.assert_close(found[flat], gradient)
+
+
+@pytest.mark.parametrize("shard", ["freed", "empty"])
+def test_lambda_of_which_this_rank_has_no_value_is_printed_without_one(shard):
+    """What FSDP leaves of a learnable lambda between forwards: a view of freed memory, or an empty shard."""
+    lambda_ = SiboLambda(0.3, learnable=True)
+    assert repr(lambda_) == "SiboLambda(0.3, learnable=True)"
+    if shard == "freed":
+        lambda_.logit_bias.untyped_storage().resize_(0)
+    else:
+        lambda_.logit_bias.data = torch.empty(0)
+    assert lambda_.value() is None
+    assert repr(lambda_) == "SiboLambda(learnable=True)"
