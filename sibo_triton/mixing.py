@@ -74,8 +74,10 @@ class Float32Module(nn.Module):
         if buffer.dtype is torch.float32:
             return buffer
         noted, value = self.__dict__["_noted_buffers"][name]
-        if buffer is not noted or value is None or torch.compiler.is_compiling():
+        if buffer is not noted or value is None:
             return buffer.float()  # torch.func.functional_call puts tensors of its caller in the place of buffers
+        if torch.compiler.is_compiling():
+            return torch.where(value.to(buffer.device, buffer.dtype) == buffer, value.to(buffer.device), buffer.float())
         with torch.inference_mode(False), torch.no_grad():
             buffer.data = _in_float32(buffer, value)
         return buffer

@@ -254,34 +254,3 @@ def spectrogram_transformer():
 def test_inputs_that_a_config_does_not_name_by_size(build):
     names = ["query", "value", "q_proj", "v_proj"]  # transformers 5.17's and 5.23's
     assert len(mixing(get_peft_model(build(), SiboLoraConfig(r=2, target_modules=names)))) == 4
-
-
-def hiera():
-    """The first blocks of the later stages read the stage before, and its width, once in each."""
-    config = tf.HieraConfig(embed_dim=16, image_size=[64, 64], depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8])
-    of_width_16 = ["0.layers.0.attn.qkv", "0.layers.0.mlp.fc1", "1.layers.0.attn.qkv", "1.layers.0.proj"]
-    return tf.HieraModel(config), of_width_16
-
-
-def focalnet():
-    """Its linears read tokens as a plane, [batch, height, width, features]."""
-    config = tf.FocalNetConfig(image_size=64, embed_dim=16, depths=[1, 1, 1, 1])
-    return tf.FocalNetModel(config), ["0.layers.0.mlp.fc1", "0.layers.0.modulation.projection_in"]
-
-
-@pytest.mark.parametrize("build", [hiera, focalnet])
-def test_stages_of_which_the_first_has_the_width_of_h0(build):
-    base, expected = build()
-    model = get_peft_model(base, SiboLoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    assert sorted(name.partition("encoder.stages.")[2] for name in mixing(model)) == expected
-    first, seen = base.encoder.stages[0], {}
-    first.register_forward_pre_hook(lambda module, args: seen.update(h0=args[0]))
-    for name in mixing(model):
-        hook = lambda layer, args, y, name=name: seen.update({name: (args[0], y)})  # noqa: E731
-        model.get_submodule(name).register_forward_hook(hook)
-    model.eval()(torch.randn(2, 3, 64, 64))
-    for name in mixing(model):
-        layer, (x, y) = model.get_submodule(name), seen[name]
-        mixed = 0.9 * x + 0.1 * seen["h0"].reshape(x.shape)
-        low_rank = layer.lora_B["default"](layer.lora_A["default"](mixed))
-        torch.testing.assert_close(y, layer.base_layer(x) + layer.scaling["default"] * low_rank)

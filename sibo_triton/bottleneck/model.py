@@ -77,7 +77,7 @@ class SiboAdapterModel(BaseTuner):
             decisions = decide(layers, requested, stacks, None if known else trial, method)
             if config.side == "output" and requested is None:
                 _refuse_other_widths(layers, decisions, self._widths)
-            sites = bind(model, config, layers, decisions, method)
+            sites = bind(model, config, layers, decisions, trial, method)
         else:
             notices = Notices()
             sites = {name: MixingSite(name, None, "plain adapter", notices) for name in layers}
@@ -142,7 +142,7 @@ class SiboAdapterModel(BaseTuner):
         inner = [child for child, module in target.named_modules() if isinstance(module, BaseTunerLayer)]
         if inner:
             raise ValueError(
-                f"{name} holds {abbreviated(inner)}, which have adapters already: one around them would "
+                f"{name} holds {abbreviated(inner, inner)}, which have adapters already: one around them would "
                 "rename their weights, and they could not be saved and loaded any more. Target other modules, or give "
                 "all of them adapters in another model."
             )
@@ -232,7 +232,8 @@ def _look_at(model: nn.Module, config: SiboAdapterConfig) -> tuple[list[BlockSta
         if needs_stacks:
             raise
         return [], TrialRun()  # not a transformer: every module runs alone
-    return stacks, trial_run(model, stacks)  # also for a saved adapter: its file does not say which layers share x
+    trial = trial_run(model, stacks)  # also for a saved adapter: its file does not say which layers share x
+    return trial.owned(model, stacks), trial
 
 
 def _targets_sub_layers(model: nn.Module, config: SiboAdapterConfig) -> bool:
@@ -255,7 +256,7 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: Tri
         around = [name for name, module in model.named_modules() if isinstance(module, SubLayer)]
         problems = "".join(f"; {name}: {problem}" for name, problem in trial.problems.items())
         if around:
-            problems += f", outside of {abbreviated(around)}, which have adapters as a whole"
+            problems += f", outside of {abbreviated(around, around)}, which have adapters as a whole"
         raise ValueError(
             f"No linear of a feed-forward network that reads the residual stream was found in {type(model).__name__}"
             f"{problems}. Name the modules in target_modules."
@@ -302,7 +303,7 @@ def _refuse_other_widths(layers: dict[str, SiboAdapterLayer], decisions: Decisio
     if others:
         name, reason = next(iter(others.items()))
         raise ValueError(
-            f"side='output': {name} {reason}, so its output cannot be mixed (as of {abbreviated(others)}). Use "
+            f"side='output': {name} {reason}, so its output cannot be mixed (as of {abbreviated(others, layers)}). Use "
             "side='input', target modules whose output is as wide (down projections), or name those that mix in "
             "sibo_target_modules: the others then get a plain adapter."
         )

@@ -2,18 +2,13 @@
 
 Each stack of blocks has one `InitialResidual`. Hooks open a frame, per thread, when the stack's owner is called, let
 the first block fill it, and close it when the owner returns or raises: nothing outlives the forward.
-
-Under gradient checkpointing the blocks run again in the backward, when other forwards may have run in between. A
-recompute must see its own forward's h0, so h0 is passed to the checkpointed call as a tensor argument: the function
-that checkpoints a block, transformers' or that of torch's `checkpoint_wrapper`, is wrapped.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
-import warnings
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -22,7 +17,6 @@ import torch
 from torch import nn
 
 from sibo_triton.initial_residual.needs_gradient import any_requires_grad, needs_gradient
-from sibo_triton.initial_residual.stacks import unwrap_block
 
 
 class Frame:
@@ -36,6 +30,7 @@ class Frame:
         "entered",
         "first_block",
         "in_checkpoint",
+        "inputs",
         "last_output",
         "read",
         "value",
@@ -56,6 +51,8 @@ class Frame:
         self.compiled = False  # whether something has read h0 in compiled code, which notes no names
         self.call: FrameType | None = None  # the Python frame that runs the stack's owner
         self.read: set[str] = set()  # the modules that have read h0
+        #: By module and adapter, for modules that run once in a block: what h0 was mixed into, in the block that runs.
+        self.inputs: dict[tuple[str, str], weakref.ref[torch.Tensor]] = {}
 
     def value_on(self, device: torch.device) -> torch.Tensor:
         """h0 on `device`: a copy that all modules there share, as autograd would keep one for each."""
@@ -110,6 +107,8 @@ class InitialResidual:
     def __init__(self, stack_name: str, source: str) -> None:
         self.stack_name = stack_name
         self.source = source
+        #: Whether no block is known to write into what entered the first one. Compiled code has no versions that tell.
+        self.is_intact = False
         #: Called at the end of forwards with gradients, until it returns True: with the module whose call that was,
         #: this, and the names of the modules that have read h0. A module's function, so that it can be pickled.
         self.check_read: Callable[[nn.Module, InitialResidual, set[str]], bool] | None = None
@@ -188,8 +187,11 @@ class InitialResidual:
                 "so its initial residual is not known. Name the right block list in sibo_blocks."
             )
         outermost, called_with_gradient = self._state.calls[0] if self._state.calls else (None, False)
-        if torch.is_grad_enabled() and not needs_gradient(value, called_with_gradient, outermost):
-            value = value.detach()
+        if value.requires_grad and torch.is_grad_enabled():
+            if not needs_gradient(value, called_with_gradient, outermost):
+                value = value.detach()
+        if torch.compiler.is_compiling() and not (self.is_intact and self.source == "block_input"):
+            value = value.clone()  # which Inductor leaves out where nothing writes
         if self.source == "block_input":
             frame.version = _version_of(value)
         frame.value = value
@@ -199,6 +201,8 @@ class InitialResidual:
         """The embedding has returned: what the first block's frame is filled with, if that is the source."""
         frame = self.frame
         if frame is not None and frame.value is None:
+            if torch.compiler.is_compiling():
+                output = output.clone()
             frame.embedding, frame.version = output, _version_of(output)
 
     def enter_block(self, block: object, hidden_states: torch.Tensor | None) -> None:
@@ -217,6 +221,8 @@ class InitialResidual:
             return  # without a frame the block is called alone: the first layer that mixes raises
         if torch.compiler.is_compiling():
             frame.compiled = True
+        else:
+            frame.inputs.clear()
         if frame.value is None:
             self.fill(hidden_states)
             frame.first_block = block
@@ -226,6 +232,11 @@ class InitialResidual:
                 "blocks, the second time not with what the last block returned: which input the initial residual "
                 "belongs to cannot be told. Name in sibo_blocks a list that one sequence passes once per call."
             )
+        else:
+            tokens = _tokens_kept(hidden_states, frame.last_output)
+            if tokens is not None and frame.value.shape[:2] == frame.last_output.shape[:2]:  # type: ignore[union-attr]
+                frame.value = frame.value[:, tokens]  # a view, whose version is the same
+                frame.copies.clear()
         frame.entered = block
 
     def leave_block(self, output: Any) -> None:
@@ -268,6 +279,23 @@ class InitialResidual:
         self.note_read(module_name)
         return frame.value if device is None else frame.value_on(device)
 
+    def check_input(self, module_name: str, adapter_name: str, x: torch.Tensor) -> None:
+        """A module that runs once in a block is about to mix h0 into `x`.
+
+        Raises:
+            RuntimeError: it has done so with another tensor before, since the block was entered.
+        """
+        if torch.compiler.is_compiling():
+            return
+        inputs = self._state.frames[-1].inputs
+        noted = inputs.setdefault((module_name, adapter_name), weakref.ref(x))
+        if noted() is not x:
+            raise RuntimeError(
+                f"{module_name} was called twice in one block, with different inputs, and once in the trial run of the "
+                f"model: which of them the initial residual of {self.stack_name!r} belongs to cannot be told (XLNet's "
+                "two streams). Leave the module out with sibo_target_modules; it then gets the plain method."
+            )
+
     def note_read(self, module_name: str) -> None:
         """A module reads the h0 of the forward that runs now."""
         frame = self._state.frames[-1]
@@ -284,101 +312,25 @@ def _is_same(one: torch.Tensor | None, other: Any) -> bool:
     return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.is_set_to(other)
 
 
+def _tokens_kept(hidden_states: torch.Tensor | None, last_output: Any) -> slice | None:
+    """Which tokens of what the last block returned enter the next, where those are a slice of it (as in Gemma 4)."""
+    if torch.compiler.is_compiling() or hidden_states is None or not isinstance(last_output, torch.Tensor):
+        return None
+    some, every = hidden_states, last_output
+    if some.dim() != every.dim() or some.dim() < 3 or some.shape[1] >= every.shape[1] or every.stride(1) == 0:
+        return None
+    same = some.shape[0] == every.shape[0] and some.shape[2:] == every.shape[2:] and some.stride() == every.stride()
+    if not same or some.untyped_storage()._cdata != every.untyped_storage()._cdata:
+        return None
+    start, rest = divmod(int(some.storage_offset() - every.storage_offset()), every.stride(1))
+    if rest or not 0 <= start <= every.shape[1] - some.shape[1]:
+        return None
+    return slice(start, start + some.shape[1])
+
+
 def first_hidden_state(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """A block's `hidden_states`, or its first floating-point argument of at least two dimensions."""
     for value in (kwargs.get("hidden_states"), *args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2:
             return value
     return None
-
-
-class RecomputeWithInitialResidual:
-    """A checkpointed function that takes h0 as its last argument and opens a frame around itself.
-
-    Functions that checkpoint look at the first argument, the hidden states, and at attributes of what they are to call
-    (LLaMA-Factory's, axolotl's, unsloth's): this has those of the function.
-    """
-
-    def __init__(self, function: Callable, residual: InitialResidual) -> None:
-        self.function = function
-        self.residual = residual
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "function":  # of an instance that is being copied
-            raise AttributeError(name)
-        function = self.function
-        if name == "__self__" and isinstance(function, functools.partial):
-            function = function.func
-        return getattr(function, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        running = self.residual.frame
-        if running is not None and running.in_checkpoint:
-            return self.function(*args[:-1], **kwargs)
-        frame = Frame(args[-1])
-        self.residual.open(frame)
-        try:
-            return self.function(*args[:-1], **kwargs)
-        finally:
-            self.residual.close()
-            outer = self.residual.frame  # none in the backward
-            if outer is not None:
-                outer.read |= frame.read
-
-
-class CheckpointWithInitialResidual:
-    """A function that checkpoints a block, and passes the running forward's h0 to the checkpointed call."""
-
-    def __init__(self, inner: Callable, residual: InitialResidual, owner: bool = False) -> None:
-        self.inner = inner
-        self.residual = residual
-        self.owner = owner  # whether it is that of a stack's owner, which may checkpoint more than blocks
-
-    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        called, block_args = function, args
-        while isinstance(called, RecomputeWithInitialResidual):  # of another source of h0
-            called, block_args = called.function, block_args[:-1]
-        keywords = {**kwargs, **called.keywords} if isinstance(called, functools.partial) else kwargs
-        frame, block = self.residual.frame, self._block_of(called)
-        if frame is None or (self.owner and block is None):
-            return self.inner(function, *args, **kwargs)
-        is_outermost = frame.entered is None
-        if is_outermost:  # the block's own hooks run inside of the checkpoint, on another frame
-            self.residual.enter_block(self if block is None else block, first_hidden_state(block_args, keywords))
-        outer, frame.in_checkpoint = frame.in_checkpoint, torch.compiler.is_compiling()
-        if not frame.in_checkpoint and frame.value is not None and frame.value.requires_grad:
-            self._warn_of_lost_gradients()
-        output = self.inner(RecomputeWithInitialResidual(function, self.residual), *args, frame.value, **kwargs)
-        frame.in_checkpoint = outer
-        if is_outermost:
-            self.residual.leave_block(output)
-        return output
-
-    def _warn_of_lost_gradients(self) -> None:
-        inner: Any = self.inner
-        while isinstance(inner, (functools.partial, CheckpointWithInitialResidual)):
-            inner = inner.func if isinstance(inner, functools.partial) else inner.inner
-        owner = str(getattr(inner, "__module__", ""))
-        if owner.partition(".")[0] in ("torch", "deepspeed"):  # theirs return the gradients of all arguments
-            return
-        warnings.warn(
-            f"The initial residual of {self.residual.stack_name!r} requires grad. If {owner}."
-            f"{getattr(inner, '__name__', inner)}, by which blocks are checkpointed, returns the gradient of its first "
-            "argument only, and somebody needs this one, it is lost: use gradient_checkpointing_enable() without it.",
-            stacklevel=2,
-        )
-
-    def _block_of(self, called: Callable) -> nn.Module | None:
-        """The block that a checkpointed function runs, if it is one of the stack's."""
-        called = called.func if isinstance(called, functools.partial) else called
-        module = called if isinstance(called, nn.Module) else getattr(called, "__self__", None)
-        if not isinstance(module, nn.Module):
-            return None
-        block = unwrap_block(module)
-        return block if is_block_of(block, self.residual) else None
-
-
-def is_block_of(module: nn.Module, residual: InitialResidual) -> bool:
-    """Whether `module` is one of the stack's blocks, which have its hooks."""
-    hooks = module._forward_pre_hooks.values()
-    return any(getattr(hook, "on_block", False) and getattr(hook, "residual", None) is residual for hook in hooks)

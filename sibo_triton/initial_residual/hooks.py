@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sibo_triton.initial_residual.binding import (
-    CheckpointWithInitialResidual,
-    InitialResidual,
-    first_hidden_state,
-)
+from sibo_triton.initial_residual.binding import InitialResidual, first_hidden_state
+from sibo_triton.initial_residual.checkpointing import CheckpointWithInitialResidual
 from sibo_triton.initial_residual.stacks import BlockStack, inner_module, path_between, unwrap_block
 
 # Attributes with the function that checkpoints a module: of transformers' blocks, of torch's checkpoint_wrapper.

@@ -8,7 +8,7 @@ tokens; a softmax or a top-k weighs or chooses something (a router).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,13 +26,17 @@ _CHOICES = {"softmax", "_softmax", "topk", "sort", "argsort", "argmax", "max", "
 class OutputUses(TorchDispatchMode):
     """Carries tags from operation to operation, and records the uses of tagged tensors.
 
+    Args:
+        is_stream: whether a tensor is a residual stream; a tag ends there, as all that comes later reads it.
+
     Attributes:
         uses: by a linear's name, the uses of its output.
         readers: by a linear's name, the linears that read its output.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_stream: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
+        self._is_stream = is_stream
         self.uses: dict[str, set[str]] = {}
         self.readers: dict[str, set[str]] = {}
         # by the tensor's memory, as views are other objects; the tensor is kept so that its memory is not reused
@@ -61,12 +65,18 @@ class OutputUses(TorchDispatchMode):
                 for name in tags:
                     self.uses[name].add(use)
             if use != LINEAR:
-                self._tags.update((memory_of(tensor), (tensor, tags)) for tensor in _tensors(result))
+                results = (tensor for tensor in _tensors(result) if not self._is_stream(tensor))
+                self._tags.update((memory_of(tensor), (tensor, tags)) for tensor in results)
         return result
 
     def feeds_forward(self, name: str) -> bool:
-        """Whether only other linears use a linear's output, token by token, and no attention uses theirs."""
-        readers = self.readers.get(name, ())
+        """Whether only other linears use a linear's output, token by token, and no attention uses theirs.
+
+        Nor do these read what an attention computed: a linear whose output gates that belongs to the attention.
+        """
+        readers = self.readers.get(name, set())
+        if any(MIXES_TOKENS in self.uses[other] and not of.isdisjoint(readers) for other, of in self.readers.items()):
+            return False
         return self.uses.get(name) == {LINEAR} and all(MIXES_TOKENS not in self.uses[reader] for reader in readers)
 
     def _tags_of(self, tensor: torch.Tensor) -> frozenset[str]:

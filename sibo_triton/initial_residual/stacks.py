@@ -94,8 +94,18 @@ def _named_stack(root: nn.Module, name: str) -> BlockStack:
 
 
 def _lists_of(root: nn.Module) -> str:
-    names = [name for name, module in root.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    names = [name for name, module in root.named_modules() if _may_be_list_of_blocks(module)]
     return f"Its lists of modules are: {', '.join(names[:20]) or 'none'}."
+
+
+def _may_be_list_of_blocks(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList):
+        return len(module) > 0
+    children = list(module.children())
+    alike = len({type(unwrap_block(child)) for child in children}) == 1
+    return (
+        isinstance(module, nn.Sequential) and len(children) > 1 and alike and any(True for _ in children[0].children())
+    )
 
 
 def _stack(root: nn.Module, name: str, module: nn.Module) -> BlockStack:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from sibo_triton.initial_residual.binding import first_hidden_state
 from sibo_triton.initial_residual.output_uses import OutputUses, is_linear_like, memory_of
 from sibo_triton.initial_residual.stacks import BlockStack, path_between
+from sibo_triton.initial_residual.trial_inputs import trial_inputs
 from sibo_triton.initial_residual.unchanged import configs_of, unchanged
-
-_TOKENS = 5  # a prime, and no common width, so that shapes tell tokens from features
-_IMAGE_SIZE = 64  # of models that take any
 
 _numbers = itertools.count()
 
@@ -50,18 +47,30 @@ class TrialRun:
         inputs: module name -> a number for the input tensor of each call, equal for modules that got the same tensor.
         feed_forward: the linears whose output goes into other linears, token by token (`output_uses.py`).
         widths: stack name -> the width of its residual stream.
+        intact: the stacks of which no block wrote into what entered the first one.
         seen: the stacks of which every kind of block has run, or all that the model runs on such an input.
         problems: stack name -> why it could not be run.
         repeated: the stacks that one sequence passes several times, in separate calls of their owner.
+        owners: by stack, of those whose list's parent does not run: the innermost module around it that does.
     """
 
     marks: dict[str, set[str | None]] = field(default_factory=dict)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     feed_forward: set[str] = field(default_factory=set)
     widths: dict[str, int] = field(default_factory=dict)
+    intact: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)
+    owners: dict[str, str] = field(default_factory=dict)
+
+    def owned(self, root: nn.Module, stacks: Sequence[BlockStack]) -> list[BlockStack]:
+        """The stacks, each with the module whose forward runs its blocks."""
+        owned = []
+        for stack in stacks:
+            name = self.owners.get(stack.name, stack.owner_name)
+            owned.append(replace(stack, owner=root.get_submodule(name), owner_name=name))
+        return owned
 
     def reads(self, module_name: str, stack: BlockStack) -> tuple[bool, str]:
         """Whether a module reads its stack's residual stream, and the reason."""
@@ -92,7 +101,9 @@ class TrialRun:
         self.inputs |= {name: numbers for name, numbers in other.inputs.items() if stack.holds(name)}
         self.feed_forward |= {name for name in other.feed_forward if stack.holds(name)}
         self.widths |= {name: width for name, width in other.widths.items() if name == stack.name}
+        self.intact |= other.intact & {stack.name}
         self.repeated |= other.repeated & {stack.name}
+        self.owners |= {name: owner for name, owner in other.owners.items() if name == stack.name}
 
     def reads_into_feed_forward(self, module_name: str, stack: BlockStack) -> bool:
         """Whether a module is a linear of a feed-forward network that reads its stack's residual stream."""
@@ -180,7 +191,7 @@ def trial_run(root: nn.Module, stacks: Sequence[BlockStack]) -> TrialRun:
         if stack.name in trial.seen:
             continue
         problems: list[str] = []
-        for eager, (module, inputs) in itertools.product((False, True), _trial_runs(root, stack)):
+        for eager, (module, inputs) in itertools.product((False, True), trial_inputs(root, stack)):
             if stack.name in trial.seen or eager and not problems:
                 break
             observer = _Observer(root, module, stacks)
@@ -224,7 +235,10 @@ class _Observer:
         self.stacks = stacks
         self.trial = TrialRun()
         self.names = {id(submodule): name for name, submodule in root.named_modules()}
-        self.streams, self.outputs = _StreamMode(), OutputUses()
+        self.streams = _StreamMode()
+        self.outputs = OutputUses(is_stream=self.streams.streams_in)
+        self.running: list[str] = []  # the modules around stacks whose forward runs
+        self.entered: dict[str, tuple[torch.Tensor, int]] = {}  # what entered the first block, and its version
         self.calls = {stack.name: 0 for stack in stacks}  # of the stack's owner
         self.returned: dict[str, dict[tuple, Any]] = {stack.name: {} for stack in stacks}  # by the kind of block
         reached = {id(submodule) for submodule in module.modules()}
@@ -246,8 +260,10 @@ class _Observer:
             self.root.eval()
             for stack, block, _ in blocks:
                 block.__dict__["forward"] = partial(self._forward, stack, block, block.forward)
-            with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), self.streams, self.outputs:
-                self.module(**inputs)
+            # in inference mode modes like these do not see what operations are made of
+            with torch.inference_mode(False), torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+                with self.streams, self.outputs:
+                    self.module(**inputs)
         except Exception as error:
             problem = error
         finally:
@@ -263,6 +279,9 @@ class _Observer:
         for stack in self.stacks:
             if self.returned[stack.name] and (problem is None or self._has_run(stack.name)):
                 self.trial.seen.add(stack.name)
+                h0, version = self.entered.get(stack.name, (None, None))
+                if h0 is not None and h0._version == version:
+                    self.trial.intact.add(stack.name)
                 _spread_to_like_blocks(stack, self.trial, self.names)
         if problem is not None and not self._all_have_run():
             raise problem
@@ -288,6 +307,10 @@ class _Observer:
         return output
 
     def _put_hooks_on(self) -> Iterator[RemovableHandle]:
+        around = {module: None for stack in self.stacks for module in path_between(self.root, stack.owner_name)}
+        for module in around:
+            yield module.register_forward_pre_hook(self._enter_module)
+            yield module.register_forward_hook(self._leave_module, always_call=True)
         for stack in self.stacks:
             yield stack.owner.register_forward_pre_hook(partial(self._enter_owner, stack))
             for block in stack.blocks:
@@ -300,6 +323,13 @@ class _Observer:
                     if _has_channel_weights_only(submodule):
                         yield submodule.register_forward_hook(self._leave_norm)
 
+    def _enter_module(self, module: nn.Module, args: tuple) -> None:
+        self.running.append(self.names[id(module)])
+
+    def _leave_module(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.running:  # another hook may have raised before the one that enters
+            self.running.pop()
+
     def _enter_owner(self, stack: BlockStack, owner: nn.Module, args: tuple) -> None:
         self.calls[stack.name] += 1
 
@@ -311,6 +341,12 @@ class _Observer:
         if not self.returned[stack.name] and hidden_states is not None:
             self.streams.mark(hidden_states, stack.name)
             self.trial.widths[stack.name] = hidden_states.shape[-1]
+            if not hidden_states.is_inference():
+                self.entered[stack.name] = hidden_states, hidden_states._version
+            if stack.owner_name not in self.running:
+                outer = [name for name in self.running if not name or stack.name.startswith(name + ".")]
+                if outer:
+                    self.trial.owners[stack.name] = max(outer, key=len)
 
     def _see_input(self, submodule: nn.Module, args: tuple, kwargs: dict) -> None:
         name, hidden_states = self.names[id(submodule)], first_hidden_state(args, kwargs)
@@ -349,52 +385,6 @@ def _spread_to_like_blocks(stack: BlockStack, trial: TrialRun, names: dict[int, 
                 trial.inputs.setdefault(name + key[len(example) :], trial.inputs[key])
             if key in trial.feed_forward:
                 trial.feed_forward.add(name + key[len(example) :])
-
-
-def _trial_runs(root: nn.Module, stack: BlockStack) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:
-    """The models around a stack, outermost first, each with the inputs to try."""
-    for module in path_between(root, stack.owner_name):
-        if not isinstance(module, PreTrainedModel):
-            continue
-        kinds = dict.fromkeys([module.main_input_name, "input_ids", "pixel_values", "input_features", "input_values"])
-        for kind in kinds:
-            inputs = _inputs(module, kind)
-            if inputs is not None:
-                yield module, inputs
-
-
-def _inputs(model: PreTrainedModel, kind: str) -> dict[str, torch.Tensor] | None:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    config: Any = model.config
-    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    inputs: dict[str, torch.Tensor] = {}
-    if kind == "input_ids":
-        inputs["input_ids"] = torch.ones(1, _TOKENS, dtype=torch.long, device=device)
-    elif kind == "pixel_values":
-        visions = [getattr(config, name, None) for name in ("vision_config", "encoder")]
-        vision = next((of for of in visions if hasattr(of, "image_size")), config)
-        size = getattr(vision, "image_size", None)
-        if size is None:
-            if model.main_input_name != "pixel_values":
-                return None
-            size = _IMAGE_SIZE
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = getattr(vision, "num_channels", 3)
-        inputs["pixel_values"] = torch.zeros(1, channels, height, width, dtype=floating, device=device)
-    elif kind == "input_features":
-        if not hasattr(config, "num_mel_bins") or not hasattr(config, "max_source_positions"):
-            return None
-        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
-        inputs["input_features"] = torch.zeros(shape, dtype=floating, device=device)
-    elif kind == "input_values":
-        spectrum = [getattr(config, name, None) for name in ("max_length", "num_mel_bins")]
-        sizes = [16000] if None in spectrum else spectrum  # a second of sound
-        inputs["input_values"] = torch.zeros(1, *sizes, dtype=floating, device=device)
-    else:
-        return None
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.ones(1, _TOKENS, dtype=torch.long, device=device)
-    return inputs
 
 
 def _modules_outside_adapters(block: nn.Module) -> Iterator[nn.Module]:

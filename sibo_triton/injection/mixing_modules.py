@@ -89,7 +89,12 @@ def decide(
 
 
 def bind(
-    model: nn.Module, config: SiboOptions, layers: Mapping[str, Any], decisions: Decisions, method: Method
+    model: nn.Module,
+    config: SiboOptions,
+    layers: Mapping[str, Any],
+    decisions: Decisions,
+    trial: TrialRun,
+    method: Method,
 ) -> dict[str, MixingSite]:
     """Register the hooks of the initial residuals on the model, and return the site of each layer."""
     mixing = {name: stack for name, (stack, _) in decisions.items() if stack is not None}
@@ -100,29 +105,32 @@ def bind(
     residuals = {name: attach(model, stack, config.sibo_source, embeddings[name]) for name, stack in used.items()}
     for residual in residuals.values():
         residual.check_read = _warn_of_unread
+        residual.is_intact = residual.stack_name in trial.intact
     notices = Notices()
     config._sibo_resolved = shortest_names(list(mixing), list(layers))
     if not _check_hooks(model):
         model.register_load_state_dict_pre_hook(check_state_dict)
-    return {
-        name: MixingSite(name, residuals[stack.name] if stack is not None else None, reason, notices)
-        for name, (stack, reason) in decisions.items()
-    }
+    sites = {}
+    for name, (stack, reason) in decisions.items():
+        bound = None if stack is None else residuals[stack.name]
+        sites[name] = MixingSite(name, bound, reason, notices, runs_once=len(trial.inputs.get(name, ())) == 1)
+    return sites
 
 
 def _warn_of_unread(scope: nn.Module, residual: InitialResidual, read: set[str]) -> bool:
     """Warn of modules that should have read h0 in a forward and did not; returns whether any should have."""
-    names = []
+    names, all_names = [], []
     for _, layer in tuner_layers(scope):
         sites = {} if layer.disable_adapters else layer.__dict__.get("sibo_sites", {})
-        of_active = (sites[name] for name in layer.active_adapters if name in sites)
+        of_active = [sites[name] for name in layer.active_adapters if name in sites]
         names += [site.name for site in of_active if site.residual is residual]
+        all_names += [site.name for site in of_active]
     endings = {name.rpartition(".")[2] for name in read}
     unread = [name for name in names if name.rpartition(".")[2] not in endings]
     if unread:
         warnings.warn(
-            f"{abbreviated(unread)} mix in the initial residual of {residual.stack_name!r}, but none of them was "
-            "called in a forward of it. If another library computes their adapters, as LoRA kernels of axolotl and "
+            f"{abbreviated(unread, all_names)} mix in the initial residual of {residual.stack_name!r}, but none of "
+            "them was called in a forward of it. If another library computes their adapters, as kernels of axolotl and "
             "unsloth do, they are plain LoRA there: turn these kernels off, or train plain LoRA (sibo_lambda=0).",
             stacklevel=2,
         )
@@ -192,11 +200,11 @@ def _warn_of_problems(stacks: Sequence[BlockStack], decisions: Decisions, trial:
         if not on_trust and not names:
             continue
         what = (
-            f"sibo_target_modules is taken on trust for {abbreviated(on_trust)}: make sure that their input is the "
-            "residual stream"
+            f"sibo_target_modules is taken on trust for {abbreviated(on_trust, decisions)}: make sure that their input "
+            "is the residual stream"
             if on_trust
-            else f"{abbreviated(names)} get {method.plain}: name in sibo_target_modules those that read the residual "
-            "stream"
+            else f"{abbreviated(names, decisions)} get {method.plain}: name in sibo_target_modules those that read the "
+            "residual stream"
         )
         problem = trial.problems.get(stack.name)
         why = "they did not run" if problem is None else f"it did not work: {problem}"
@@ -222,12 +230,14 @@ def _check_request(
         if idle:
             raise ValueError(
                 f"sibo_target_modules names {', '.join(map(repr, idle))}, which match no module that {targets}. The "
-                f"{targets} are {abbreviated(layers)}: add the module to target_modules, or mend the name."
+                f"{targets} are {abbreviated(layers, layers)}: add the module to target_modules, or mend the name."
             )
     if any(stack is not None for stack, _ in decisions.values()):
         return
     if isinstance(requested, str):
-        raise ValueError(f"sibo_target_modules={requested!r} matches none of the {targets}: {abbreviated(layers)}.")
+        raise ValueError(
+            f"sibo_target_modules={requested!r} matches none of the {targets}: {abbreviated(layers, layers)}."
+        )
     examples: dict[str, str] = {}
     for name, (_, reason) in decisions.items():
         examples.setdefault(reason, name)
@@ -278,7 +288,7 @@ def _embedding_name(
     return next(name for name, candidate in model.named_modules() if candidate is embedding)
 
 
-def abbreviated(names: Collection[str]) -> str:
-    """The names, shortened to their endings, of which at most 12 are listed."""
-    short = shortest_names(list(names), list(names))
+def abbreviated(names: Collection[str], among: Collection[str]) -> str:
+    """The names, shortened to endings that no other of `among` has; at most 12 are listed."""
+    short = shortest_names(list(names), list(among))
     return ", ".join(short[:12]) + (", ..." if len(short) > 12 else "")

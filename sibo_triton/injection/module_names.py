@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 
 def matches(target: Collection[str] | str, name: str) -> bool:
@@ -19,12 +19,11 @@ def shortest_names(chosen: Sequence[str], among: Sequence[str]) -> list[str]:
     ["q_proj", "k_proj"] where the endings tell them apart ("SelfAttention.q" where "q" would not), else full names.
     """
     wanted = set(chosen)
-    result: dict[str, None] = {}
-    for name in chosen:
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            ending = ".".join(parts[-length:])
-            if all(other in wanted for other in among if matches([ending], other)):
-                result[ending] = None
-                break
-    return list(result)
+    others = {ending for name in among if name not in wanted for ending in _endings(name)}
+    return list(dict.fromkeys(next((of for of in _endings(name) if of not in others), name) for name in chosen))
+
+
+def _endings(name: str) -> Iterator[str]:
+    """All that `matches` takes for the name, the shortest first."""
+    parts = name.split(".")
+    return (".".join(parts[-length:]) for length in range(1, len(parts) + 1))

@@ -66,11 +66,12 @@ def _inject_sibo(
     stacks = find_block_stacks(model, config.sibo_blocks)
     requested, known = requested_modules(config)
     trial = trial_run(model, stacks)  # also for a saved adapter: its file says what mixes, not which layers share x
+    stacks = trial.owned(model, stacks)
     original(tuner, model, adapter_name, *args, **kwargs)
 
     layers = {name: layer for name, layer in lora_layers(model) if adapter_name in adapters_on(layer)}
     decisions = decide(layers, requested, stacks, None if known else trial, _LORA)
-    sites = bind(model, config, layers, decisions, _LORA)
+    sites = bind(model, config, layers, decisions, trial, _LORA)
     train = adapter_name in tuner.active_adapters and not config.inference_mode
     for name, layer in layers.items():
         install(layer, adapter_name, sites[name], config, train)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ class Layers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_y: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, *gradients(ctx.node, ctx.saved_tensors, grads_y))
+        of = untraced_gradients if torch.compiler.is_compiling() else gradients  # traced by compiled autograd
+        return (None, None, *of(ctx.node, ctx.saved_tensors, grads_y))
 
 
 _apply = apply_of(Layers)
@@ -147,6 +148,10 @@ def gradients(node: Node, kept: Sequence[Tensor | None], grads_y: Sequence[Tenso
     return _RefuseSecondDerivative.apply(what, len(grads), *grads, *kept, *dys)
 
 
+#: For compiled autograd, which traces the backwards of eager forwards: this one launches kernels, or calls NumPy.
+untraced_gradients = torch.compiler.disable(gradients)
+
+
 class _RefuseSecondDerivative(torch.autograd.Function):
     """Returns the first derivatives, and raises if they are differentiated."""
 
@@ -158,7 +163,12 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            f"{ctx.what} was differentiated twice, but its fused operation has first derivatives only. Run the "
-            "definition, which autograd differentiates any number of times: SIBO_TRITON_BACKEND=reference."
-        )
+        refuse_second_derivative(ctx.what)
+
+
+def refuse_second_derivative(what: str) -> NoReturn:
+    """Raise the RuntimeError that says how else `what` can be differentiated twice."""
+    raise RuntimeError(
+        f"{what} was differentiated twice, but its fused operation has first derivatives only. Run the definition, "
+        "which autograd differentiates any number of times: SIBO_TRITON_BACKEND=reference."
+    )

@@ -22,6 +22,7 @@ from sibo_triton.ops.autograd import (
     gradients,
     is_batched,
     saved_of,
+    untraced_gradients,
 )
 from sibo_triton.ops.dispatch import implementation
 from sibo_triton.ops.guarded import first_that_fits, with_guards
@@ -239,6 +240,8 @@ class _Repeated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_y: Tensor | None) -> tuple[Tensor | None, ...]:
         call, kept = ctx.call, ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return (None, None, None, *untraced_gradients(call.node, call.all_kept(kept), grads_y))
         repeats = (
             all([grad_y is not None for grad_y in grads_y])  # noqa: C419 (a list is faster)
             and not torch.is_grad_enabled()

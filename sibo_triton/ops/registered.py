@@ -14,6 +14,7 @@ from torch import Tensor
 from sibo_triton.kernels.siblings import kept_dtype
 from sibo_triton.ops import products
 from sibo_triton.ops.arguments import Inputs, Saved, Settings
+from sibo_triton.ops.autograd import refuse_second_derivative
 from sibo_triton.ops.dispatch import backend_for, warn_of_fallback
 from sibo_triton.ops.tensors import resolved
 
@@ -171,3 +172,10 @@ def _backward_of_forward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple:
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+
+
+def _backward_of_backward(ctx: Any, *_: Any) -> Any:
+    refuse_second_derivative("A SIBO-LoRA layer or bottleneck adapter")
+
+
+_backward.register_autograd(_backward_of_backward)
