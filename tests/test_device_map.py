@@ -1,5 +1,7 @@
 """Models in parts: blocks on other devices or offloaded compute what the whole model computes, h0 follows once."""
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
@@ -120,7 +122,8 @@ def test_the_initial_residual_is_copied_once_in_a_forward_for_all_modules_of_ano
         def __init__(self, layer):
             super().__init__()
             self.here, self.there = layer, build(default=sibo(0.3)).get_submodule(name).to("meta")
-            self.there.sibo_sites = layer.sibo_sites  # this one's h0, not that of the model that it comes from
+            (site,) = layer.sibo_sites.values()  # with this one's h0, not that of the model that it comes from
+            self.there.sibo_sites["default"] = replace(site, runs_once=False)
 
         def forward(self, hidden_states):
             assert self.there(torch.empty_like(hidden_states, device="meta")).is_meta
@@ -151,3 +154,15 @@ def test_a_copy_on_another_device_gives_its_gradient_to_the_initial_residual():
     residual.close()
     residual.open(Frame(value + 1))
     assert torch.equal(residual.get("module", elsewhere), value + 1)
+
+
+def test_a_block_that_gets_some_of_the_tokens_finds_these_on_another_device_too():
+    residual, elsewhere = InitialResidual("blocks", "block_input"), torch.device("cpu", 1)
+    value = torch.randn(2, 5, 4)
+    residual.open(Frame())
+    residual.enter_block("first", value)
+    assert torch.equal(residual.get("module", elsewhere), value)
+    residual.leave_block((output := value + 1,))
+    residual.enter_block("second", output[:, 2:4])
+    for device in (value.device, elsewhere):
+        assert torch.equal(residual.get("module", device), value[:, 2:4])

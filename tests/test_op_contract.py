@@ -6,6 +6,7 @@ On the CPU in plain PyTorch; in the interpreter (`make test-interpreter`) and on
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import bottleneck_cases
 import op_cases
@@ -148,6 +149,28 @@ def test_a_second_derivative_is_refused_by_name(of_many):
         kind = "LoRA" if of_many.down == "lora_a" else "bottleneck adapter"
         with pytest.raises(RuntimeError, match=f"{kind}.* was differentiated twice.*SIBO_TRITON_BACKEND=reference"):
             dx.square().sum().backward()
+
+
+def test_a_second_derivative_of_compiled_code_is_refused_by_name(of, monkeypatch):
+    arguments = of.arguments(dtype=WIDEST)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        y = of.run(**arguments)
+    (dx,) = torch.autograd.grad(y.square().sum(), arguments["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="was differentiated twice.*SIBO_TRITON_BACKEND=reference"):
+        dx.square().sum().backward()
+
+
+def test_compiled_autograd_calls_the_backward_of_eager_code(of, monkeypatch):
+    monkeypatch.setattr(small, "ELEMENTS", -1)
+    arguments = of.arguments(dtype=WIDEST, dropout_p=0.1)
+    expected = values_and_gradients(of.run, arguments)
+    y = of.run(**arguments)
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(partial(torch.compile, backend="eager")):
+        y.square().sum().backward()
+    found = [tensor.grad for tensor in trainable(arguments).values()]
+    torch.testing.assert_close([y.detach(), *found], expected)
 
 
 def test_the_reference_backend_differentiates_twice(of, monkeypatch):

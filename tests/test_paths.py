@@ -406,6 +406,22 @@ def test_a_traced_layer_keeps_no_shape():
         close(traced(x), layer(x))
 
 
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_model_is_traced_alike_with_and_without_gradients(learnable):
+    """torch.jit.trace checks what it traced against a second trace, without them."""
+    model, ids = build(default=sibo(0.3, sibo_learnable=learnable)).eval(), torch.arange(10).view(2, 5)
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    close(torch.jit.trace(Logits(), ids)(ids + 1), Logits()(ids + 1))
+
+
 def test_a_bias_on_lora_a_and_nested_inputs_run_by_modules():
     model = build(default=sibo())
     layer = layer_of(model, "o_proj")

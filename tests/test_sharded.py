@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ful
 from torch.distributed.tensor import DTensor, Shard
 
 from sibo_triton import SiboAdapterConfig, SiboLoraConfig
+from sibo_triton.mixing import SiboLambda
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
@@ -121,3 +122,14 @@ def test_a_cast_lambda_is_restored_in_inference_mode_and_trains_on():
         model(input_ids=ids)
     model(input_ids=ids).logits.mean().backward()
     assert {value.dtype for value in lambdas_of(model).values()} == {torch.float32}
+
+
+def test_a_cast_lambda_has_its_value_in_compiled_code_too():
+    """Which changes no module: the first eager forward restores it."""
+    lambda_ = SiboLambda(0.3)
+    cast = torch.full((1,), 0.3).bfloat16()
+    for changed, expected in ((cast, torch.full((1,), 0.3)), (cast / 2, (cast / 2).float())):
+        lambda_.weight.data = changed
+        torch._dynamo.reset()
+        found = torch.compile(lambda_, backend="eager", fullgraph=True)()
+        assert lambda_.weight.dtype == torch.bfloat16 and torch.equal(found, expected)

@@ -19,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from sibo_triton import SiboLoraConfig, explain
+from sibo_triton.initial_residual import attached
 
 OPTIONS = {
     "r": 4,
@@ -122,6 +123,44 @@ def test_an_h0_that_the_model_writes_into_is_refused() -> None:
     model = get_peft_model(net, SiboLoraConfig(**OPTIONS))
     with torch.no_grad(), pytest.raises(RuntimeError, match="layers.1.fc mixes in .* has written into that tensor"):
         model(torch.randn(2, 3, 8))
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+def test_compiled_code_keeps_the_h0_that_the_model_writes_into(per_block: bool) -> None:
+    """It has no versions of tensors that would tell."""
+    net = Net()
+    net.encode = lambda x: net.layers[2](net.layers[1](net.layers[0](x)))
+    oracle, _ = pair()
+    model, x = get_peft_model(net, SiboLoraConfig(**OPTIONS)), torch.randn(2, 3, 8)
+    model.load_state_dict(oracle.state_dict())
+    for layer in net.layers:
+        layer.__class__ = InPlace
+    with torch.no_grad():
+        (expected,) = oracle(x)
+    torch._dynamo.reset()
+    if per_block:
+        for layer in net.layers:
+            layer.compile(backend="aot_eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        (found,) = compiled(x.clone())
+    torch.testing.assert_close(found, expected)
+
+
+def test_blocks_that_write_into_h0_are_seen_in_the_trial_run() -> None:
+    class Adds(type(llama().model.layers[0])):
+        def forward(self, hidden_states: torch.Tensor, **options: object) -> torch.Tensor:
+            return hidden_states.add_(super().forward(hidden_states, **options))
+
+    for kind, intact in ((None, True), (Adds, False)):
+        base = llama()
+        for layer in base.model.layers if kind else ():
+            layer.__class__ = kind
+        model = get_peft_model(base, SiboLoraConfig(target_modules=["q_proj"]))
+        (residual,) = attached(model.get_base_model())
+        assert residual.is_intact == intact
 
 
 def test_an_embedding_that_the_model_writes_into_is_no_source() -> None:

@@ -254,3 +254,10 @@ def spectrogram_transformer():
 def test_inputs_that_a_config_does_not_name_by_size(build):
     names = ["query", "value", "q_proj", "v_proj"]  # transformers 5.17's and 5.23's
     assert len(mixing(get_peft_model(build(), SiboLoraConfig(r=2, target_modules=names)))) == 4
+
+
+def test_adapters_may_be_injected_in_inference_mode():
+    """Where torch shows modes only the operations that others are made of."""
+    expected = mixing(get_peft_model(llama(), SiboLoraConfig(**ALL)))
+    with torch.inference_mode():
+        assert mixing(get_peft_model(llama(), SiboLoraConfig(**ALL))) == expected != []

@@ -99,13 +99,10 @@ def _lists_of(root: nn.Module) -> str:
 
 
 def _may_be_list_of_blocks(module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList):
-        return len(module) > 0
-    children = list(module.children())
-    alike = len({type(unwrap_block(child)) for child in children}) == 1
-    return (
-        isinstance(module, nn.Sequential) and len(children) > 1 and alike and any(True for _ in children[0].children())
-    )
+    children = [unwrap_block(child) for child in module.children()]
+    if isinstance(module, nn.Sequential):
+        return len(children) > 1 and len(set(map(type, children))) == 1 and any(True for _ in children[0].children())
+    return isinstance(module, nn.ModuleList) and len(module) > 0
 
 
 def _stack(root: nn.Module, name: str, module: nn.Module) -> BlockStack:
