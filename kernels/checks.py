@@ -37,12 +37,12 @@ def check_low_rank(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has {found}: it must be [M, r], contiguous")
 
 
-def check_bias(name: str, bias: Tensor | None, size: int) -> None:
-    """Raise unless the bias, where there is one, is one number for each of ``size`` outputs."""
+def check_bias(name: str, bias: Tensor | None, size: int, fits: str = "lora_b") -> None:
+    """Raise unless the bias, where there is one, is one number for each of ``size`` outputs, those of ``fits``."""
     if bias is not None:
         check_dtype(name, bias.dtype)
         if bias.shape != (size,):
-            raise ValueError(f"{name} has shape {list(bias.shape)}, but [{size}] fits lora_b")
+            raise ValueError(f"{name} has shape {list(bias.shape)}, but [{size}] fits {fits}")
 
 
 def check_one_value(name: str, value: float | Tensor) -> None:

@@ -343,7 +343,7 @@ def _prepared_for(
     dtype, activates = kept_dtype(x.dtype, a_dtype), activation is not None
     if M == 0 or K == 0 or max(ranks) == 0:
         t_start, size = lay_out(M, ranks, 1 + difference)
-        return PreparedLaunch(places, ranks, t_start, (1, size), dtype, None, False, False, False, False, activates)
+        return PreparedLaunch(places, ranks, t_start, (1, size), dtype, launch=None, pending=activates)
     target = targets.target_of(x.device)
     h0_strides, h0_dtype = (h0.stride(), h0.dtype) if mixes else ((0, 0), None)
     chosen = plan(max(ranks), x.dtype, h0_dtype, kind, target, float32_is_exact(), len(own))
@@ -386,9 +386,19 @@ def _prepared_for(
             # a pipeline longer than the loop would only take registers
             **config | {"num_stages": min(config["num_stages"], how.k_steps)},
         }
-        launch = Launch(down_kernel, (how.programs, how.splits), x.device, arguments)
-        flags = mixes, drops, adds_bias, activates and whole, activates and not whole
-        return PreparedLaunch(places, ranks, how.t_start, (how.splits, how.size), dtype, launch, *flags)
+        return PreparedLaunch(
+            places,
+            ranks,
+            how.t_start,
+            (how.splits, how.size),
+            dtype,
+            Launch(down_kernel, (how.programs, how.splits), x.device, arguments),
+            mixes=mixes,
+            drops=drops,
+            adds_bias=adds_bias,
+            activates=activates and whole,
+            pending=activates and not whole,
+        )
 
     key = ("down", M.bit_length(), K, ranks, x.dtype, h0_dtype, kind, product, x.device)
     return prepare(tuned(key, chosen.config, lambda config: _launch(prepare(config), x, siblings, h0), "BM"))

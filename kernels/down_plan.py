@@ -134,7 +134,7 @@ def check_down(x: Tensor, siblings: Sequence[DownProjection], initial_residual: 
         check_matrix("lora_a", sibling.lora_a, "r", K, "x")
         check_mix(sibling.lambda_, sibling.mixes, initial_residual)
         check_dropout(sibling.dropout_p, sibling.dropout_seed)
-        check_bias("bias", sibling.bias, sibling.lora_a.shape[0])
+        check_bias("bias", sibling.bias, sibling.lora_a.shape[0], "lora_a")
         check_activation(sibling.activation)
         if sibling.bias is not None and sibling.activation is None:
             raise ValueError("a bias without an activation: only a bottleneck adapter has one here")
@@ -151,11 +151,11 @@ class PreparedLaunch(NamedTuple):
     parts: tuple[int, int]  # [splits of K, size]
     dtype: torch.dtype  # of the results
     launch: Launch | None  # none where there is nothing to sum
-    mixes: bool
-    drops: bool
-    adds_bias: bool
-    activates: bool
-    pending: bool  # whether the sums of the parts are yet to get their bias and f
+    mixes: bool = False
+    drops: bool = False
+    adds_bias: bool = False
+    activates: bool = False
+    pending: bool = False  # whether the sums of the parts are yet to get their bias and f
 
     @property
     def finished(self) -> bool:

@@ -1,6 +1,9 @@
 """The second stage of a sum that several programs share: each wrote its part, and the parts are added in fixed order.
 
-So results are bitwise the same from run to run, which float atomics are not. All launchers add their parts here.
+So results are bitwise the same from run to run, which float atomics are not. Some are added where the sum is used:
+`few_rows.py` adds them in its kernel, `activations.py` before f, and `down.py` those of d of a bottleneck whose K is
+split, by torch's sum, so that such a call is not recorded (`replay.py`).
+
 torch's ``sum(0)`` moves the same bytes, every part once and the total once, but takes a launch for each sum where a
 pass over dY leaves two, and its order is its own, by heuristics that change with the version.
 """

@@ -170,7 +170,7 @@ def up(
         lora_b: B, ``[N, r]``, float16, bfloat16 or float32, with any strides.
         scaling: s, a number, or a floating point tensor with one element on the device of t.
         dtype: of y: float16, bfloat16 or float32.
-        lora_bias: b, ``[N]``, any of these dtypes and any stride, or None.
+        lora_bias: b_B, ``[N]``, any of these dtypes and any stride, or None; scaled with B.
         base_bias: b, likewise: of the frozen layer, whose GEMM is to accumulate onto y.
 
     Returns:

@@ -107,7 +107,8 @@ class SiboOptions:
         if value is None or isinstance(value, str):
             return
         if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
-            raise TypeError(f"{name} must be a list of module names (or None), got {value!r}.")
+            pattern = ", a pattern for whole names" if name == "sibo_target_modules" else ""
+            raise TypeError(f"{name} must be a list of module names{pattern} or None for the default, got {value!r}.")
         if not value:
             raise ValueError(
                 f"{name} is empty. Leave it at None for the default, or use sibo_lambda=0 for {self._plain_method}."

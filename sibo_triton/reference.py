@@ -1,7 +1,7 @@
 """SIBO in plain PyTorch: the definition, and the oracle that the kernels are tested against.
 
-It computes a layer only under ``torch.func``, forward-mode AD and ``torch.jit.trace``, or where
-``SIBO_TRITON_BACKEND=reference`` asks for it; where the kernels cannot run, ``sibo_triton/ops/plain.py`` does.
+It computes a layer only where ``sibo_triton/ops/dispatch.py`` chooses it: in transforms, traces and exports, and where
+``SIBO_TRITON_BACKEND=reference`` asks for it.
 
 The equations (Wen, Zhang, Fang: "SIBO: A Simple Booster for Parameter-Efficient Fine-Tuning", Findings of ACL 2024) are
 in ``docs/definition.md`` with their gradients; autograd differentiates every function here::

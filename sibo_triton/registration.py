@@ -31,6 +31,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.bottleneck.model import SiboAdapterModel
+from sibo_triton.float32_module import Float32Module
 from sibo_triton.injection.reversible import loading
 from sibo_triton.injection.snapshot import Snapshot
 from sibo_triton.layers.adapters import BOTTLENECK_TYPE, LORA_LAMBDA_NAME
@@ -38,7 +39,6 @@ from sibo_triton.lora import acceleration, refusals
 from sibo_triton.lora import model as sibo_lora
 from sibo_triton.lora.config import SIBO_LORA_TYPE, SiboLoraConfig
 from sibo_triton.lora.wrapping import wrap_layer_class, wrap_layer_classes
-from sibo_triton.mixing import Float32Module
 from sibo_triton.options import SiboOptions
 from sibo_triton.patching import wrap
 from sibo_triton.saving import saved_weights

@@ -12,7 +12,7 @@ from tiny_models import llama, randomise_adapters, token_inputs
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sibo_triton import SiboAdapterConfig, SiboLoraConfig
-from sibo_triton.mixing import SiboLambda
+from sibo_triton.sibo_lambda import SiboLambda
 
 pytestmark = pytest.mark.oldest
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ful
 from torch.distributed.tensor import DTensor, Shard
 
 from sibo_triton import SiboAdapterConfig, SiboLoraConfig
-from sibo_triton.mixing import SiboLambda
+from sibo_triton.sibo_lambda import SiboLambda
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sibo_triton import reference
 from sibo_triton.bottleneck.config import SiboAdapterConfig
+from sibo_triton.float32_module import Float32Module
 from sibo_triton.initial_residual.binding import first_hidden_state
 from sibo_triton.layers.adapters import BOTTLENECK_LAMBDA_NAME
 from sibo_triton.layers.obstacles import (
@@ -26,7 +27,6 @@ from sibo_triton.layers.obstacles import (
 )
 from sibo_triton.layers.siblings import shared_output
 from sibo_triton.layers.sites import MixingSite, initial_residual_for, mixed_batch, mixing_arguments
-from sibo_triton.mixing import Float32Module
 from sibo_triton.ops import BottleneckArguments, Group, add_bottleneck, bottleneck_group, bottleneck_linear
 
 
@@ -340,7 +340,7 @@ class SiboAdapterLayer(nn.Module, BaseTunerLayer):
         return (base + up(hidden) * self.scaling_of(name)).to(base.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        refuse_merge(", ".join(adapter_names or self.active_adapters))
+        refuse_merging(", ".join(adapter_names or self.active_adapters))
 
     def unmerge(self) -> None:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)  # as PEFT's layers say it
@@ -374,7 +374,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def refuse_merge(adapters: str) -> NoReturn:
+def refuse_merging(adapters: str) -> NoReturn:
     """Raise the ValueError that says why a bottleneck adapter cannot be merged."""
     raise ValueError(
         f"Cannot merge adapter {adapters!r}: a bottleneck adapter is not linear (and with SIBO reads the initial "

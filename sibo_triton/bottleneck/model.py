@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sibo_triton.bottleneck.config import SiboAdapterConfig
-from sibo_triton.bottleneck.layer import SiboAdapterLayer, SubLayer, linear_features, refuse_merge
+from sibo_triton.bottleneck.layer import SiboAdapterLayer, SubLayer, linear_features, refuse_merging
 from sibo_triton.initial_residual import BlockStack, TrialRun, find_block_stacks, trial_run
 from sibo_triton.injection.mixing_modules import (
     Decisions,
@@ -31,7 +31,7 @@ from sibo_triton.injection.reversible import inject_reversibly, note_config
 from sibo_triton.layers.adapters import BOTTLENECK_PREFIX
 from sibo_triton.layers.siblings import connect_siblings
 from sibo_triton.layers.sites import MixingSite, Notices
-from sibo_triton.mixing import SiboLambda
+from sibo_triton.sibo_lambda import SiboLambda
 
 
 class SiboAdapterModel(BaseTuner):
@@ -164,7 +164,7 @@ class SiboAdapterModel(BaseTuner):
         return model
 
     def _check_merge_allowed(self) -> None:
-        refuse_merge(", ".join(self.active_adapters))
+        refuse_merging(", ".join(self.active_adapters))
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: adapters are not linear, so a sum of their weights does not compute the sum of their outputs."""

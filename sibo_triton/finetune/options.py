@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sibo_triton.reference import check_activation
+from sibo_triton.bottleneck import SiboAdapterConfig
+from sibo_triton.options import SiboOptions
+from sibo_triton.reference import ACTIVATIONS
 
 if TYPE_CHECKING:
     from sibo_triton.finetune.recipes import Recipe
@@ -24,7 +26,6 @@ SIDES = ("input", "output")
 INITS = ("zero", "bert")
 DTYPES = ("auto", "float32", "bfloat16")
 
-DEFAULT_LAMBDA = 0.1  # the paper's default
 ALL_LINEAR = "all-linear"
 
 
@@ -108,14 +109,14 @@ class FinetuneOptions:
     @property
     def bottleneck(self) -> int:
         """Width of an adapter's bottleneck; the authors' by default."""
-        return 256 if self.bottleneck_size is None else self.bottleneck_size
+        return SiboAdapterConfig.bottleneck_size if self.bottleneck_size is None else self.bottleneck_size
 
     @property
     def lambda_(self) -> float:
         """The mixing ratio: 0 for the plain methods."""
         if not self.mixes:
             return 0.0
-        return DEFAULT_LAMBDA if self.sibo_lambda is None else self.sibo_lambda
+        return SiboOptions.sibo_lambda if self.sibo_lambda is None else self.sibo_lambda
 
 
 def check_options(options: FinetuneOptions) -> None:
@@ -168,10 +169,7 @@ def _check_method(options: FinetuneOptions) -> None:
             "--side output is for --placement series: a parallel adapter reads the module's input. Drop one of the two."
         )
     if options.activation is not None:
-        try:
-            check_activation(options.activation)
-        except ValueError as error:
-            raise InputError(f"--{error}.") from error
+        _one_of("--activation", options.activation, tuple(sorted(ACTIVATIONS)))
     for name in _OF_ADAPTERS if options.is_lora else ("rank", "alpha"):
         if getattr(options, name) is not None:
             kind = "adapter" if options.is_lora else "lora"

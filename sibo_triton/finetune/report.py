@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sibo_triton._version import __version__
+from sibo_triton.bottleneck import SiboAdapterConfig
 from sibo_triton.environment import installed_version
 from sibo_triton.finetune.plots import NO_PLOTS, Curve, can_plot, plot
 from sibo_triton.finetune.result import FinetuneResult
@@ -132,11 +133,11 @@ def _learned_lambdas(result: FinetuneResult) -> str:
 
 
 def _settings(result: FinetuneResult) -> str:
-    o = result.options
+    o, defaults = result.options, SiboAdapterConfig
     size = (
         f"rank {o.lora_rank}, alpha {o.lora_alpha}"
         if o.is_lora
-        else f"bottleneck {o.bottleneck}, {o.activation or 'tanh'}, in {o.placement or 'series'}"
+        else f"bottleneck {o.bottleneck}, {o.activation or defaults.activation}, in {o.placement or defaults.placement}"
         + (" behind the module" if o.side == "output" else "")
         + f", initialised as {o.init_weights or 'zero'}"
     )

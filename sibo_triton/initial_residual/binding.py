@@ -159,7 +159,7 @@ class InitialResidual:
         while calls and calls.pop()[0] is not model:
             pass
 
-    def fill(self, hidden_states: torch.Tensor | None) -> torch.Tensor:
+    def fill(self, hidden_states: torch.Tensor | None) -> None:
         """Set h0 as the first block is reached, detached where nothing below it needs its gradient.
 
         Raises:
@@ -195,7 +195,6 @@ class InitialResidual:
         if self.source == "block_input":
             frame.version = _version_of(value)
         frame.value = value
-        return value
 
     def keep_embedding(self, output: torch.Tensor) -> None:
         """The embedding has returned: what the first block's frame is filled with, if that is the source."""
@@ -246,11 +245,12 @@ class InitialResidual:
             frame.last_output = output[0] if isinstance(output, (tuple, list)) and output else output
             frame.entered = None
 
-    def get(self, module_name: str, device: torch.device | None = None) -> torch.Tensor:
-        """h0 of the forward that runs now: [..., hidden size], in the model's dtype, on `device` (default: its own).
+    def get(self, module_name: str, device: torch.device) -> torch.Tensor:
+        """h0 of the forward that runs now: [..., hidden size], in the model's dtype, on `device`.
 
         Raises:
-            RuntimeError: no forward of the stack runs in this thread: the module, or its block, was called alone.
+            RuntimeError: no forward of the stack runs in this thread (the module, or its block, was called alone), or
+                the model has written into h0.
         """
         frame = self.frame
         if frame is None or frame.value is None:
@@ -277,7 +277,7 @@ class InitialResidual:
                 )
             )
         self.note_read(module_name)
-        return frame.value if device is None else frame.value_on(device)
+        return frame.value_on(device)
 
     def check_input(self, module_name: str, adapter_name: str, x: torch.Tensor) -> None:
         """A module that runs once in a block is about to mix h0 into `x`.

@@ -182,12 +182,12 @@ def attach(root: nn.Module, stack: BlockStack, source: str, embedding_name: str 
     return residual
 
 
-def detach(root: nn.Module, residual: InitialResidual | None = None) -> None:
-    """Remove the hooks of `residual` (default: of all) from the modules of `root`, and unwrap what checkpoints them."""
+def detach(root: nn.Module, residual: InitialResidual) -> None:
+    """Remove the hooks of `residual` from the modules of `root`, and unwrap what checkpoints them."""
     for module in root.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, _Hook) and (residual is None or hook.residual is residual):
+                if isinstance(hook, _Hook) and hook.residual is residual:
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
                     module._forward_hooks_always_called.pop(key, None)
@@ -215,11 +215,11 @@ def _with_inner_modules(block: nn.Module) -> Iterator[nn.Module]:
         module = inner_module(module)
 
 
-def _unwrapped(function: Any, residual: InitialResidual | None) -> Any:
+def _unwrapped(function: Any, residual: InitialResidual) -> Any:
     if not isinstance(function, CheckpointWithInitialResidual):
         return function
     inner = _unwrapped(function.inner, residual)
-    if residual is None or function.residual is residual:
+    if function.residual is residual:
         return inner
     return CheckpointWithInitialResidual(inner, function.residual, function.owner)
 

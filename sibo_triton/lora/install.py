@@ -11,7 +11,7 @@ from sibo_triton.layers.sites import MixingSite
 from sibo_triton.lora.config import SiboLoraConfig
 from sibo_triton.lora.layer import FusedLinear, SiboLoraVariant
 from sibo_triton.lora.peft_layers import dispatches_variants
-from sibo_triton.mixing import SiboLambda
+from sibo_triton.sibo_lambda import SiboLambda
 
 _NOT_LINEAR = (Embedding, Conv1d, Conv2d, Conv3d)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -15,6 +15,7 @@ from sibo_triton.layers.obstacles import apply_dropout, parameter
 from sibo_triton.layers.siblings import shared_output
 from sibo_triton.layers.sites import initial_residual_for, mixing_arguments, site_of
 from sibo_triton.lora.paths import adapter_modules, obstacle_to_fusing, obstacle_to_lora
+from sibo_triton.lora.refusals import refuse_merge
 from sibo_triton.ops import Group, LoraArguments, add_lora, lora_linear, lora_linear_group
 
 
@@ -158,16 +159,6 @@ class AcceleratedLora(SiboLoraVariant):
 
     def supports_lora_conversion(self) -> bool:
         return True
-
-
-def refuse_merge(what: str) -> NoReturn:
-    """Raise the ValueError that says why a SIBO adapter cannot be merged."""
-    raise ValueError(
-        f"Cannot merge {what}: a SIBO adapter reads the initial residual beside the layer's input, so no weight of the "
-        "layer gives the same output (W0 + s (1 - lambda) B A is only a part of it). Keep the adapter unmerged: it can "
-        "be saved, loaded and generated with as it is. Trainers that merge for a separate engine (TRL's GRPO with "
-        "vLLM) need use_vllm=False, or a plain peft.LoraConfig."
-    )
 
 
 def _adapter_arguments(layers: Sequence[LoraLayer], adapter_name: str, x: torch.Tensor) -> list[tuple]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from sibo_triton.layers.adapters import sibo_adapters
 from sibo_triton.lora.config import SiboLoraConfig
-from sibo_triton.lora.layer import refuse_merge
 from sibo_triton.lora.peft_layers import dispatches_variants, lora_layers
 
 
@@ -65,3 +64,13 @@ def check_mixed_batch_allowed(model: nn.Module, adapter_names: Sequence[str]) ->
                     f"{name} is a {type(layer).__name__}, which would run adapter {adapter_name!r} of a mixed batch as "
                     "plain LoRA. Run one adapter at a time: set_adapter, and no adapter_names."
                 )
+
+
+def refuse_merge(what: str) -> NoReturn:
+    """Raise the ValueError that says why a SIBO adapter cannot be merged."""
+    raise ValueError(
+        f"Cannot merge {what}: a SIBO adapter reads the initial residual beside the layer's input, so no weight of the "
+        "layer gives the same output (W0 + s (1 - lambda) B A is only a part of it). Keep the adapter unmerged: it can "
+        "be saved, loaded and generated with as it is. Trainers that merge for a separate engine (TRL's GRPO with "
+        "vLLM) need use_vllm=False, or a plain peft.LoraConfig."
+    )

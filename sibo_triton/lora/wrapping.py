@@ -11,8 +11,9 @@ from torch import nn
 
 from sibo_triton.layers.adapters import sibo_adapters
 from sibo_triton.layers.sites import in_mixed_batch, mixed_batch, site_of
-from sibo_triton.lora.layer import AcceleratedLora, SiboLoraVariant, refuse_merge
+from sibo_triton.lora.layer import AcceleratedLora, SiboLoraVariant
 from sibo_triton.lora.peft_layers import lora_layers
+from sibo_triton.lora.refusals import refuse_merge
 from sibo_triton.patching import wrap
 
 

@@ -6,7 +6,8 @@
 | ``torch`` | the same passes and the same saved tensors in plain PyTorch (``ops/plain.py``) | everywhere else |
 | ``reference`` | the definition | in ``torch.func``, forward-mode AD, ``torch.jit.trace`` and ``torch.export`` |
 
-The environment variable ``SIBO_TRITON_BACKEND`` forces one of them; unset or ``auto`` is the table.
+The environment variable ``SIBO_TRITON_BACKEND`` forces one of them: ``reference`` everywhere, the others where the
+table would not choose ``reference``. Unset or ``auto`` is the table.
 """
 
 from __future__ import annotations
@@ -161,5 +162,8 @@ def _obstacle(device: torch.device) -> str | None:
 
 @cache
 def implementation(name: str) -> ModuleType:
-    """The module with the functions of the backend "triton", or else "torch": the same names and arguments in both."""
+    """The module with the functions of the backend "triton", or else "torch".
+
+    What `torch_backend.__all__` names is in both, with the same arguments; what repeats known calls is Triton's alone.
+    """
     return importlib.import_module(f"sibo_triton.ops.{'triton' if name == 'triton' else 'torch'}_backend")

@@ -45,9 +45,14 @@ class Group:
         self._finish = finish
 
     def output(self, i: int) -> Tensor:
-        """y of layer i, ``[..., N]``."""
+        """y of layer i, ``[..., N]``.
+
+        Raises:
+            RuntimeError: it was taken before.
+        """
         result, self._results[i] = self._results[i], None
-        assert result is not None, "each output is taken once"
+        if result is None:
+            raise RuntimeError(f"output {i} of the group was taken before, and is kept once: compute the group again")
         return result if self._finish is None else self._finish(i, result)
 
 

@@ -49,10 +49,11 @@ def lora_linear(
 ) -> Tensor:
     """``y = W0 x + b + s (B A drop(x~) + b_B)``: :func:`sibo_triton.reference.lora_linear`, fused.
 
-    Under autocast the frozen product and the adapter compute in its dtype, as PEFT's modules do; x and h0 are read as
-    they are. Where t or x~ would be rounded to 16 bits by the definition, they may not be here. Differentiable once,
-    with respect to every tensor but ``scaling`` and the seed; ``SIBO_TRITON_BACKEND=reference`` runs the definition,
-    which autograd differentiates any number of times.
+    All tensors are on one device, those of lambda, scaling and the seed too. Under autocast the frozen product and the
+    adapter compute in its dtype, as PEFT's modules do; x and h0 are read as they are. Where t or x~ would be rounded
+    to 16 bits by the definition, they may not be here. Differentiable once, with respect to every tensor but
+    ``scaling`` and the seed; ``SIBO_TRITON_BACKEND=reference`` runs the definition, which autograd differentiates any
+    number of times.
 
     Args:
         x: ``[..., K]``, float16, bfloat16, float32 or float64; any strides.
@@ -73,14 +74,14 @@ def lora_linear(
         RuntimeError: ``SIBO_TRITON_BACKEND=triton`` where the kernels cannot run; a second derivative.
     """
     layer = (weight, bias, lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    return _output(None, x, layer)
+    return _output(None, x, initial_residual, layer)
 
 
-def _output(base: Tensor | None, x: Tensor, layer: tuple) -> Tensor:
+def _output(base: Tensor | None, x: Tensor, initial_residual: Tensor | None, layer: tuple) -> Tensor:
     """y of a layer with these `LoraArguments`; without a weight it is added to ``base``."""
     form = call = None
     if _may_repeat(x):
-        tensors, numbers = known_calls.flattened(x, layer[5], (layer,), base)
+        tensors, numbers = known_calls.flattened(x, initial_residual, (layer,), base)
         form = known_calls.form_of(tensors, numbers)
         call = known_calls.known(form, tensors)
         outputs = None if call is None else known_calls.outputs(call, tensors)
@@ -102,8 +103,8 @@ def lora_linear_group(x: Tensor, layers: Sequence[LoraArguments]) -> Group | Non
 
     Returns:
         What gives each layer's y once, by its place; None where the layers must be called one by one: under
-        `torch.compile`, where the definition runs (in a transform of `torch.func`, forward-mode AD, `torch.jit.trace`),
-        on very small x, and where the dtypes of y or h0 differ.
+        `torch.compile`, where the definition runs (`dispatch.py`), on very small x, and where the dtypes of y or h0
+        differ.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`.
@@ -159,7 +160,7 @@ def add_lora(
         TypeError, ValueError, RuntimeError: as :func:`lora_linear`.
     """
     layer = (None, None, lora_a, lora_b, scaling, initial_residual, lambda_, dropout_p, dropout_seed, lora_bias)
-    return _output(base, x, layer)
+    return _output(base, x, initial_residual, layer)
 
 
 _NAMES = Names("lora_a", "lora_b", "lora_bias", "down_bias", "r")

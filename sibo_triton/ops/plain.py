@@ -1,7 +1,7 @@
 """The operations of SIBO-LoRA in plain PyTorch, for the CPU and every device without Triton; gradients written by hand.
 
-Same functions and meanings as the launchers in ``kernels/``; ``sibo_triton.reference``, differentiated by autograd, is
-the definition. M tokens, K in_features, N out_features, rank r; matrices of any strides and any floating point dtypes.
+For one layer each; ``torch_backend.py`` makes siblings of them. ``sibo_triton.reference``, differentiated by autograd,
+is the definition. M tokens, K in_features, N out_features, rank r; matrices of any strides and floating point dtypes.
 What makes them fast and small:
 
 * without dropout nothing of size [M, K] is computed but products: the mix happens in the rank,

@@ -1,6 +1,6 @@
 """The PyTorch backend: layers that share x and h0, as one matrix of stacked ranks where no mask tells them apart.
 
-Same functions and meanings as the launchers in ``kernels/``. With masks each sibling has its own passes, as each has
+Same functions as in ``triton_backend.py``. With masks each sibling has its own passes, as each has
 its own mask.
 """
 
