@@ -18,15 +18,15 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.counting import to_fake
-from benchmarks.model_counts import Workload, frozen_model
+from benchmarks.model_counts import Workload, uninitialised_model
 from benchmarks.providers import Provider
-from benchmarks.settings import AdapterSetting, Setting
+from benchmarks.settings import BF16, AdapterSetting
 from sibo_triton.saved_activations import saved_activation_bytes
 
 
 def kept_bytes(provider: Provider, setting: AdapterSetting, work: Workload) -> int:
     """The bytes that one step of a provider's compiled one-layer model keeps."""
-    model: nn.Module = provider.wrap(frozen_model(work.architecture.with_layers(1)), setting)
+    model: nn.Module = provider.wrap(uninitialised_model(work.architecture.with_layers(1)), setting)
     torch._dynamo.reset()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -45,7 +45,7 @@ def _until_partition(graph: Any, inputs: list[Tensor]) -> Callable:
 
 @cache
 def _floor(work: Workload) -> int:
-    return kept_bytes(Provider(), Setting(fp32_adapters=False, dropout=0.0), work)
+    return kept_bytes(Provider(), BF16, work)
 
 
 def added_kept_bytes(provider: Provider, setting: AdapterSetting, work: Workload) -> int:

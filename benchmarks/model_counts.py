@@ -18,7 +18,7 @@ from benchmarks.counting import Counts, count_step, summed, to_fake
 from benchmarks.launch_traffic import Traffic
 from benchmarks.models import LLAMA_3_8B, Architecture
 from benchmarks.providers import Provider
-from benchmarks.settings import AdapterSetting, Setting
+from benchmarks.settings import BF16, AdapterSetting
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Workload:
         return self.batch * self.length
 
 
-def frozen_model(architecture: Architecture) -> PreTrainedModel:
+def uninitialised_model(architecture: Architecture) -> PreTrainedModel:
     """On the CPU, not initialised, so that untouched weights take no memory. Its input requires a gradient."""
     # the embeddings are frozen, and there is no head
     model = models.frozen_model(architecture, "meta", torch.bfloat16, vocabulary=128, head=False).to_empty(device="cpu")
@@ -49,7 +49,7 @@ def operations_of(
     provider: Provider, setting: AdapterSetting, work: Workload, layers: int
 ) -> tuple[list[Traffic], int]:
     """The operations of one step of the whole model, and the bytes that it keeps for the backward."""
-    model: nn.Module = provider.wrap(frozen_model(work.architecture.with_layers(layers)), setting)
+    model: nn.Module = provider.wrap(uninitialised_model(work.architecture.with_layers(layers)), setting)
     with FakeTensorMode() as mode:
         to_fake(model, mode)
         tokens = torch.zeros(work.batch, work.length, dtype=torch.int64)
@@ -80,7 +80,7 @@ def step_of(provider: Provider, setting: AdapterSetting, work: Workload) -> Step
 @cache
 def floor_of(work: Workload) -> StepCounts:
     """The counts of the frozen model."""
-    return step_of(Provider(), Setting(fp32_adapters=False, dropout=0.0), work)
+    return step_of(Provider(), BF16, work)
 
 
 def kernels_of(operations: list[Traffic]) -> dict[str, dict[str, int]]:

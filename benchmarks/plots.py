@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_file import FLOOR, MIB, RESULTS
+from benchmarks.results_file import ADDED_PER_LAYER, FLOOR, MIB, RESULTS
 from sibo_triton.finetune.plots import NO_PLOTS, can_plot
 
 PLOTS = Path(__file__).resolve().parent / "plots"
@@ -97,8 +97,8 @@ def traffic_plot(results: dict[str, Any]) -> Any:
     """What each provider adds to one of 32 decoder layers: a row for each setting."""
     settings = results["settings"]
     counts = {
-        setting: {name: facts["added_per_layer_of_32"] for name, facts in providers.items()
-                  if "added_per_layer_of_32" in facts}
+        setting: {name: facts[ADDED_PER_LAYER] for name, facts in providers.items()
+                  if ADDED_PER_LAYER in facts}
         for setting, providers in settings.items()
     }  # fmt: skip
     measures = (

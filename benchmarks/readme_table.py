@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_file import FLOOR, MIB, RESULTS
+from benchmarks.results_file import ADDED_PER_LAYER, FLOOR, MIB, RESULTS
 from benchmarks.settings import Linears
 from sibo_triton.finetune.demo.report import demo_table
 from sibo_triton.markdown import markdown_table
@@ -34,7 +34,7 @@ def _added(settings: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for setting, providers in settings.items():
         for provider, counts in providers.items():
-            added = counts.get("added_per_layer_of_32")
+            added = counts.get(ADDED_PER_LAYER)
             if added is None or "apart" in provider:  # frozen model, unsupported setting, or without grouping
                 continue
             sizes = (added["read"] + added["written"], added["saved"], added["reread"])
@@ -62,7 +62,7 @@ def compiled_table(results: dict[str, Any]) -> str:
     rows = []
     for setting, compiled in results["kept_when_compiled"].items():
         eager = results["settings"].get(setting) or results["bottleneck_adapters"][setting]
-        kept = {name: counts["added_per_layer_of_32"]["saved"] for name, counts in eager.items() if "minimum" in counts}
+        kept = {name: counts[ADDED_PER_LAYER]["saved"] for name, counts in eager.items() if "minimum" in counts}
         for name, bytes_ in compiled.items():
             mixes = "mix" in name
             ours = next(other for other in kept if other.startswith("ours") and ("SIBO" in other) == mixes)

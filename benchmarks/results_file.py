@@ -15,6 +15,9 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 #: The provider that the others are compared with.
 FLOOR = "frozen model"
+#: Layers of the models whose traffic is counted, and under which name a file has what a provider adds to one of them.
+LAYERS = 32
+ADDED_PER_LAYER = f"added_per_layer_of_{LAYERS}"
 MIB = 2**20
 
 

@@ -34,15 +34,13 @@ from benchmarks.counting import H200, Counts
 from benchmarks.model_counts import StepCounts, Workload, floor_of, step_of
 from benchmarks.models import ARCHITECTURES, Architecture
 from benchmarks.providers import APART, PROVIDERS, Peft, PeftMixed, Provider
-from benchmarks.results_file import FLOOR, MIB, RESULTS
+from benchmarks.results_file import ADDED_PER_LAYER, FLOOR, LAYERS, MIB, RESULTS
 from benchmarks.settings import ADAPTERS, BF16, DEFAULTS, AdapterSetting, least_moved
 from sibo_triton.environment import provenance
 from sibo_triton.markdown import markdown_row, markdown_table
 
 COMMAND = "python -m benchmarks.traffic"
 OUTPUT = RESULTS / "traffic.json"
-LAYERS = 32
-ADDED = f"added_per_layer_of_{LAYERS}"
 
 
 @dataclass(frozen=True)
@@ -151,8 +149,8 @@ def ratios(pairs: Sequence[tuple[str, str]], results: dict[str, Any]) -> dict[st
     """What ours adds to a layer of many, divided by what a peer adds; above 1 ours is worse."""
     table = {}
     for ours, peer in pairs:
-        if ADDED in results[ours] and ADDED in results[peer]:
-            a, b = results[ours][ADDED], results[peer][ADDED]
+        if ADDED_PER_LAYER in results[ours] and ADDED_PER_LAYER in results[peer]:
+            a, b = results[ours][ADDED_PER_LAYER], results[peer][ADDED_PER_LAYER]
             table[f"{ours} / {peer}"] = {
                 "launches": round(a["launches"] / b["launches"], 3),
                 "moved": round((a["read"] + a["written"]) / (b["read"] + b["written"]), 3),

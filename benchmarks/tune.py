@@ -186,7 +186,7 @@ def planned(job: str, variant: Variant) -> Iterator[None]:
                     return chosen
                 config, wanted = chosen.config | tiles, variant["PROGRAMS"] * rest[3].multiprocessors
                 u_parts = cdiv(N, config["BN"])
-                steps, parts = up_backward_plan._cut(cdiv(M, config["BM"]), u_parts, wanted)
+                steps, parts = up_backward_plan.cut(cdiv(M, config["BM"]), u_parts, wanted)
                 return up_backward_plan.Pass(config | {"STEPS": steps}, u_parts * parts, u_parts, parts)
 
             stack.enter_context(patch(up_backward_plan, "launch_of_both", launch_of_both))

@@ -112,7 +112,7 @@ def launch_of_both(
             num_warps = 4  # with 8, registers are spilled to make room for a second program
     BM = 64
     u_parts = cdiv(N, BN)
-    steps, grad_b_parts = _cut(cdiv(M, BM), u_parts, programs * target.multiprocessors, nearest=programs == 1)
+    steps, grad_b_parts = cut(cdiv(M, BM), u_parts, programs * target.multiprocessors, nearest=programs == 1)
     config = {"BM": BM, "BN": BN, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
     return Pass(config, u_parts * grad_b_parts, u_parts, grad_b_parts)
 
@@ -137,13 +137,13 @@ def launch_of_product(Q: int, J: int, r: int, dot: Operands, itemsize: int, targ
             num_warps = 4 if BR == 128 else 8  # the other spills
     BQ = 64
     tiles = cdiv(Q, BQ) * cdiv(r, BR)
-    steps, parts = _cut(cdiv(J, BJ), tiles, PROGRAMS * target.multiprocessors)
+    steps, parts = cut(cdiv(J, BJ), tiles, PROGRAMS * target.multiprocessors)
     num_stages = target.stages(2, BJ * (BQ * itemsize + BR * 4), PROGRAMS)
     config = {"BQ": BQ, "BJ": BJ, "BR": BR, "STEPS": steps, "num_warps": num_warps, "num_stages": num_stages}
     return Pass(config, tiles * parts, parts)
 
 
-def _cut(tiles: int, programs: int, wanted: int, nearest: bool = False) -> tuple[int, int]:
+def cut(tiles: int, programs: int, wanted: int, nearest: bool = False) -> tuple[int, int]:
     """Steps, a power of two (a kernel is compiled for each), and parts of a sum that goes over so many tiles.
 
     As many parts, if there are tiles for them, as make about the wanted programs of the programs for one part, or up to

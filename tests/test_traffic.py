@@ -25,9 +25,10 @@ from benchmarks.compiled_kept import added_kept_bytes
 from benchmarks.counting import Counts, counted, summed, to_fake
 from benchmarks.definitions import weights_of
 from benchmarks.launch_traffic import Traffic
-from benchmarks.model_counts import Workload, frozen_model, operations_of, step_of
+from benchmarks.model_counts import Workload, operations_of, step_of, uninitialised_model
 from benchmarks.models import ARCHITECTURES, LLAMA_3_8B, Architecture
 from benchmarks.providers import PROVIDERS
+from benchmarks.results_file import ADDED_PER_LAYER
 from benchmarks.settings import BottleneckSetting, Setting
 from sibo_triton.ops import LoraArguments, lora_linear, lora_linear_group
 
@@ -167,10 +168,10 @@ def test_committed_counts():
     """The numbers that a change of a kernel or of a pass must not raise unseen, in MiB over the frozen layer."""
     settings = results_file()["settings"]
     of = {
-        (name, setting): counts[f"added_per_layer_of_{traffic.LAYERS}"]
+        (name, setting): counts[ADDED_PER_LAYER]
         for setting, providers_ in settings.items()
         for name, counts in providers_.items()
-        if f"added_per_layer_of_{traffic.LAYERS}" in counts and "apart" not in name
+        if ADDED_PER_LAYER in counts and "apart" not in name
     }
     moved = {key: round((counts["read"] + counts["written"]) / traffic.MIB) for key, counts in of.items()}
     bf16, fp32 = (str(setting) for setting in traffic.SETTINGS)
@@ -224,8 +225,8 @@ def test_committed_ratios_of_bottleneck_adapters():
     assert list(results) == [str(setting) for setting in traffic.BOTTLENECK.settings]
     series = [results[str(setting)] for setting in traffic.BOTTLENECK.settings[:2]]
     # forward: two products, f, the sum, of each of two linears; backward: four products, f' and the sum of dx's parts
-    assert [of["eager adapter"][traffic.ADDED]["launches"] for of in series] == [2 * (4 + 6), 34]
-    assert [of["eager adapter + eager mix"][traffic.ADDED]["launches"] for of in series] == [2 * (5 + 7), 40]
+    assert [of["eager adapter"][ADDED_PER_LAYER]["launches"] for of in series] == [2 * (4 + 6), 34]
+    assert [of["eager adapter + eager mix"][ADDED_PER_LAYER]["launches"] for of in series] == [2 * (5 + 7), 40]
     for setting, found in results.items():
         ratios = found["ratios"]
         compared = [ratios["ours, SIBO adapter / eager adapter + eager mix"]]
@@ -234,14 +235,14 @@ def test_committed_ratios_of_bottleneck_adapters():
             assert all(ratio["launches"] < 1 for ratio in compared), setting
         assert all(ratio["moved"] < 0.9 and ratio["kept"] < 0.8 for ratio in compared), setting
         for name in ("eager adapter", "ours, adapter, lambda = 0", "ours, SIBO adapter"):
-            least, counts = found[name]["minimum"], found[name][traffic.ADDED]
+            least, counts = found[name]["minimum"], found[name][ADDED_PER_LAYER]
             assert counts["read"] > least["read"] and counts["written"] > least["written"]
 
 
 def step_values(provider, setting):
     """The output and the gradients of the adapters of a real, small model, all from the same numbers."""
     torch.manual_seed(0)
-    model = frozen_model(Architecture("small", "llama", 64, 96, 4, 2, 16, 2, 128))
+    model = uninitialised_model(Architecture("small", "llama", 64, 96, 4, 2, 16, 2, 128))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.ones(()) if "norm" in name else torch.randn(parameter.shape) / 8)
@@ -321,7 +322,7 @@ def test_a_step_of_generation_of_a_model(provider, setting):
     """One row through a layer: two launches for q, k and v, for o, for gate and up, and for down; no operation else."""
     names = []
     for each in (providers.Provider(), provider):
-        model = each.wrap(frozen_model(SMALL.architecture.with_layers(1)), setting).eval()
+        model = each.wrap(uninitialised_model(SMALL.architecture.with_layers(1)), setting).eval()
         with FakeTensorMode() as mode:
             to_fake(model, mode)
             with torch.no_grad(), counted() as operations:
