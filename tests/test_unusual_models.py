@@ -77,6 +77,28 @@ def test_models_of_videos_are_run_on_one(kind, options):
     check_layers(model, first, pixel_values=torch.randn(2, 4, 3, 32, 32))
 
 
+def wav2vec2_bert():
+    config = {"feature_projection_input_dim": 16, "conv_depthwise_kernel_size": 3, "vocab_size": 32, **SMALL}
+    return tf.Wav2Vec2BertForCTC(tf.Wav2Vec2BertConfig(**config)), 10, {}
+
+
+def speech_to_text():
+    layers = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+    sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in layers.items()}
+    config = tf.Speech2TextConfig(vocab_size=40, d_model=32, input_feat_per_channel=16, conv_channels=32, **sizes)
+    decoded = {"decoder_input_ids": torch.ones(1, 3, dtype=torch.long)}
+    return tf.Speech2TextForConditionalGeneration(config), 18, decoded
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("build", [wav2vec2_bert, speech_to_text])
+def test_speech_models_that_take_frames_of_a_spectrum(build):
+    base, count, others = build()
+    model = sibo(base)
+    assert len(mixing(model)) == count
+    model(input_features=torch.randn(1, 40, 16), **others)
+
+
 @pytest.mark.oldest
 def test_vision_towers_that_take_patches_and_their_grid():
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}

@@ -15,6 +15,7 @@ from sibo_triton.initial_residual.stacks import BlockStack, path_between
 _TOKENS = 5  # a prime, and no common width, so that shapes tell tokens from features
 _IMAGE_SIZE = 64  # of models that take any
 _SECOND = 16000  # samples of sound
+_FRAMES = 64  # of a spectrum
 
 
 def trial_inputs(root: nn.Module, stack: BlockStack) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:
@@ -39,7 +40,7 @@ def _inputs_of(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
         value = kinds[name](model) if name in kinds else None
         if value is not None:
             yield {name: value}
-    for inputs in (_frames(model), _patches(model)):
+    for inputs in (_features(model), _frames(model), _patches(model)):
         if inputs is not None:
             yield inputs
 
@@ -71,6 +72,15 @@ def _spectrogram(model: PreTrainedModel) -> torch.Tensor | None:
 def _sound(model: PreTrainedModel) -> torch.Tensor:
     spectrum: list[Any] = [getattr(model.config, name, None) for name in ("max_length", "num_mel_bins")]
     return _zeros(model, 1, _SECOND) if None in spectrum else _zeros(model, 1, *spectrum)
+
+
+def _features(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """Frames of a spectrum in sequence, [1, frames, width], of speech models that do not take it transposed."""
+    names = ("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins")
+    width = next((getattr(model.config, name) for name in names if hasattr(model.config, name)), None)
+    if model.main_input_name != "input_features" or not isinstance(width, int):
+        return None
+    return {"input_features": _zeros(model, 1, _FRAMES, width)}
 
 
 def _frames(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
