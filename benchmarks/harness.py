@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.checks import Verdict
 from benchmarks.providers import Provider
-from benchmarks.results_file import FLOOR, MIB, Budget, ResultsFile, command_line, output_of
+from benchmarks.results_file import FLOOR, MIB, Budget, ResultsFile, command_line, is_ours, output_of
 from benchmarks.settings import AdapterSetting
 from benchmarks.supervised import BROKEN_DEVICE, supervise
 from benchmarks.timing import Effort, Step, ceilings, compared, interleaved, peak_bytes
@@ -142,7 +142,7 @@ class Session:
         for name, error in times.errors.items():
             self._stop_if_broken(row, name, error)
         outcomes = {name: {"error": _say(name, error)} for name, error in times.errors.items()}
-        table = compared(times, FLOOR, [name for name in times.rounds if name.startswith("ours")])
+        table = compared(times, FLOOR, [name for name in times.rounds if is_ours(name)])
         for name, more in table.items():
             outcomes[name] = {**facts[name], **more}
             if FLOOR in table:

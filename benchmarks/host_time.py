@@ -37,7 +37,7 @@ from benchmarks.ahead_of_time.without_gpu import kernels_chosen, launching_for
 from benchmarks.checks import without_known_warnings
 from benchmarks.models import LLAMA_3_8B, Part, part_linears
 from benchmarks.providers import OursLora, OursSibo, Peft, PeftMixed, Provider
-from benchmarks.results_file import RESULTS, command_line, file_of, gpu_name
+from benchmarks.results_file import RESULTS, command_line, file_of, gpu_name, is_ours
 from benchmarks.settings import Setting
 from sibo_triton.environment import provenance
 
@@ -102,7 +102,7 @@ def runs_of(title: str, dtype: torch.dtype, setting: Setting, device: str) -> di
     if device == "cuda":
         return runs
     for provider in providers:
-        if not provider.name.startswith("ours") or provider.name not in runs:
+        if not is_ours(provider.name) or provider.name not in runs:
             continue
         name = f"{provider.name}, kernels' path"
         runs[name] = Run(provider, title, dtype, setting, device)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_file import ADDED_PER_LAYER, FLOOR, MIB, RESULTS
+from benchmarks.results_file import ADDED_PER_LAYER, FLOOR, MIB, RESULTS, is_ours
 from sibo_triton.finetune.plots import NO_PLOTS, can_plot
 
 PLOTS = Path(__file__).resolve().parent / "plots"
@@ -152,7 +152,7 @@ def layer_plot(results: dict[str, Any], model: str) -> Any | None:
             if not points:
                 continue
             x = [tokens for tokens, _ in points]
-            strong, (colour, marker) = name.startswith("ours"), STYLES.get(name, OTHER)
+            strong, (colour, marker) = is_ours(name), STYLES.get(name, OTHER)
             (line,) = each.plot(
                 x, [p["p50"] for _, p in points], color=colour, linestyle="--" if "compiled" in name else "-",
                 label=label(name), marker=marker, markersize=5, linewidth=2.2 if strong else 1.2,

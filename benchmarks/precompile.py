@@ -23,7 +23,7 @@ from benchmarks.in_parallel import in_parallel
 from benchmarks.models import Architecture, Part, part_linears
 from benchmarks.peers import TIMED
 from benchmarks.providers import Provider
-from benchmarks.results_file import gpu_name
+from benchmarks.results_file import gpu_name, is_ours
 from benchmarks.settings import AdapterSetting
 
 
@@ -43,7 +43,7 @@ class Job:
 
 
 def ours() -> list[Provider]:
-    return [provider for provider in TIMED if provider.name.startswith("ours")]
+    return [provider for provider in TIMED if is_ours(provider.name)]
 
 
 def jobs_of(quick: bool) -> list[Job]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_file import ADDED_PER_LAYER, FLOOR, MIB, RESULTS
+from benchmarks.results_file import ADDED_PER_LAYER, FLOOR, MIB, RESULTS, is_ours
 from benchmarks.settings import Linears
 from sibo_triton.finetune.demo.report import demo_table
 from sibo_triton.markdown import markdown_table
@@ -39,7 +39,7 @@ def _added(settings: dict[str, Any]) -> list[tuple[str, ...]]:
                 continue
             sizes = (added["read"] + added["written"], added["saved"], added["reread"])
             moved, kept, again = (f"{size / MIB:,.0f}" for size in sizes)
-            again = again if provider.startswith("ours") else "not known"
+            again = again if is_ours(provider) else "not known"
             rows.append((setting, provider, f"{added['launches']:.0f}", moved, kept, again))
     return rows
 
@@ -65,7 +65,7 @@ def compiled_table(results: dict[str, Any]) -> str:
         kept = {name: counts[ADDED_PER_LAYER]["saved"] for name, counts in eager.items() if "minimum" in counts}
         for name, bytes_ in compiled.items():
             mixes = "mix" in name
-            ours = next(other for other in kept if other.startswith("ours") and ("SIBO" in other) == mixes)
+            ours = next(other for other in kept if is_ours(other) and ("SIBO" in other) == mixes)
             cells = (f"{size / MIB:,.0f}" for size in (kept[name], bytes_, kept[ours]))
             rows.append((setting, name, *cells))
     return markdown_table(("adapters", "", "eager", "compiled", "ours"), rows)

@@ -21,6 +21,11 @@ ADDED_PER_LAYER = f"added_per_layer_of_{LAYERS}"
 MIB = 2**20
 
 
+def is_ours(provider: str) -> bool:
+    """Whether a provider of this name, as results have it, is this library."""
+    return provider.startswith("ours")
+
+
 class ResultsFile:
     """A JSON document with a list of rows, each with a unique title.
 
