@@ -36,7 +36,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from transformers import SwinConfig, SwinForImageClassification
 
-from sibo_triton import SiboLoraConfig
+from sibo_triton import SiboLoraConfigfrom torch.utils.checkpoint import checkpoint as torch_checkpoint
+
 from sibo_triton.initial_residual import attached
 from sibo_triton.initial_residual.needs_gradient import needs_gradient
 
@@ -334,6 +335,28 @@ def test_other_libraries_functions_checkpoint_a_block() -> None:
         each(**_batches()[0]).loss.backward()
     assert_same(gradients_of(model), gradients_of(expected))
     assert seen and seen == seen_of_plain
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_hidden_states_that_a_function_makes_require_grad_are_not_h0(use_reentrant: bool) -> None:
+    """LLaMA-Factory's writes into the tensor itself, after h0 was taken of it."""
+    model, residuals, seen = _model(), [], []
+
+    def custom(function: Callable, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
+        seen.append(residuals[0].frame.value.requires_grad)
+        hidden_states.requires_grad_(True)
+        seen.append(residuals[0].frame.value.requires_grad)
+        return torch_checkpoint(function, hidden_states, *args, use_reentrant=use_reentrant, **kwargs)
+
+    residuals += attached(model.get_base_model())
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = custom
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The initial residual")
+        model(**_batches()[0]).loss.backward()
+    assert len(seen) >= 4 and not any(seen)
 
 
 def test_what_other_libraries_functions_may_lose_is_said() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from functools import partial
 
 import pytest
@@ -147,6 +148,39 @@ def test_compiled_code_keeps_the_h0_that_the_model_writes_into(per_block: bool) 
     with torch.no_grad():
         (found,) = compiled(x.clone())
     torch.testing.assert_close(found, expected)
+
+
+def test_a_compiled_loop_through_the_stack_in_which_layers_are_eager_warns_of_nothing() -> None:
+    model, _ = pair(loops=2)
+    x = torch.randn(2, 3, 8)
+    expected = model(x)
+    for layer in model.get_base_model().layers:
+        layer.fc.forward = torch.compiler.disable(layer.fc.forward)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* was called twice in one block")
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
+
+
+class Aside(Net):
+    """Its second block gets some of the tokens, and what it returns goes nowhere."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](hidden_states=x)
+        self.layers[1](hidden_states=x[:, :1])
+        return self.layers[2](hidden_states=x)
+
+
+def test_a_block_that_gets_all_tokens_after_one_that_got_some_has_h0_of_all() -> None:
+    model = get_peft_model(Aside(), SiboLoraConfig(**OPTIONS))
+    randomise_adapters(model, 0.5)
+    x, seen = torch.randn(2, 3, 8), []
+    for layer in model.get_base_model().layers:
+        layer.fc.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        layer.fc.lora_A["default"].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(x)
+    for plain, mixed, h0 in zip(seen[::2], seen[1::2], (x, x[:, :1], x), strict=True):
+        torch.testing.assert_close(mixed, 0.6 * plain + 0.4 * h0)
 
 
 def test_blocks_that_write_into_h0_are_seen_in_the_trial_run() -> None:

@@ -261,3 +261,12 @@ def test_adapters_may_be_injected_in_inference_mode():
     expected = mixing(get_peft_model(llama(), SiboLoraConfig(**ALL)))
     with torch.inference_mode():
         assert mixing(get_peft_model(llama(), SiboLoraConfig(**ALL))) == expected != []
+
+
+class TakesAnything(tf.LlamaForCausalLM):
+    def forward(*args, **kwargs):
+        return tf.LlamaForCausalLM.forward(*args, **kwargs)
+
+
+def test_a_forward_that_names_no_arguments():
+    assert mixing(get_peft_model(TakesAnything(llama().config), SiboLoraConfig(**ALL)))

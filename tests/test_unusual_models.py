@@ -1,5 +1,7 @@
 """Models whose blocks get, or pass on, something else than the tokens that the first block got."""
 
+import warnings
+
 import pytest
 import torch
 import transformers as tf
@@ -186,17 +188,34 @@ def test_a_list_whose_parent_does_not_run():
 
 
 @pytest.mark.oldest
-def test_a_second_stream_through_a_module_is_refused():
-    """XLNet's, of permutation language modelling: what it predicts would read its own token, by h0."""
+def test_a_second_stream_through_a_module_is_named():
+    """XLNet's, of permutation language modelling: what it predicts reads its own token, by h0."""
     config = tf.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64, dropout=0.0)
     options = {"sibo_blocks": ["transformer.layer"], "target_modules": ["layer_1"]}
-    model, ids = sibo(tf.XLNetLMHeadModel(config), **options), torch.arange(6)[None]
-    model(input_ids=ids)
+    model, ids = sibo(tf.XLNetLMHeadModel(config), **options).train(), torch.arange(6)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(input_ids=ids)
     hidden, targets = torch.zeros(1, 6, 6), torch.eye(6)[None]
     hidden[:, :, -1] = 1.0
-    with pytest.raises(RuntimeError, match="layer.0.ff.layer_1 was called twice in one block.*sibo_target_modules"):
+    with pytest.warns(
+        UserWarning, match="layer.0.ff.layer_1 was called twice in one block.*sibo_target_modules"
+    ) as seen:
         model(input_ids=ids, perm_mask=hidden, target_mapping=targets)
-    model(input_ids=ids)
+    assert len(seen) == 1
+
+
+@pytest.mark.oldest
+def test_what_loses_the_stream_may_be_taken_on_trust():
+    """TimeSformer puts its tokens together anew in each block."""
+    config = tf.TimesformerConfig(**SMALL, image_size=16, patch_size=8, num_frames=2)
+    options = {"target_modules": ["intermediate.dense"], "sibo_target_modules": ["intermediate.dense"]}
+    with pytest.warns(UserWarning, match="taken on trust for dense.*no linear was seen to read it"):
+        model = sibo(tf.TimesformerModel(config), **options)
+    assert len(mixing(model)) == 2
+    check_layers(model, model.get_base_model().encoder.layer[0], torch.randn(1, 2, 3, 16, 16))
+    with pytest.raises(ValueError, match="None of the 2 LoRA targets can mix"):
+        sibo(tf.TimesformerModel(config), target_modules=["intermediate.dense"])
 
 
 def chosen(base):

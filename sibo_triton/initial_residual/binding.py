@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from types import FrameType
@@ -35,11 +36,13 @@ class Frame:
         "read",
         "value",
         "version",
+        "whole",
     )
 
     def __init__(self, value: torch.Tensor | None = None) -> None:
         self.value = value
         self.version = None if value is None else _version_of(value)
+        self.whole: torch.Tensor | None = None  # h0 of all tokens, while a block has some of them
         self.copies: dict[tuple[torch.device, bool, bool], torch.Tensor] = {}  # on other devices
         self.embedding: torch.Tensor | None = None
         self.first_block: object = None  # the block that filled the frame, or what stands for it
@@ -112,6 +115,7 @@ class InitialResidual:
         #: Called at the end of forwards with gradients, until it returns True: with the module whose call that was,
         #: this, and the names of the modules that have read h0. A module's function, so that it can be pickled.
         self.check_read: Callable[[nn.Module, InitialResidual, set[str]], bool] | None = None
+        self._warned_of_streams = False
         self._state = _ThreadState()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,11 +191,14 @@ class InitialResidual:
                 "so its initial residual is not known. Name the right block list in sibo_blocks."
             )
         outermost, called_with_gradient = self._state.calls[0] if self._state.calls else (None, False)
-        if value.requires_grad and torch.is_grad_enabled():
+        # torch.jit.trace checks a trace against another, which it makes without gradients
+        if torch.is_grad_enabled() and torch._C._get_tracing_state() is None:
             if not needs_gradient(value, called_with_gradient, outermost):
-                value = value.detach()
-        if torch.compiler.is_compiling() and not (self.is_intact and self.source == "block_input"):
-            value = value.clone()  # which Inductor leaves out where nothing writes
+                value = value.detach()  # another object: checkpoint functions make hidden states require grad in place
+        if torch.compiler.is_compiling():
+            is_alias = not self.is_intact if self.source == "block_input" else frame.version is not None
+            if is_alias:  # of the hidden states, or of an embedding that eager code kept
+                value = value.clone()
         if self.source == "block_input":
             frame.version = _version_of(value)
         frame.value = value
@@ -232,11 +239,22 @@ class InitialResidual:
                 "belongs to cannot be told. Name in sibo_blocks a list that one sequence passes once per call."
             )
         else:
-            tokens = _tokens_kept(hidden_states, frame.last_output)
-            if tokens is not None and frame.value.shape[:2] == frame.last_output.shape[:2]:  # type: ignore[union-attr]
-                frame.value = frame.value[:, tokens]  # a view, whose version is the same
-                frame.copies.clear()
+            self._match_tokens(frame, hidden_states)
         frame.entered = block
+
+    @staticmethod
+    def _match_tokens(frame: Frame, hidden_states: torch.Tensor | None) -> None:
+        """Where a block gets some of the tokens, as in Gemma 4, h0 is that of these; and of all where it gets all."""
+        value, tokens = frame.value, _tokens_kept(hidden_states, frame.last_output)
+        assert value is not None
+        if tokens is not None and value.shape[:2] == frame.last_output.shape[:2]:  # type: ignore[union-attr]
+            frame.whole = value if frame.whole is None else frame.whole
+            frame.value = value[:, tokens]  # a view, whose version is the same
+            frame.copies.clear()
+        elif frame.whole is not None and hidden_states is not None:
+            if hidden_states.shape[:2] == frame.whole.shape[:2]:
+                frame.value, frame.whole = frame.whole, None
+                frame.copies.clear()
 
     def leave_block(self, output: Any) -> None:
         """A block of the running forward returns."""
@@ -279,21 +297,27 @@ class InitialResidual:
         self.note_read(module_name)
         return frame.value_on(device)
 
-    def check_input(self, module_name: str, adapter_name: str, x: torch.Tensor) -> None:
-        """A module that runs once in a block is about to mix h0 into `x`.
+    def note_input(self, module_name: str, adapter_name: str, x: torch.Tensor) -> None:
+        """A module that runs once in a block is about to mix h0 into `x`: warn, once, if it has so with another tensor.
 
-        Raises:
-            RuntimeError: it has done so with another tensor before, since the block was entered.
+        A block may call it again (after an error, in training only), and h0 is right. Or there are two streams.
         """
-        if torch.compiler.is_compiling():
+        frame = self._state.frames[-1]
+        if torch.compiler.is_compiling() or frame.compiled:  # compiled code notes no blocks
             return
-        inputs = self._state.frames[-1].inputs
-        noted = inputs.setdefault((module_name, adapter_name), weakref.ref(x))
-        if noted() is not x:
-            raise RuntimeError(
+        key = module_name, adapter_name
+        noted = frame.inputs.get(key)
+        before = None if noted is None else noted()
+        if before is None:
+            frame.inputs[key] = weakref.ref(x)
+        elif before is not x and not self._warned_of_streams:
+            self._warned_of_streams = True
+            warnings.warn(
                 f"{module_name} was called twice in one block, with different inputs, and once in the trial run of the "
-                f"model: which of them the initial residual of {self.stack_name!r} belongs to cannot be told (XLNet's "
-                "two streams). Leave the module out with sibo_target_modules; it then gets the plain method."
+                f"model. The initial residual of {self.stack_name!r} is mixed into both. If the second is another "
+                "stream than the first, which must not see its tokens (XLNet's, with target_mapping), leave the module "
+                "out with sibo_target_modules.",
+                stacklevel=2,
             )
 
     def note_read(self, module_name: str) -> None:

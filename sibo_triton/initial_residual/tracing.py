@@ -50,6 +50,7 @@ class TrialRun:
         intact: the stacks of which no block wrote into what entered the first one.
         seen: the stacks of which every kind of block has run, or all that the model runs on such an input.
         problems: stack name -> why it could not be run.
+        read: the stacks of which a linear inside was seen to read the stream.
         repeated: the stacks that one sequence passes several times, in separate calls of their owner.
         owners: by stack, of those whose list's parent does not run: the innermost module around it that does.
     """
@@ -61,6 +62,7 @@ class TrialRun:
     intact: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
     repeated: set[str] = field(default_factory=set)
     owners: dict[str, str] = field(default_factory=dict)
 
@@ -91,8 +93,10 @@ class TrialRun:
         return False, "is not fed by the residual stream"
 
     def is_unknown(self, module_name: str, stack: BlockStack) -> bool:
-        """Whether a module did not run, so that what feeds it is unknown."""
-        return stack.name in self.problems or module_name not in self.marks
+        """Whether what feeds a module is unknown: it did not run, or its stack loses the stream for all linears."""
+        if stack.name in self.problems or module_name not in self.marks:
+            return True
+        return stack.name not in self.read and stack.name not in self.repeated
 
     def take(self, other: TrialRun, stack: BlockStack) -> None:
         """Take over what another trial run saw of a stack."""
@@ -102,6 +106,7 @@ class TrialRun:
         self.feed_forward |= {name for name in other.feed_forward if stack.holds(name)}
         self.widths |= {name: width for name, width in other.widths.items() if name == stack.name}
         self.intact |= other.intact & {stack.name}
+        self.read |= other.read & {stack.name}
         self.repeated |= other.repeated & {stack.name}
         self.owners |= {name: owner for name, owner in other.owners.items() if name == stack.name}
 
@@ -356,7 +361,11 @@ class _Observer:
             self.trial.inputs[name] = (*self.trial.inputs.get(name, ()), number)
 
     def _enter_linear(self, linear: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.outputs.enter_linear(self.names[id(linear)], first_hidden_state(args, kwargs))
+        name, hidden_states = self.names[id(linear)], first_hidden_state(args, kwargs)
+        self.outputs.enter_linear(name, hidden_states)
+        stream = self.streams.mark_of(hidden_states)
+        if stream is not None and name.startswith(stream + "."):
+            self.trial.read.add(stream)
 
     def _leave_linear(self, linear: nn.Module, args: tuple, output: Any) -> None:
         self.outputs.leave_linear(self.names[id(linear)], output)

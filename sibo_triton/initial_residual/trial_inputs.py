@@ -94,14 +94,14 @@ def _frames(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
 def _patches(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     """Flattened patches and their grid, as vision towers for any resolution take them (Qwen2-VL and its kin)."""
     config: Any = model.config
-    _, first, *names = inspect.signature(type(model).forward).parameters
-    patch = getattr(config, "patch_size", None)
-    if "grid_thw" not in names or not isinstance(patch, int):
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    if "grid_thw" not in names[1:] or not isinstance(getattr(config, "patch_size", None), int):
         return None
     channels = next((getattr(config, name) for name in ("in_channels", "in_chans") if hasattr(config, name)), 3)
-    side = 2 * getattr(config, "spatial_merge_size", 1)
-    values = _zeros(model, side * side, channels * getattr(config, "temporal_patch_size", 1) * patch * patch)
-    return {first: values, "grid_thw": torch.tensor([[1, side, side]], device=_device_of(model))}
+    width = channels * (getattr(config, "temporal_patch_size", None) or 1) * config.patch_size**2
+    side = 2 * (getattr(config, "spatial_merge_size", None) or 1)
+    values = _zeros(model, side * side, width)
+    return {names[0]: values, "grid_thw": torch.tensor([[1, side, side]], device=_device_of(model))}
 
 
 def _zeros(model: PreTrainedModel, *shape: int) -> torch.Tensor:

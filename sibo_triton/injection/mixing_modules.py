@@ -207,7 +207,9 @@ def _warn_of_problems(stacks: Sequence[BlockStack], decisions: Decisions, trial:
             "residual stream"
         )
         problem = trial.problems.get(stack.name)
-        why = "they did not run" if problem is None else f"it did not work: {problem}"
+        ran = trial.marks.keys() >= {*(on_trust or names)}
+        why = "no linear was seen to read it" if ran else "they did not run"
+        why = why if problem is None else f"it did not work: {problem}"
         warnings.warn(
             f"What feeds modules of {stack.name!r} could not be found out, so {what}. In a trial run of the model "
             f"{why}.",

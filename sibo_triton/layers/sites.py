@@ -88,14 +88,14 @@ def initial_residual_for(module: nn.Module, adapter_name: str, x: torch.Tensor) 
     shared experts flatten batch and sequence) h0 is flattened too; for [batch, height, width, K] it is split.
 
     Raises:
-        RuntimeError: no forward of the layer's stack runs in this thread, or h0 was mixed into another x in this block.
+        RuntimeError: no forward of the layer's stack runs in this thread.
         ValueError: h0 does not fit x, or `adapter_names`.
     """
     site = site_of(module, adapter_name)
     assert site.residual is not None
     initial_residual = site.residual.get(site.name, x.device)
     if site.runs_once:
-        site.residual.check_input(site.name, adapter_name, x)
+        site.residual.note_input(site.name, adapter_name, x)
     names = _mixed_batch.adapter_names
     if names is not None:
         if initial_residual.shape[0] != len(names):
