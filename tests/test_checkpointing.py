@@ -34,10 +34,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import SwinConfig, SwinForImageClassification
 
-from sibo_triton import SiboLoraConfigfrom torch.utils.checkpoint import checkpoint as torch_checkpoint
-
+from sibo_triton import SiboLoraConfig
 from sibo_triton.initial_residual import attached
 from sibo_triton.initial_residual.needs_gradient import needs_gradient
 

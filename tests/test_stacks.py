@@ -18,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sibo_triton import SiboLoraConfig, explain
 from sibo_triton.initial_residual import attached
@@ -150,16 +151,20 @@ def test_compiled_code_keeps_the_h0_that_the_model_writes_into(per_block: bool) 
     torch.testing.assert_close(found, expected)
 
 
-def test_a_compiled_loop_through_the_stack_in_which_layers_are_eager_warns_of_nothing() -> None:
-    model, _ = pair(loops=2)
-    x = torch.randn(2, 3, 8)
-    expected = model(x)
-    for layer in model.get_base_model().layers:
-        layer.fc.forward = torch.compiler.disable(layer.fc.forward)
-    torch._dynamo.reset()
+def test_blocks_that_run_several_times_are_no_second_stream() -> None:
+    """Also in compiled code in which layers are eager."""
+    model = get_peft_model(
+        _albert(), SiboLoraConfig(target_modules=["query"], sibo_blocks=["encoder.albert_layer_groups"])
+    )
+    ids = torch.ones(1, 4, dtype=torch.long)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".* was called twice in one block")
-        torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
+        expected = model(input_ids=ids).last_hidden_state
+        layer = model.get_base_model().encoder.albert_layer_groups[0].albert_layers[0].attention.query
+        layer.forward = torch.compiler.disable(layer.forward)
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="eager")(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, expected)
 
 
 class Aside(Net):
@@ -184,10 +189,6 @@ def test_a_block_that_gets_all_tokens_after_one_that_got_some_has_h0_of_all() ->
 
 
 def test_blocks_that_write_into_h0_are_seen_in_the_trial_run() -> None:
-    class Adds(type(llama().model.layers[0])):
-        def forward(self, hidden_states: torch.Tensor, **options: object) -> torch.Tensor:
-            return hidden_states.add_(super().forward(hidden_states, **options))
-
     for kind, intact in ((None, True), (Adds, False)):
         base = llama()
         for layer in base.model.layers if kind else ():
@@ -197,13 +198,55 @@ def test_blocks_that_write_into_h0_are_seen_in_the_trial_run() -> None:
         assert residual.is_intact == intact
 
 
-def test_an_embedding_that_the_model_writes_into_is_no_source() -> None:
-    class Scatters(tf.LlamaModel):
-        def forward(self, input_ids: torch.Tensor, **options: object) -> object:
-            embeddings = self.embed_tokens(input_ids)
-            embeddings[:, 0] = 1.0
-            return super().forward(inputs_embeds=embeddings, **options)
+class Adds(LlamaDecoderLayer):
+    """Writes what it returns into its input."""
 
+    def forward(self, hidden_states: torch.Tensor, **options: object) -> torch.Tensor:
+        return hidden_states.copy_(super().forward(hidden_states, **options))
+
+
+class Scatters(tf.LlamaModel):
+    """Writes into its embeddings, or a copy of them, before the first block."""
+
+    copies = False
+
+    def forward(self, input_ids: torch.Tensor, **options: object) -> object:
+        embeddings = self.embed_tokens(input_ids)
+        embeddings = embeddings.clone() if self.copies else embeddings
+        embeddings[:, 0] = 1.0
+        return super().forward(inputs_embeds=embeddings, use_cache=False, **options)
+
+
+def _reads_embeddings(base: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    config = SiboLoraConfig(r=4, target_modules=["q_proj"], sibo_source="embedding", init_lora_weights=False)
+    return get_peft_model(base, config).eval()
+
+
+def test_compiled_code_keeps_the_embedding_that_the_model_writes_into() -> None:
+    model, ids = _reads_embeddings(Scatters(llama().config)), torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        model.get_base_model().copies = True
+        expected = model(input_ids=ids).last_hidden_state
+        model.get_base_model().copies = False
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="aot_eager")(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, expected)
+
+
+def test_compiled_blocks_keep_the_embedding_that_they_write_into() -> None:
+    model, ids = _reads_embeddings(llama()), torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        torch._dynamo.reset()
+        for layer in model.get_base_model().model.layers:
+            layer.__class__ = Adds
+            layer.compile(backend="aot_eager")
+        found = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_embedding_that_the_model_writes_into_is_no_source() -> None:
     config = {"r": 4, "target_modules": ["q_proj"]}
     ids = torch.ones(1, 4, dtype=torch.long)
     model = get_peft_model(Scatters(llama().config), SiboLoraConfig(**config, sibo_source="embedding"))
