@@ -349,10 +349,7 @@ def test_hidden_states_that_a_function_makes_require_grad_are_not_h0(use_reentra
         return torch_checkpoint(function, hidden_states, *args, use_reentrant=use_reentrant, **kwargs)
 
     residuals += attached(model.get_base_model())
-    model.gradient_checkpointing_enable()
-    for module in model.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = custom
+    model.get_base_model()._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=custom)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The initial residual")
         model(**_batches()[0]).loss.backward()

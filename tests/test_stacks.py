@@ -219,8 +219,10 @@ class Scatters(tf.LlamaModel):
 
 def _reads_embeddings(base: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    config = SiboLoraConfig(r=4, target_modules=["q_proj"], sibo_source="embedding", init_lora_weights=False)
-    return get_peft_model(base, config).eval()
+    config = SiboLoraConfig(r=4, target_modules=["up_proj"], sibo_source="embedding", sibo_lambda=0.4)
+    model = get_peft_model(base, config).eval()
+    randomise_adapters(model, 0.5)
+    return model
 
 
 def test_compiled_code_keeps_the_embedding_that_the_model_writes_into() -> None:

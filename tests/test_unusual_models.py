@@ -8,7 +8,7 @@ import transformers as tf
 from peft import get_peft_model
 from tiny_models import llama, randomise_adapters
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from sibo_triton import SiboAdapterConfig, SiboLoraConfig, explain
 
@@ -244,6 +244,73 @@ def test_a_convolution_behind_a_feed_forward_network_is_not_its_use():
     layers = "wav2vec2_conformer.encoder.layers"
     expected = {f"{layers}.ffn1.intermediate_dense", f"{layers}.ffn2.intermediate_dense"}
     assert chosen(tf.Wav2Vec2ConformerForCTC(config)) == expected
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_mixes_does_not_depend_on_what_is_frozen(frozen):
+    """torch multiplies DETR's hidden states, which are not contiguous, by way of a view of all of them, or not."""
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    backbone = tf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_features=["stage4"], layer_type="basic"
+    )
+    config = tf.DetrConfig(
+        use_timm_backbone=False, backbone=None, use_pretrained_backbone=False, backbone_config=backbone, d_model=32,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, num_queries=5, **layers,
+    )  # fmt: skip
+    model = sibo(tf.DetrModel(config).requires_grad_(not frozen), target_modules=["fc1"])
+    assert len(mixing(model)) == 4
+
+
+def longformer():
+    config = tf.LongformerConfig(
+        attention_window=4, vocab_size=50, max_position_embeddings=64, **{**SMALL, "num_attention_heads": 2}
+    )
+    return tf.LongformerModel(config)
+
+
+@pytest.mark.oldest
+def test_an_output_of_other_tokens_is_not_mixed():
+    """Longformer's queries are [length, batch, features]; a feed-forward network's first half is wider."""
+    options = {"bottleneck_size": 4, "side": "output"}
+    with pytest.raises(ValueError, match="self.query returns other tokens than those that enter encoder.layer"):
+        get_peft_model(longformer(), SiboAdapterConfig(target_modules=["query", "output.dense"], **options))
+    get_peft_model(longformer(), SiboAdapterConfig(target_modules=["output.dense"], **options))
+    with pytest.raises(ValueError, match="layer.0.intermediate is a LongformerIntermediate that returns 64 features"):
+        get_peft_model(longformer(), SiboAdapterConfig(target_modules=r".*\.intermediate", **options))
+
+
+class WithUnusedBlocks(tf.LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.unused = nn.ModuleList(tf.LlamaModel(config).layers)
+
+
+@pytest.mark.oldest
+def test_stacks_that_get_no_bottlenecks_by_default_are_named():
+    with pytest.warns(UserWarning, match="was found in unused, so there are no adapters .*target_modules"):
+        names = chosen(WithUnusedBlocks(llama().config))
+    assert names == {"model.layers.mlp.gate_proj", "model.layers.mlp.up_proj"}
+
+
+class GatedByTwo(LlamaAttention):
+    """Its output is gated by what two linears make of its input."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.gate_a, self.gate_b = nn.Linear(config.hidden_size, 4), nn.Linear(4, config.hidden_size)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output, weights = super().forward(hidden_states, *args, **kwargs)
+        return output * torch.sigmoid(self.gate_b(self.gate_a(hidden_states))), weights
+
+
+@pytest.mark.oldest
+def test_a_linear_beside_those_of_an_attention_is_no_feed_forward_network():
+    base = llama()
+    for i, layer in enumerate(base.model.layers):
+        layer.self_attn = GatedByTwo(base.config, i)
+    assert chosen(base) == {"model.layers.mlp.gate_proj", "model.layers.mlp.up_proj"}
 
 
 @pytest.mark.oldest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -66,7 +67,7 @@ class SiboAdapterModel(BaseTuner):
         stacks, trial = _look_at(model, config)
         if config.target_modules is None:
             config.target_modules = _feed_forward_linears(model, stacks, trial)  # a set, as PEFT has it
-        self._widths = _widths(stacks, trial)
+        self._widths, self._output_shapes = _widths(stacks, trial), trial.output_shapes
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
         layers = {name: layer for name, layer in adapter_layers(model) if adapter_name in layer.sibo_adapter_options}
@@ -76,7 +77,7 @@ class SiboAdapterModel(BaseTuner):
             method = _method(adapter_name, config)
             decisions = decide(layers, requested, stacks, None if known else trial, method)
             if config.side == "output" and requested is None:
-                _refuse_other_widths(layers, decisions, self._widths)
+                _refuse_other_outputs(layers, decisions, stacks, trial)
             sites = bind(model, config, layers, decisions, trial, method)
         else:
             notices = Notices()
@@ -145,6 +146,13 @@ class SiboAdapterModel(BaseTuner):
                 f"{name} holds {abbreviated(inner, inner)}, which have adapters already: one around them would "
                 "rename their weights, and they could not be saved and loaded any more. Target other modules, or give "
                 "all of them adapters in another model."
+            )
+        returned = {shape[-1] for shape in self._output_shapes.get(name, ())}
+        if returned - {width}:
+            features = ", ".join(map(str, sorted(returned)))
+            raise ValueError(
+                f"{name} is a {type(target).__name__} that returns {features} features, and the residual stream has "
+                f"{width}: an adapter around it would not fit. Target linears instead."
             )
         return SubLayer(target, width, width)
 
@@ -252,6 +260,15 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: Tri
         for name in trial.marks
         if stack.holds(name) and trial.reads_into_feed_forward(name, stack)
     ]
+    empty = [stack.name for stack in stacks if not any(map(stack.holds, names))]
+    if names and empty:
+        problems = "; ".join(f"{name}: {problem}" for name, problem in trial.problems.items())
+        warnings.warn(
+            f"No linear of a feed-forward network that reads the residual stream was found in {', '.join(empty)}, so "
+            f"there are no adapters{f' ({problems})' if problems else ''}. Name modules in target_modules if there "
+            "should be.",
+            stacklevel=2,
+        )
     if not names:
         around = [name for name, module in model.named_modules() if isinstance(module, SubLayer)]
         problems = "".join(f"; {name}: {problem}" for name, problem in trial.problems.items())
@@ -287,19 +304,31 @@ def _as_wide(name: str, layer: SiboAdapterLayer, stack: BlockStack, trial: Trial
     unknown = name not in trial.marks or stack.name in trial.problems or stack.name in trial.repeated
     if unknown or trial.marks[name] - {None, stack.name}:  # it reads another stack's stream: other tokens
         return False, reason
-    width = trial.widths[stack.name]
-    if layer.out_features != width:
-        return False, f"returns {layer.out_features} features, and the initial residual of {stack.name} has {width}"
-    return True, "returns what is as wide as the residual stream"
+    other = _other_output(name, layer, stack, trial)
+    return (True, "returns what is as wide as the residual stream") if other is None else (False, other)
 
 
-def _refuse_other_widths(layers: dict[str, SiboAdapterLayer], decisions: Decisions, widths: dict[str, int]) -> None:
-    """Raise a ValueError if an adapter on the output side would not mix because of its module's width."""
+def _other_output(name: str, layer: SiboAdapterLayer, stack: BlockStack, trial: TrialRun) -> str | None:
+    """What a module returns, if that does not fit h0."""
+    width = trial.widths.get(stack.name)
+    if width not in (None, layer.out_features):
+        return f"returns {layer.out_features} features, and the initial residual of {stack.name} has {width}"
+    if width is not None and not trial.returns_tokens(name, stack):
+        return f"returns other tokens than those that enter {stack.name}, or in another order"
+    return None
+
+
+def _refuse_other_outputs(
+    layers: dict[str, SiboAdapterLayer], decisions: Decisions, stacks: list[BlockStack], trial: TrialRun
+) -> None:
+    """Raise a ValueError if an adapter on the output side would not mix because of what its module returns."""
     others = {}
     for name, layer in layers.items():
-        width = _stream_width(name, widths)
-        if decisions[name][0] is None and width not in (None, layer.out_features):
-            others[name] = decisions[name][1]
+        stack = next((stack for stack in stacks if stack.holds(name)), None)
+        if decisions[name][0] is None and stack is not None:
+            other = _other_output(name, layer, stack, trial)
+            if other is not None:
+                others[name] = other
     if others:
         name, reason = next(iter(others.items()))
         raise ValueError(

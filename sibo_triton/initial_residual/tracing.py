@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from sibo_triton.initial_residual.binding import first_hidden_state
-from sibo_triton.initial_residual.output_uses import OutputUses, is_linear_like, memory_of
+from sibo_triton.initial_residual.output_uses import MIXES_TOKENS, OutputUses, is_linear_like, memory_of
 from sibo_triton.initial_residual.stacks import BlockStack, path_between
 from sibo_triton.initial_residual.trial_inputs import trial_inputs
 from sibo_triton.initial_residual.unchanged import configs_of, unchanged
@@ -47,6 +47,8 @@ class TrialRun:
         inputs: module name -> a number for the input tensor of each call, equal for modules that got the same tensor.
         feed_forward: the linears whose output goes into other linears, token by token (`output_uses.py`).
         widths: stack name -> the width of its residual stream.
+        output_shapes: module name -> the shapes of what it returned, over all calls.
+        stream_shapes: stack name -> the shape of what entered its first block.
         intact: the stacks of which no block wrote into what entered the first one.
         seen: the stacks of which every kind of block has run, or all that the model runs on such an input.
         problems: stack name -> why it could not be run.
@@ -59,6 +61,8 @@ class TrialRun:
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     feed_forward: set[str] = field(default_factory=set)
     widths: dict[str, int] = field(default_factory=dict)
+    output_shapes: dict[str, set[torch.Size]] = field(default_factory=dict)
+    stream_shapes: dict[str, torch.Size] = field(default_factory=dict)
     intact: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)
@@ -105,10 +109,18 @@ class TrialRun:
         self.inputs |= {name: numbers for name, numbers in other.inputs.items() if stack.holds(name)}
         self.feed_forward |= {name for name in other.feed_forward if stack.holds(name)}
         self.widths |= {name: width for name, width in other.widths.items() if name == stack.name}
+        self.output_shapes |= {name: shapes for name, shapes in other.output_shapes.items() if stack.holds(name)}
+        self.stream_shapes |= {name: shape for name, shape in other.stream_shapes.items() if name == stack.name}
         self.intact |= other.intact & {stack.name}
         self.read |= other.read & {stack.name}
         self.repeated |= other.repeated & {stack.name}
         self.owners |= {name: owner for name, owner in other.owners.items() if name == stack.name}
+
+    def returns_tokens(self, module_name: str, stack: BlockStack) -> bool:
+        """Whether all that a module returned is of the tokens that entered its stack, in their order."""
+        entered = self.stream_shapes[stack.name]
+        fitting = entered[:-1], torch.Size([entered[:-1].numel()])
+        return all(shape[:-1] in fitting for shape in self.output_shapes.get(module_name, ()))
 
     def reads_into_feed_forward(self, module_name: str, stack: BlockStack) -> bool:
         """Whether a module is a linear of a feed-forward network that reads its stack's residual stream."""
@@ -151,7 +163,8 @@ class _StreamMode(TorchDispatchMode):
         if isinstance(output, torch.Tensor) and output.layout == torch.strided:
             if streams and output.shape[-1:] == self._marked_width(args):
                 self.mark(output, *streams)
-            else:  # written in place, or in memory that was another tensor's
+            elif func._schema.is_mutable or memory_of(output) not in map(memory_of, _strided(args)):
+                # written in place, or in memory that was another tensor's; not another view of what an argument shows
                 self._marks.pop(memory_of(output), None)
         return result
 
@@ -170,6 +183,10 @@ class _StreamMode(TorchDispatchMode):
 
     def _marked_width(self, args: tuple) -> torch.Size:
         return next(arg.shape[-1:] for arg in args if isinstance(arg, torch.Tensor) and self.streams_in(arg))
+
+
+def _strided(args: tuple) -> Iterator[torch.Tensor]:
+    return (arg for arg in args if isinstance(arg, torch.Tensor) and arg.layout == torch.strided)
 
 
 class _ThreadState(threading.local):
@@ -299,7 +316,12 @@ class _Observer:
         return all(map(self._has_run, self.awaited))
 
     def _feed_forward(self) -> set[str]:
-        return {name for name in self.outputs.uses if self.outputs.feeds_forward(name)}
+        """The linears whose output goes into linears only, and that do not lie beside those of an attention."""
+        blocks = {self.names[id(block)] for stack in self.stacks for block in stack.blocks}
+        attentions = {name.rpartition(".")[0] for name, uses in self.outputs.uses.items() if MIXES_TOKENS in uses}
+        around = attentions - blocks
+        found = filter(self.outputs.feeds_forward, self.outputs.uses)
+        return {name for name in found if name.rpartition(".")[0] not in around}
 
     def _forward(self, stack: BlockStack, block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """In the place of a block's own forward."""
@@ -322,6 +344,7 @@ class _Observer:
                 yield block.register_forward_pre_hook(partial(self._enter_block, stack), with_kwargs=True)
                 for submodule in _modules_outside_adapters(block):
                     yield submodule.register_forward_pre_hook(self._see_input, with_kwargs=True)
+                    yield submodule.register_forward_hook(self._see_output)
                     if is_linear_like(submodule):
                         yield submodule.register_forward_pre_hook(self._enter_linear, with_kwargs=True)
                         yield submodule.register_forward_hook(self._leave_linear)
@@ -346,6 +369,7 @@ class _Observer:
         if not self.returned[stack.name] and hidden_states is not None:
             self.streams.mark(hidden_states, stack.name)
             self.trial.widths[stack.name] = hidden_states.shape[-1]
+            self.trial.stream_shapes[stack.name] = hidden_states.shape
             if not hidden_states.is_inference():
                 self.entered[stack.name] = hidden_states, hidden_states._version
             if stack.owner_name not in self.running:
@@ -359,6 +383,11 @@ class _Observer:
         if hidden_states is not None:
             number = self.streams.number_of(hidden_states)
             self.trial.inputs[name] = (*self.trial.inputs.get(name, ()), number)
+
+    def _see_output(self, submodule: nn.Module, args: tuple, output: Any) -> None:
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        if isinstance(first, torch.Tensor):
+            self.trial.output_shapes.setdefault(self.names[id(submodule)], set()).add(first.shape)
 
     def _enter_linear(self, linear: nn.Module, args: tuple, kwargs: dict) -> None:
         name, hidden_states = self.names[id(linear)], first_hidden_state(args, kwargs)
@@ -394,6 +423,8 @@ def _spread_to_like_blocks(stack: BlockStack, trial: TrialRun, names: dict[int, 
                 trial.inputs.setdefault(name + key[len(example) :], trial.inputs[key])
             if key in trial.feed_forward:
                 trial.feed_forward.add(name + key[len(example) :])
+            if key in trial.output_shapes:
+                trial.output_shapes.setdefault(name + key[len(example) :], trial.output_shapes[key])
 
 
 def _modules_outside_adapters(block: nn.Module) -> Iterator[nn.Module]:
