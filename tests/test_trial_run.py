@@ -272,3 +272,16 @@ def test_a_forward_that_names_no_arguments():
     config = SiboLoraConfig(r=2, target_modules=["q_proj"], sibo_target_modules=["q_proj"])
     model = get_peft_model(TakesArguments(llama().config), config)  # its decoder has a forward that does
     assert len(mixing(model)) == len(model.get_base_model().model.layers)
+
+
+class Rectifies(LlamaDecoderLayer):
+    def forward(self, hidden_states, **options):
+        return super().forward(hidden_states.clone().relu_(), **options)
+
+
+def test_what_is_written_in_place_is_no_longer_the_stream():
+    base = llama()
+    for layer in base.model.layers:
+        layer.__class__ = Rectifies
+    with pytest.raises(ValueError, match="q_proj is not fed by the residual stream"):
+        get_peft_model(base, SiboLoraConfig(r=2, target_modules=["q_proj"]))

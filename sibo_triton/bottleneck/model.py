@@ -149,9 +149,9 @@ class SiboAdapterModel(BaseTuner):
             )
         returned = {shape[-1] for shape in self._output_shapes.get(name, ())}
         if returned - {width}:
-            features = ", ".join(map(str, sorted(returned)))
+            widths = ", ".join(map(str, sorted(returned)))
             raise ValueError(
-                f"{name} is a {type(target).__name__} that returns {features} features, and the residual stream has "
+                f"{name} is a {type(target).__name__} that returns {widths} features, and the residual stream has "
                 f"{width}: an adapter around it would not fit. Target linears instead."
             )
         return SubLayer(target, width, width)
