@@ -293,6 +293,20 @@ def test_stacks_that_get_no_bottlenecks_by_default_are_named():
     assert names == {"model.layers.mlp.gate_proj", "model.layers.mlp.up_proj"}
 
 
+@pytest.mark.oldest
+def test_convolutions_and_what_has_adapters_already_are_not_named():
+    speech = tf.Wav2Vec2Config(
+        conv_dim=[16, 16], conv_stride=[5, 4], conv_kernel=[10, 4], num_feat_extract_layers=2, vocab_size=32,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, **SMALL,
+    )  # fmt: skip
+    options = {"bottleneck_size": 4, "placement": "parallel", "target_modules": ["mlp", "self_attn"]}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(No linear|What feeds)")
+        assert len(chosen(tf.Wav2Vec2Model(speech))) == 1
+        model = get_peft_model(llama(), SiboAdapterConfig(**options))
+        model.add_adapter("second", SiboAdapterConfig(**options))
+
+
 class GatedByTwo(LlamaAttention):
     """Its output is gated by what two linears make of its input."""
 

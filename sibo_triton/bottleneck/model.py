@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -260,7 +261,7 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: Tri
         for name in trial.marks
         if stack.holds(name) and trial.reads_into_feed_forward(name, stack)
     ]
-    empty = [stack.name for stack in stacks if not any(map(stack.holds, names))]
+    empty = [stack.name for stack in stacks if not any(map(stack.holds, names)) and _has_linears(stack)]
     if names and empty:
         problems = "; ".join(f"{name}: {problem}" for name, problem in trial.problems.items())
         warnings.warn(
@@ -279,6 +280,12 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: Tri
             f"{problems}. Name the modules in target_modules."
         )
     return set(shortest_names(names, [name for name, _ in model.named_modules() if name]))
+
+
+def _has_linears(stack: BlockStack) -> bool:
+    """Not so of the convolutions in front of a speech model."""
+    modules = itertools.chain.from_iterable(block.modules() for block in stack.blocks)
+    return any(isinstance(module, (nn.Linear, BaseTunerLayer)) for module in modules)
 
 
 def _widths(stacks: list[BlockStack], trial: TrialRun) -> dict[str, int]:

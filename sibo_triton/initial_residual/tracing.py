@@ -52,7 +52,7 @@ class TrialRun:
         intact: the stacks of which no block wrote into what entered the first one.
         seen: the stacks of which every kind of block has run, or all that the model runs on such an input.
         problems: stack name -> why it could not be run.
-        read: the stacks of which a linear inside was seen to read the stream.
+        read: the stacks of which a linear, or a module with an adapter, was seen to read the stream.
         repeated: the stacks that one sequence passes several times, in separate calls of their owner.
         owners: by stack, of those whose list's parent does not run: the innermost module around it that does.
     """
@@ -379,7 +379,11 @@ class _Observer:
 
     def _see_input(self, submodule: nn.Module, args: tuple, kwargs: dict) -> None:
         name, hidden_states = self.names[id(submodule)], first_hidden_state(args, kwargs)
-        self.trial.marks.setdefault(name, set()).add(self.streams.mark_of(hidden_states))
+        stream = self.streams.mark_of(hidden_states)
+        self.trial.marks.setdefault(name, set()).add(stream)
+        reads = is_linear_like(submodule) or isinstance(submodule, BaseTunerLayer)  # of which the inside is not seen
+        if reads and stream is not None and name.startswith(stream + "."):
+            self.trial.read.add(stream)
         if hidden_states is not None:
             number = self.streams.number_of(hidden_states)
             self.trial.inputs[name] = (*self.trial.inputs.get(name, ()), number)
@@ -392,9 +396,6 @@ class _Observer:
     def _enter_linear(self, linear: nn.Module, args: tuple, kwargs: dict) -> None:
         name, hidden_states = self.names[id(linear)], first_hidden_state(args, kwargs)
         self.outputs.enter_linear(name, hidden_states)
-        stream = self.streams.mark_of(hidden_states)
-        if stream is not None and name.startswith(stream + "."):
-            self.trial.read.add(stream)
 
     def _leave_linear(self, linear: nn.Module, args: tuple, output: Any) -> None:
         self.outputs.leave_linear(self.names[id(linear)], output)

@@ -196,7 +196,7 @@ def _warn_of_problems(stacks: Sequence[BlockStack], decisions: Decisions, trial:
     for stack in stacks:
         unknown = [name for name in decisions if stack.holds(name) and trial.is_unknown(name, stack)]
         on_trust = [name for name in unknown if decisions[name][1] == _ON_TRUST]
-        names = [name for name in unknown if decisions[name][1] == trial.reads(name, stack)[1]]
+        names = [name for name in unknown if decisions[name] == (None, trial.reads(name, stack)[1])]
         if not on_trust and not names:
             continue
         what = (
