@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sibo_triton.bottleneck.config import SiboAdapterConfig
 from sibo_triton.bottleneck.layer import SiboAdapterLayer, SubLayer, linear_features, refuse_merging
-from sibo_triton.initial_residual import BlockStack, TrialRun, find_block_stacks, trial_run
+from sibo_triton.initial_residual import BlockStack, TrialRun, find_block_stacks, stack_of, trial_run
+from sibo_triton.initial_residual.output_uses import is_linear_like
 from sibo_triton.injection.mixing_modules import (
     Decisions,
     Method,
@@ -68,7 +68,7 @@ class SiboAdapterModel(BaseTuner):
         stacks, trial = _look_at(model, config)
         if config.target_modules is None:
             config.target_modules = _feed_forward_linears(model, stacks, trial)  # a set, as PEFT has it
-        self._widths, self._output_shapes = _widths(stacks, trial), trial.output_shapes
+        self._widths, self._output_shapes = trial.widths, trial.output_shapes
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
         layers = {name: layer for name, layer in adapter_layers(model) if adapter_name in layer.sibo_adapter_options}
@@ -262,8 +262,8 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: Tri
         if stack.holds(name) and trial.reads_into_feed_forward(name, stack)
     ]
     empty = [stack.name for stack in stacks if not any(map(stack.holds, names)) and _has_linears(stack)]
+    problems = "; ".join(f"{name}: {problem}" for name, problem in trial.problems.items())
     if names and empty:
-        problems = "; ".join(f"{name}: {problem}" for name, problem in trial.problems.items())
         warnings.warn(
             f"No linear of a feed-forward network that reads the residual stream was found in {', '.join(empty)}, so "
             f"there are no adapters{f' ({problems})' if problems else ''}. Name modules in target_modules if there "
@@ -272,7 +272,7 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: Tri
         )
     if not names:
         around = [name for name, module in model.named_modules() if isinstance(module, SubLayer)]
-        problems = "".join(f"; {name}: {problem}" for name, problem in trial.problems.items())
+        problems = f"; {problems}" if problems else ""
         if around:
             problems += f", outside of {abbreviated(around, around)}, which have adapters as a whole"
         raise ValueError(
@@ -284,12 +284,7 @@ def _feed_forward_linears(model: nn.Module, stacks: list[BlockStack], trial: Tri
 
 def _has_linears(stack: BlockStack) -> bool:
     """Not so of the convolutions in front of a speech model."""
-    modules = itertools.chain.from_iterable(block.modules() for block in stack.blocks)
-    return any(isinstance(module, (nn.Linear, BaseTunerLayer)) for module in modules)
-
-
-def _widths(stacks: list[BlockStack], trial: TrialRun) -> dict[str, int]:
-    return {stack.name: trial.widths[stack.name] for stack in stacks if stack.name in trial.widths}
+    return any(is_linear_like(module) for block in stack.blocks for module in block.modules())
 
 
 def _stream_width(name: str, widths: dict[str, int]) -> int | None:
@@ -331,7 +326,7 @@ def _refuse_other_outputs(
     """Raise a ValueError if an adapter on the output side would not mix because of what its module returns."""
     others = {}
     for name, layer in layers.items():
-        stack = next((stack for stack in stacks if stack.holds(name)), None)
+        stack = stack_of(name, stacks)
         if decisions[name][0] is None and stack is not None:
             other = _other_output(name, layer, stack, trial)
             if other is not None:

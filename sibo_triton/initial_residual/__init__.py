@@ -2,7 +2,7 @@
 
 from sibo_triton.initial_residual.binding import InitialResidual
 from sibo_triton.initial_residual.hooks import attach, attached, detach
-from sibo_triton.initial_residual.stacks import BlockStack, find_block_stacks
+from sibo_triton.initial_residual.stacks import BlockStack, find_block_stacks, stack_of
 from sibo_triton.initial_residual.tracing import TrialRun, in_trial_run, trial_run
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "detach",
     "find_block_stacks",
     "in_trial_run",
+    "stack_of",
     "trial_run",
 ]

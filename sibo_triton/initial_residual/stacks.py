@@ -31,6 +31,11 @@ class BlockStack:
         return module_name.startswith(self.name + ".")
 
 
+def stack_of(module_name: str, stacks: Sequence[BlockStack]) -> BlockStack | None:
+    """The stack that holds the module of that name, or None."""
+    return next((stack for stack in stacks if stack.holds(module_name)), None)
+
+
 def inner_module(module: nn.Module) -> nn.Module | None:
     """The module inside torch's `checkpoint_wrapper`, FSDP1 or torch.compile; None if the module is no such wrapper."""
     for attribute in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"):

@@ -46,7 +46,6 @@ class TrialRun:
         marks: module name -> the marks that its inputs carried, over all calls: a stack's name, or None for no mark.
         inputs: module name -> a number for the input tensor of each call, equal for modules that got the same tensor.
         feed_forward: the linears whose output goes into other linears, token by token (`output_uses.py`).
-        widths: stack name -> the width of its residual stream.
         output_shapes: module name -> the shapes of what it returned, over all calls.
         stream_shapes: stack name -> the shape of what entered its first block.
         intact: the stacks of which no block wrote into what entered the first one.
@@ -60,7 +59,6 @@ class TrialRun:
     marks: dict[str, set[str | None]] = field(default_factory=dict)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     feed_forward: set[str] = field(default_factory=set)
-    widths: dict[str, int] = field(default_factory=dict)
     output_shapes: dict[str, set[torch.Size]] = field(default_factory=dict)
     stream_shapes: dict[str, torch.Size] = field(default_factory=dict)
     intact: set[str] = field(default_factory=set)
@@ -69,6 +67,11 @@ class TrialRun:
     read: set[str] = field(default_factory=set)
     repeated: set[str] = field(default_factory=set)
     owners: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Stack name -> the width of its residual stream."""
+        return {name: shape[-1] for name, shape in self.stream_shapes.items()}
 
     def owned(self, root: nn.Module, stacks: Sequence[BlockStack]) -> list[BlockStack]:
         """The stacks, each with the module whose forward runs its blocks."""
@@ -108,7 +111,6 @@ class TrialRun:
         self.marks |= {name: marks for name, marks in other.marks.items() if stack.holds(name)}
         self.inputs |= {name: numbers for name, numbers in other.inputs.items() if stack.holds(name)}
         self.feed_forward |= {name for name in other.feed_forward if stack.holds(name)}
-        self.widths |= {name: width for name, width in other.widths.items() if name == stack.name}
         self.output_shapes |= {name: shapes for name, shapes in other.output_shapes.items() if stack.holds(name)}
         self.stream_shapes |= {name: shape for name, shape in other.stream_shapes.items() if name == stack.name}
         self.intact |= other.intact & {stack.name}
@@ -368,7 +370,6 @@ class _Observer:
                 self.trial.repeated.add(stack.name)  # what an earlier call returned comes in again
         if not self.returned[stack.name] and hidden_states is not None:
             self.streams.mark(hidden_states, stack.name)
-            self.trial.widths[stack.name] = hidden_states.shape[-1]
             self.trial.stream_shapes[stack.name] = hidden_states.shape
             if not hidden_states.is_inference():
                 self.entered[stack.name] = hidden_states, hidden_states._version

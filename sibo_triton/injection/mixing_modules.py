@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sibo_triton.initial_residual import BlockStack, InitialResidual, TrialRun, attach, attached, detach
+from sibo_triton.initial_residual import BlockStack, InitialResidual, TrialRun, attach, attached, detach, stack_of
 from sibo_triton.injection.module_names import matches, shortest_names
 from sibo_triton.injection.reversible import is_loading
 from sibo_triton.layers.adapters import tuner_layers
@@ -165,7 +165,7 @@ def _decide(
     method: Method,
 ) -> tuple[BlockStack | None, str]:
     asked = requested is not None and matches(requested, name)
-    stack = next((stack for stack in stacks if stack.holds(name)), None)
+    stack = stack_of(name, stacks)
     obstacle = method.obstacle(layer)
     if stack is None:
         mixes, reason = False, "lies outside of the stacks of blocks"
